@@ -1,0 +1,529 @@
+"""Configuration: typed dataclasses filled from one TOML file and `--section.key=value` overrides.
+
+One table of the file is one dataclass here; each key states its default, meaning and what a resumed
+run may do with it, so that `--help` and the README's table come from this file alone. It also holds
+what every program shares: paths and the way in which a user's mistake is reported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import sys
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import tomli
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_CONFIG = ROOT / "config" / "tiny.toml"
+MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
+
+Resume = Literal["free", "consent", "refused"]
+
+# Trainer options of SentencePiece that `[tokenizer]` passes on as they are. Left out are those that
+# Rocket sets itself (input, output, vocabulary size, the ids of the special pieces).
+SENTENCEPIECE_OPTIONS = (
+    "accept_language add_dummy_prefix allow_whitespace_only_pieces byte_fallback character_coverage"
+    " control_symbols differential_privacy_clipping_threshold differential_privacy_noise_level"
+    " enable_differential_privacy escape_whitespaces hard_vocab_limit input_sentence_size"
+    " max_sentence_length max_sentencepiece_length mining_sentence_size model_type"
+    " normalization_rule_name normalization_rule_tsv num_sub_iterations num_threads"
+    " pretokenization_delimiter remove_extra_whitespaces required_chars seed_sentencepiece_size"
+    " seed_sentencepieces_file self_test_sample_size shrinking_factor shuffle_input_sentence"
+    " split_by_number split_by_unicode_script split_by_whitespace split_digits train_extremely_large_corpus"
+    " treat_whitespace_as_suffix unk_surface use_all_vocab user_defined_symbols vocabulary_output_piece_score"
+).split()
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what, where and what to do."""
+
+    on_every_rank = False  # True: all ranks raise it together, so that one of them prints it
+
+
+class ConfigError(UserError):
+    """A mistake in the configuration or on the command line."""
+
+    on_every_rank = True
+
+
+def key(default: Any, help: str, *, resume: Resume = "refused", low: float | None = None) -> Any:
+    """A configuration key: its default, its meaning with the unit, its rule on resume, its lowest value."""
+    metadata = {"help": help, "resume": resume, "low": low}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TokenizerConfig:
+    """Any trainer option of SentencePiece may stand in this table too and is passed on."""
+
+    path: str = key(
+        "data/tokenizer.model", "SentencePiece model, written by train_tokenizer.py", resume="free"
+    )
+    vocab_size: int = key(32_000, "pieces, at most 65,536", low=2)
+    sample_bytes: int = key(
+        100_000_000, "bytes of training text that the tokenizer learns from", resume="free", low=1
+    )
+    options: dict = key(
+        {}, "trainer options of SentencePiece, written as keys of this table", resume="free"
+    )
+
+
+@dataclass
+class DataConfig:
+    sources: list[str] = key(
+        ["python-stdlib"],
+        "files, directories or globs of text, CSV, JSON lines or Parquet; or python-stdlib",
+        resume="free",
+    )
+    val_sources: list[str] = key([], "sources used as the validation split, whole", resume="free")
+    test_sources: list[str] = key([], "sources used as the test split, whole", resume="free")
+    dir: str = key("data/tiny", "prepared dataset", resume="free")
+    text_column: str = key("text", "column or JSON field that holds the text", resume="free")
+    document: str | dict = key(
+        "auto", 'row, file, line, blank_line or {starts = "regex"}; auto: by format', resume="free"
+    )
+    max_document_bytes: int = key(16_000_000, "a larger document is an error", resume="free", low=1)
+    errors: Literal["strict", "replace"] = key(
+        "strict", "what to do with text that is not UTF-8", resume="free"
+    )
+    val_fraction: float = key(
+        0.01, "share of documents held out for validation", resume="free", low=0
+    )
+    test_fraction: float = key(0.0, "share of documents held out for testing", resume="free", low=0)
+    split_seed: int = key(0, "seed of the split by document content", resume="free")
+    part_bytes: int = key(
+        0, "bytes of source a unit of work; 0: by the corpus' size", resume="free", low=0
+    )
+    workers: int = key(0, "processes that prepare.py uses; 0: one a core", resume="free", low=0)
+    seq_len: int = key(1024, "tokens a training sequence", low=1)
+
+
+@dataclass
+class ModelConfig:
+    dim: int = key(768, "width of the residual stream", low=1)
+    n_layers: int = key(12, "transformer blocks", low=1)
+    n_heads: int = key(12, "query heads", low=1)
+    n_kv_heads: int = key(0, "key and value heads; 0: as n_heads", low=0)
+    ffn_dim: int = key(
+        0, "width of the feed-forward; 0: 8/3 dim, rounded up to a multiple of 256", low=0
+    )
+    max_seq_len: int = key(2048, "longest context in tokens, when sampling too", low=1)
+    rope_theta: float = key(10_000.0, "base of the rotary embedding", low=1)
+    norm_eps: float = key(1e-5, "epsilon of RMSNorm", low=0)
+    tie_embeddings: bool = key(False, "one matrix for input and output embeddings")
+    init_std: float = key(0.02, "deviation of the initial weights", low=0)
+
+
+@dataclass
+class TrainConfig:
+    out_dir: str = key("out/run", "run directory", resume="free")
+    seed: int = key(1337, "seed of weights and data order", low=0)
+    max_steps: int = key(0, "optimizer steps of the run; or give epochs", resume="consent", low=0)
+    epochs: float = key(
+        0.0, "length of the run in passes over the data; or give max_steps", resume="consent", low=0
+    )
+    stop_at_step: int = key(
+        0, "save and stop at this step, the schedule unchanged; 0: off", resume="free", low=0
+    )
+    global_batch_size: int = key(32, "sequences an optimizer step, over all ranks", low=1)
+    micro_batch_size: int = key(
+        8, "most sequences a forward pass of one rank", resume="free", low=1
+    )
+    init_from: str = key("", "run or checkpoint whose weights a new run starts from")
+    device: Literal["auto", "cpu", "cuda"] = key(
+        "auto", "auto: cuda if there is one", resume="free"
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = key(
+        "auto",
+        "compute type (weights stay float32); auto: what the device does well",
+        resume="consent",
+    )
+    log_interval: int = key(10, "steps between rows of metrics.jsonl", resume="free", low=1)
+    eval_interval: int = key(
+        250, "steps between evaluations; 0: only at the end", resume="free", low=0
+    )
+    eval_sequences: int = key(
+        512, "sequences an evaluation, spread evenly; 0: the whole split", resume="free", low=0
+    )
+    sample_prompts: int = key(
+        4, "validation prompts whose predictions samples.jsonl keeps", resume="free", low=0
+    )
+    patience: int = key(
+        0, "evaluations without a new best before stopping; 0: off", resume="free", low=0
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    name: Literal["adamw"] = key("adamw", "optimizer")
+    learning_rate: float = key(6e-4, "peak learning rate", resume="consent", low=0)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = key(
+        "cosine",
+        "decay after warm-up; linear goes to zero, wsd decays at the end",
+        resume="consent",
+    )
+    warmup_steps: int = key(100, "steps of linear warm-up", resume="consent", low=0)
+    min_lr_fraction: float = key(
+        0.1, "cosine: final rate as a share of the peak", resume="consent", low=0
+    )
+    decay_fraction: float = key(
+        0.2, "wsd: share of the run spent on the decay", resume="consent", low=0
+    )
+    beta1: float = key(0.9, "decay of the first moment", resume="consent", low=0)
+    beta2: float = key(0.95, "decay of the second moment", resume="consent", low=0)
+    eps: float = key(1e-8, "epsilon of AdamW", resume="consent", low=0)
+    weight_decay: float = key(0.1, "decay of matrices (never of norms)", resume="consent", low=0)
+    grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", resume="consent", low=0)
+
+
+@dataclass
+class ParallelConfig:
+    strategy: Literal["ddp", "fsdp", "hsdp"] = key(
+        "ddp", "ddp: whole model a rank; fsdp: sharded; hsdp: sharded in a node", resume="free"
+    )
+    reshard_after_forward: bool = key(
+        True, "fsdp: free gathered weights after forward", resume="free"
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = key(1000, "steps between checkpoints; 0: only at the end", resume="free", low=0)
+    interval_minutes: float = key(
+        0.0, "minutes between checkpoints, beside steps; 0: off", resume="free", low=0
+    )
+    keep_last: int = key(2, "newest checkpoints kept", resume="free", low=1)
+    keep_best: int = key(
+        1, "best checkpoints by validation loss kept, weights only", resume="free", low=0
+    )
+
+
+@dataclass
+class Config:
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
+
+
+def load_config(
+    arguments: list[str],
+    *,
+    usage: str,
+    sections: tuple[str, ...] = SECTIONS,
+    flags: dict[str, str] | None = None,
+) -> tuple[Config, set[str]]:
+    """The configuration of a program from its command line `[CONFIG] [--section.key=value …] [--flag …]`.
+
+    Precedence: defaults < file < command line. `flags` maps each flag to its help; the ones given
+    come back as a set. `--help` prints `usage`, the flags and the keys of `sections`, and exits.
+
+    Raises:
+        ConfigError: an unknown key or flag, a wrong type, a bad relation, an unreadable file.
+    """
+    flags = flags or {}
+    if "--help" in arguments or "-h" in arguments:
+        print(_help(usage, sections, flags))
+        sys.exit(0)
+    names = [a for a in arguments if not a.startswith("-")]
+    if len(names) > 1:
+        raise ConfigError(
+            f"one CONFIG at a time, got {' and '.join(names)} (overrides read --section.key=value)"
+        )
+    values = read_toml(_config_file(names[0]) if names else DEFAULT_CONFIG)
+    given = set()
+    for argument in arguments:
+        if argument in flags:
+            given.add(argument)
+        elif argument.startswith("--") and "." in argument.partition("=")[0]:
+            _override(values, argument)
+        elif argument.startswith("-"):
+            raise ConfigError(
+                f"unknown option {argument}{_nearest(argument, flags)}; keys read --section.key=value"
+            )
+    return build_config(values), given
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; ConfigError where it can't be read."""
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from None
+
+
+def build_config(values: dict[str, Any]) -> Config:
+    """Typed, checked configuration from nested tables; ConfigError names the dotted key that is wrong."""
+    config = Config()
+    for section, table in values.items():
+        if section not in SECTIONS:
+            raise ConfigError(f"unknown table [{section}]{_nearest(section, SECTIONS)}")
+        if not isinstance(table, dict):
+            raise ConfigError(f"{section} is a table: write [{section}] and its keys below")
+        _fill(getattr(config, section), section, table)
+    _check_relations(config)
+    return config
+
+
+def _fill(target: Any, section: str, table: dict[str, Any]) -> None:
+    hints = typing.get_type_hints(type(target))
+    fields = {f.name: f for f in dataclasses.fields(target) if f.name != "options"}
+    extra = SENTENCEPIECE_OPTIONS if section == "tokenizer" else ()
+    for name, value in table.items():
+        path = f"{section}.{name}"
+        if name in fields:
+            value = _typed(path, value, hints[name])
+            low = fields[name].metadata["low"]
+            if low is not None and value < low:
+                raise ConfigError(f"{path} must be at least {low}, not {value}")
+            setattr(target, name, value)
+        elif name in extra:
+            target.options[name] = value
+        else:
+            everywhere = [
+                f"{s}.{f.name}" for s in SECTIONS for f in dataclasses.fields(getattr(Config(), s))
+            ]
+            nearest = _nearest(name, [*fields, *extra], f"{section}.") or _nearest(path, everywhere)
+            raise ConfigError(f"unknown key {path}{nearest}")
+
+
+def _typed(path: str, value: Any, hint: Any) -> Any:
+    """The value as the type of its key, integers widened to float; ConfigError if it is another type."""
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ConfigError(
+                f"{path} is one of {', '.join(choices)}, not {value!r}{_nearest(str(value), choices)}"
+            )
+        return value
+    if hint is float and type(value) is int:
+        value = float(value)
+    if hint == list[str]:
+        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
+            raise ConfigError(f'{path} is a list of strings, such as ["a.txt", "b"], not {value!r}')
+        return value
+    if hint == (str | dict):
+        if not isinstance(value, str | dict):
+            raise ConfigError(f"{path} is a string or a table, not {value!r}")
+        return value
+    if type(value) is not hint:
+        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        raise ConfigError(f"{path} is {names[hint]}, not {value!r}")
+    if hint is float and not math.isfinite(value):
+        raise ConfigError(f"{path} is a finite number, not {value}")
+    return value
+
+
+def _override(values: dict[str, Any], argument: str) -> None:
+    """Sets `--section.key=value` in the tables: TOML syntax, or bare text for a string."""
+    path, equals, text = argument[2:].partition("=")
+    if not equals:
+        raise ConfigError(f"{argument} lacks a value: write {argument}=value")
+    section, _, name = path.partition(".")
+    if section not in SECTIONS:
+        raise ConfigError(f"unknown key {path}{_nearest(section, SECTIONS, '', f'.{name}')}")
+    try:
+        value = tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        value = text
+    hints = typing.get_type_hints(type(getattr(Config(), section)))
+    if hints.get(name) is str and not isinstance(value, str):
+        value = text
+    values.setdefault(section, {})[name] = value
+
+
+def _check_relations(config: Config) -> None:
+    """Fills what follows from other keys and refuses keys that contradict each other."""
+    model, train, data = config.model, config.train, config.data
+    model.n_kv_heads = model.n_kv_heads or model.n_heads
+    model.ffn_dim = model.ffn_dim or 256 * math.ceil(8 * model.dim / 3 / 256)
+    rules = [
+        (
+            model.dim % model.n_heads == 0,
+            f"model.dim ({model.dim}) must divide by model.n_heads ({model.n_heads})",
+        ),
+        (
+            model.dim // model.n_heads % 2 == 0,
+            f"model.dim / model.n_heads ({model.dim // model.n_heads}) must be even: rotary embeddings turn pairs",
+        ),
+        (
+            model.n_heads % model.n_kv_heads == 0,
+            f"model.n_heads ({model.n_heads}) must divide by model.n_kv_heads ({model.n_kv_heads})",
+        ),
+        (
+            data.seq_len <= model.max_seq_len,
+            f"data.seq_len ({data.seq_len}) is above model.max_seq_len ({model.max_seq_len})",
+        ),
+        (
+            config.tokenizer.vocab_size <= MAX_VOCAB_SIZE,
+            f"tokenizer.vocab_size ({config.tokenizer.vocab_size}) is above {MAX_VOCAB_SIZE}: ids are stored as uint16",
+        ),
+        (
+            data.val_fraction + data.test_fraction < 1,
+            f"data.val_fraction ({data.val_fraction}) and data.test_fraction ({data.test_fraction})"
+            " leave nothing to train on",
+        ),
+        (
+            not (train.max_steps and train.epochs),
+            f"train.max_steps ({train.max_steps}) and train.epochs ({train.epochs}) both set the length: give one",
+        ),
+        (
+            config.optimizer.beta1 < 1,
+            f"optimizer.beta1 must be below 1, not {config.optimizer.beta1}",
+        ),
+        (
+            config.optimizer.beta2 < 1,
+            f"optimizer.beta2 must be below 1, not {config.optimizer.beta2}",
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            raise ConfigError(message)
+    if isinstance(data.document, dict):
+        if list(data.document) != ["starts"] or not isinstance(data.document["starts"], str):
+            raise ConfigError('data.document as a table is {starts = "regex"}')
+    elif data.document not in ("auto", "row", "file", "line", "blank_line"):
+        raise ConfigError(
+            f'data.document is auto, row, file, line, blank_line or {{starts = "regex"}}, not {data.document!r}'
+        )
+
+
+def dump_toml(config: Config) -> str:
+    """The whole configuration as TOML that `build_config` reads back to an equal one."""
+    lines = []
+    for section in SECTIONS:
+        table = dataclasses.asdict(getattr(config, section))
+        table.update(table.pop("options", {}))
+        lines += [
+            f"[{section}]",
+            *(f"{name} = {_toml_value(value)}" for name, value in table.items()),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    if isinstance(value, dict):
+        return (
+            "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+        )
+    if isinstance(value, str):  # a JSON string is a TOML basic string, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return json.dumps(value)
+
+
+def changes(old: Config, new: Config) -> dict[Resume, list[str]]:
+    """The keys whose values differ, as `section.key: old -> new`, by their rule on resume."""
+    found: dict[Resume, list[str]] = {"free": [], "consent": [], "refused": []}
+    for section in SECTIONS:
+        for f in dataclasses.fields(getattr(old, section)):
+            before, after = (
+                getattr(getattr(old, section), f.name),
+                getattr(getattr(new, section), f.name),
+            )
+            if before != after:
+                found[f.metadata["resume"]].append(f"{section}.{f.name}: {before} -> {after}")
+    return found
+
+
+def resolve_path(text: str) -> Path:
+    """A path of the configuration: `~` and `$VARIABLES` expanded, relative ones from the repository.
+
+    Raises:
+        ConfigError: a variable that is not set.
+    """
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if "$" in expanded:
+        raise ConfigError(f"{text}: the variable is not set; set it or write the path out")
+    return ROOT / expanded
+
+
+def _config_file(name: str) -> Path:
+    """A CONFIG argument: from the current directory as shells complete it, else from the repository."""
+    here = Path(name).expanduser()
+    path = here if here.exists() else resolve_path(name)
+    if not path.is_file():
+        shipped = sorted(p.stem for p in (ROOT / "config").glob("*.toml"))
+        raise ConfigError(f"{name}: no such file; shipped in config/: {', '.join(shipped)}")
+    return path
+
+
+def _nearest(name: str, names: Any, prefix: str = "", suffix: str = "") -> str:
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{found[0]}{suffix}?" if found else ""
+
+
+def _help(usage: str, sections: tuple[str, ...], flags: dict[str, str]) -> str:
+    lines = [
+        usage.strip(),
+        "",
+        "CONFIG is a TOML file (default config/tiny.toml). Flags:",
+        "  --help: this text",
+    ]
+    lines += [f"  {flag}: {text}" for flag, text in flags.items()]
+    for section in sections:
+        lines += ["", f"[{section}]"]
+        for name, default, help, _ in describe(section):
+            lines.append(f"  --{section}.{name}={default}\n      {help}")
+    return "\n".join(lines)
+
+
+def describe(section: str) -> list[tuple[str, str, str, str]]:
+    """(key, default as TOML, meaning, rule on resume) of a section, in order."""
+    return [
+        (
+            f.name,
+            _toml_value(getattr(getattr(Config(), section), f.name)),
+            f.metadata["help"],
+            f.metadata["resume"],
+        )
+        for f in dataclasses.fields(getattr(Config(), section))
+    ]
+
+
+def markdown_table() -> str:
+    """The README's table of all keys."""
+    lines = ["| key | default | meaning | on resume |", "|---|---|---|---|"]
+    for section in SECTIONS:
+        for name, default, help, resume in describe(section):
+            lines.append(
+                f"| `{section}.{name}` | `{default}` | {help.replace('|', chr(92) + '|')} | {resume} |"
+            )
+    return "\n".join(lines)
+
+
+def run_program(main: Callable[[list[str]], None]) -> NoReturn:
+    """Runs a program's main with the command line; a user's mistake becomes one line and exit code 1."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        if not error.on_every_rank or os.environ.get("RANK", "0") == "0":
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    print(markdown_table())

@@ -1,0 +1,240 @@
+"""The model: Llama 2 in plain PyTorch. It knows nothing of distribution, files or training.
+
+Modules and parameters carry the names of Hugging Face's LlamaForCausalLM and the rotary embedding
+uses its half-split layout, so that a state dict moves between the two as it is.
+
+Shapes: B batch, T tokens, S cached tokens, D dim, H query heads, K key/value heads, E head_dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ModelConfig
+
+IGNORE = -100  # a target that is not trained on
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, allocated once for a batch.
+
+    Row b of the batch holds its own number of tokens: each layer writes at the positions that it is
+    given, and attention never looks past a row's position, so prompts of unequal length share a batch.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch_size: int,
+        length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ):
+        shape = (
+            config.n_layers,
+            batch_size,
+            config.n_kv_heads,
+            length,
+            config.dim // config.n_heads,
+        )
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.rows = torch.arange(batch_size, device=device)[:, None]
+
+    def update(
+        self, layer: int, positions: Tensor, k: Tensor, v: Tensor, length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, K, T, E) at positions (B, T); returns the layer's first `length` entries (B, K, S, E)."""
+        self.keys[layer].transpose(1, 2)[self.rows, positions] = k.transpose(1, 2)
+        self.values[layer].transpose(1, 2)[self.rows, positions] = v.transpose(1, 2)
+        return self.keys[layer, :, :, :length], self.values[layer, :, :, :length]
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.dim // config.n_heads
+        self.q_proj = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: Context | None) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = (
+            proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if context:
+            k, v = context.cache.update(self.layer, context.positions, k, v, context.length)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=context.mask if context else None,
+            is_causal=context is None,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.up_proj = nn.Linear(config.dim, config.ffn_dim, bias=False)
+        self.down_proj = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
+        self.mlp = FeedForward(config)
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], context: Context | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, context)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab_size, config.dim)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+
+
+class Context:
+    """What attention needs beside the current tokens when generating: where they stand, and what came before."""
+
+    def __init__(self, cache: KVCache, positions: Tensor, length: int):
+        self.cache = cache
+        self.positions = positions
+        self.length = length
+        keys = torch.arange(length, device=positions.device)
+        self.mask = (keys <= positions[..., None])[:, None]  # (B, 1, T, S)
+
+
+class Llama(nn.Module):
+    """Llama 2 (Touvron et al., arXiv 2307.09288); grouped-query attention where n_kv_heads < n_heads."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.model = Decoder(config, vocab_size)
+        self.lm_head = nn.Linear(config.dim, vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        positions: Tensor | None = None,
+        length: int = 0,
+    ) -> Tensor:
+        """Logits (B, T, V) in the compute type, or with targets the *summed* loss in nats (float32 scalar).
+
+        Args:
+            tokens: ids (B, T).
+            targets: ids (B, T), IGNORE where a token is not trained on.
+            cache: keys and values of earlier tokens; the current ones are added at `positions`.
+            positions: place of each token in its sequence (B, T); with a cache only.
+            length: cached entries to attend over, above every position; with a cache only.
+        """
+        context = None
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+        else:
+            context = Context(cache, positions, length)
+        rotary = rotary_tables(positions, self.config)
+        x = self.model.embed_tokens(tokens)
+        for layer in self.model.layers:
+            x = layer(x, rotary, context)
+        logits = self.lm_head(self.model.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+
+
+def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, 1, T, E) of positions (B, T), float32; rotary embedding (Su et al., arXiv 2104.09864).
+
+    Computed at each forward pass, once for all layers: a buffer would have to survive the meta device.
+    """
+    head_dim = config.dim // config.n_heads
+    powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[:, None, :, None].float() * config.rope_theta**-powers
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (i, i + E/2) of each head by their position's angle; x (B, heads, T, E)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def initial_weight(
+    name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device
+) -> Tensor:
+    """The initial value of one parameter: normal with deviation init_std, residual projections at
+    init_std / sqrt(2 n_layers) (GPT-2's rule), norms at one.
+
+    A pure function of seed and name, so that every rank can make any parameter alone, and the weights
+    are equal at every world size and strategy on the same kind of device.
+    """
+    if len(shape) == 1:
+        return torch.ones(shape, device=device)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+    std = config.init_std / math.sqrt(2 * config.n_layers) if residual else config.init_std
+    return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)
+
+
+def parameter_count(config: ModelConfig, vocab_size: int) -> int:
+    """Parameters of the model, tied ones once; nothing is allocated."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in Llama(config, vocab_size).parameters())
+
+
+def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
+    """Training FLOPs a token, forward and backward: 6 N + 12 L D T (Chowdhery et al., arXiv 2204.02311).
+
+    N counts the matrices that a token is multiplied with, so not the input embedding.
+    """
+    embedding = 0 if config.tie_embeddings else vocab_size * config.dim
+    matrices = parameter_count(config, vocab_size) - embedding
+    return 6 * matrices + 12 * config.n_layers * config.dim * seq_len
