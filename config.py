@@ -37,8 +37,9 @@ SENTENCEPIECE_OPTIONS = (
     " normalization_rule_name normalization_rule_tsv num_sub_iterations num_threads"
     " pretokenization_delimiter remove_extra_whitespaces required_chars seed_sentencepiece_size"
     " seed_sentencepieces_file self_test_sample_size shrinking_factor shuffle_input_sentence"
-    " split_by_number split_by_unicode_script split_by_whitespace split_digits train_extremely_large_corpus"
-    " treat_whitespace_as_suffix unk_surface use_all_vocab user_defined_symbols vocabulary_output_piece_score"
+    " split_by_number split_by_unicode_script split_by_whitespace split_digits"
+    " train_extremely_large_corpus treat_whitespace_as_suffix unk_surface use_all_vocab"
+    " user_defined_symbols vocabulary_output_piece_score"
 ).split()
 
 
@@ -55,7 +56,7 @@ class ConfigError(UserError):
 
 
 def key(default: Any, help: str, *, resume: Resume = "refused", low: float | None = None) -> Any:
-    """A configuration key: its default, its meaning with the unit, its rule on resume, its lowest value."""
+    """A configuration key: default, meaning with its unit, rule on resume, lowest value."""
     metadata = {"help": help, "resume": resume, "low": low}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
@@ -229,7 +230,7 @@ def load_config(
     sections: tuple[str, ...] = SECTIONS,
     flags: dict[str, str] | None = None,
 ) -> tuple[Config, set[str]]:
-    """The configuration of a program from its command line `[CONFIG] [--section.key=value …] [--flag …]`.
+    """The configuration of a program, from `[CONFIG] [--section.key=value …] [--flag …]`.
 
     Precedence: defaults < file < command line. `flags` maps each flag to its help; the ones given
     come back as a set. `--help` prints `usage`, the flags and the keys of `sections`, and exits.
@@ -244,7 +245,7 @@ def load_config(
     names = [a for a in arguments if not a.startswith("-")]
     if len(names) > 1:
         raise ConfigError(
-            f"one CONFIG at a time, got {' and '.join(names)} (overrides read --section.key=value)"
+            f"one CONFIG at a time, got {' and '.join(names)}; overrides read --section.key=value"
         )
     values = read_toml(_config_file(names[0]) if names else DEFAULT_CONFIG)
     given = set()
@@ -255,7 +256,7 @@ def load_config(
             _override(values, argument)
         elif argument.startswith("-"):
             raise ConfigError(
-                f"unknown option {argument}{_nearest(argument, flags)}; keys read --section.key=value"
+                f"unknown option {argument}{_nearest(argument, flags)}; keys: --section.key=value"
             )
     return build_config(values), given
 
@@ -271,7 +272,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def build_config(values: dict[str, Any]) -> Config:
-    """Typed, checked configuration from nested tables; ConfigError names the dotted key that is wrong."""
+    """Typed, checked configuration from nested tables; ConfigError names the key that is wrong."""
     config = Config()
     for section, table in values.items():
         if section not in SECTIONS:
@@ -306,12 +307,13 @@ def _fill(target: Any, section: str, table: dict[str, Any]) -> None:
 
 
 def _typed(path: str, value: Any, hint: Any) -> Any:
-    """The value as the type of its key, integers widened to float; ConfigError if it is another type."""
+    """The value as the type of its key, integers widened to float; ConfigError on another type."""
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         if value not in choices:
             raise ConfigError(
-                f"{path} is one of {', '.join(choices)}, not {value!r}{_nearest(str(value), choices)}"
+                f"{path} is one of {', '.join(choices)}, not {value!r}"
+                + _nearest(str(value), choices)
             )
         return value
     if hint is float and type(value) is int:
@@ -355,68 +357,69 @@ def _check_relations(config: Config) -> None:
     model, train, data = config.model, config.train, config.data
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.ffn_dim = model.ffn_dim or 256 * math.ceil(8 * model.dim / 3 / 256)
-    rules = [
-        (
-            model.dim % model.n_heads == 0,
-            f"model.dim ({model.dim}) must divide by model.n_heads ({model.n_heads})",
-        ),
-        (
-            model.dim // model.n_heads % 2 == 0,
-            f"model.dim / model.n_heads ({model.dim // model.n_heads}) must be even: rotary embeddings turn pairs",
-        ),
-        (
-            model.n_heads % model.n_kv_heads == 0,
-            f"model.n_heads ({model.n_heads}) must divide by model.n_kv_heads ({model.n_kv_heads})",
-        ),
-        (
-            data.seq_len <= model.max_seq_len,
-            f"data.seq_len ({data.seq_len}) is above model.max_seq_len ({model.max_seq_len})",
-        ),
-        (
-            config.tokenizer.vocab_size <= MAX_VOCAB_SIZE,
-            f"tokenizer.vocab_size ({config.tokenizer.vocab_size}) is above {MAX_VOCAB_SIZE}: ids are stored as uint16",
-        ),
-        (
-            data.val_fraction + data.test_fraction < 1,
-            f"data.val_fraction ({data.val_fraction}) and data.test_fraction ({data.test_fraction})"
-            " leave nothing to train on",
-        ),
-        (
-            not (train.max_steps and train.epochs),
-            f"train.max_steps ({train.max_steps}) and train.epochs ({train.epochs}) both set the length: give one",
-        ),
-        (
-            config.optimizer.beta1 < 1,
-            f"optimizer.beta1 must be below 1, not {config.optimizer.beta1}",
-        ),
-        (
-            config.optimizer.beta2 < 1,
-            f"optimizer.beta2 must be below 1, not {config.optimizer.beta2}",
-        ),
-    ]
-    for holds, message in rules:
+    head_dim = model.dim // model.n_heads
+
+    def require(holds: bool, message: str) -> None:
         if not holds:
             raise ConfigError(message)
+
+    require(
+        model.dim % model.n_heads == 0,
+        f"model.dim ({model.dim}) must divide by model.n_heads ({model.n_heads})",
+    )
+    require(
+        head_dim % 2 == 0,
+        f"model.dim / model.n_heads ({head_dim}) must be even: rotary embeddings turn pairs",
+    )
+    require(
+        model.n_heads % model.n_kv_heads == 0,
+        f"model.n_heads ({model.n_heads}) must divide by model.n_kv_heads ({model.n_kv_heads})",
+    )
+    require(
+        data.seq_len <= model.max_seq_len,
+        f"data.seq_len ({data.seq_len}) is above model.max_seq_len ({model.max_seq_len})",
+    )
+    require(
+        config.tokenizer.vocab_size <= MAX_VOCAB_SIZE,
+        f"tokenizer.vocab_size ({config.tokenizer.vocab_size}) is above {MAX_VOCAB_SIZE:,}:"
+        " token ids are stored as uint16",
+    )
+    require(
+        data.val_fraction + data.test_fraction < 1,
+        f"data.val_fraction ({data.val_fraction}) and data.test_fraction ({data.test_fraction})"
+        " leave nothing to train on",
+    )
+    require(
+        not (train.max_steps and train.epochs),
+        f"train.max_steps ({train.max_steps}) and train.epochs ({train.epochs}) both set the"
+        " length of the run: give one",
+    )
+    for name in ("beta1", "beta2"):
+        beta = getattr(config.optimizer, name)
+        require(beta < 1, f"optimizer.{name} must be below 1, not {beta}")
     if isinstance(data.document, dict):
         if list(data.document) != ["starts"] or not isinstance(data.document["starts"], str):
             raise ConfigError('data.document as a table is {starts = "regex"}')
     elif data.document not in ("auto", "row", "file", "line", "blank_line"):
         raise ConfigError(
-            f'data.document is auto, row, file, line, blank_line or {{starts = "regex"}}, not {data.document!r}'
+            'data.document is auto, row, file, line, blank_line or {starts = "regex"}'
+            f", not {data.document!r}"
         )
 
 
-def dump_toml(config: Config) -> str:
-    """The whole configuration as TOML that `build_config` reads back to an equal one."""
-    lines = []
-    for section in SECTIONS:
-        table = dataclasses.asdict(getattr(config, section))
+def tables(config: Config) -> dict[str, dict[str, Any]]:
+    """The whole configuration as plain tables, which `build_config` reads back to an equal one."""
+    values = dataclasses.asdict(config)
+    for table in values.values():
         table.update(table.pop("options", {}))
-        lines += [
-            f"[{section}]",
-            *(f"{name} = {_toml_value(value)}" for name, value in table.items()),
-            "",
-        ]
+    return values
+
+
+def dump_toml(config: Config) -> str:
+    """The whole configuration as the text of a TOML file."""
+    lines = []
+    for section, table in tables(config).items():
+        lines += [f"[{section}]", *(f"{name} = {_toml_value(v)}" for name, v in table.items()), ""]
     return "\n".join(lines)
 
 
@@ -447,7 +450,7 @@ def changes(old: Config, new: Config) -> dict[Resume, list[str]]:
 
 
 def resolve_path(text: str) -> Path:
-    """A path of the configuration: `~` and `$VARIABLES` expanded, relative ones from the repository.
+    """A configured path: `~` and `$VARIABLES` expanded, relative ones from the repository.
 
     Raises:
         ConfigError: a variable that is not set.
@@ -459,13 +462,33 @@ def resolve_path(text: str) -> Path:
 
 
 def _config_file(name: str) -> Path:
-    """A CONFIG argument: from the current directory as shells complete it, else from the repository."""
+    """A CONFIG argument: from the current directory, as shells complete it, else the repository."""
     here = Path(name).expanduser()
     path = here if here.exists() else resolve_path(name)
     if not path.is_file():
         shipped = sorted(p.stem for p in (ROOT / "config").glob("*.toml"))
         raise ConfigError(f"{name}: no such file; shipped in config/: {', '.join(shipped)}")
     return path
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it appears whole or not at all, even if the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable; a rename is safe only after its directory's sync."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _nearest(name: str, names: Any, prefix: str = "", suffix: str = "") -> str:
@@ -506,14 +529,12 @@ def markdown_table() -> str:
     lines = ["| key | default | meaning | on resume |", "|---|---|---|---|"]
     for section in SECTIONS:
         for name, default, help, resume in describe(section):
-            lines.append(
-                f"| `{section}.{name}` | `{default}` | {help.replace('|', chr(92) + '|')} | {resume} |"
-            )
+            lines.append(f"| `{section}.{name}` | `{default}` | {help} | {resume} |")
     return "\n".join(lines)
 
 
 def run_program(main: Callable[[list[str]], None]) -> NoReturn:
-    """Runs a program's main with the command line; a user's mistake becomes one line and exit code 1."""
+    """Runs a program's main; a user's mistake becomes one line and exit code 1."""
     try:
         main(sys.argv[1:])
     except UserError as error:

@@ -3,7 +3,8 @@
 Modules and parameters carry the names of Hugging Face's LlamaForCausalLM and the rotary embedding
 uses its half-split layout, so that a state dict moves between the two as it is.
 
-Shapes: B batch, T tokens, S cached tokens, D dim, H query heads, K key/value heads, E head_dim, V vocabulary.
+Shapes: B batch, T tokens, S cached tokens, D dim, H query heads, K key/value heads, E head_dim,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class KVCache:
     """Keys and values of the tokens seen so far, allocated once for a batch.
 
     Row b of the batch holds its own number of tokens: each layer writes at the positions that it is
-    given, and attention never looks past a row's position, so prompts of unequal length share a batch.
+    given, and attention never looks past a row's position, so prompts of unequal length share a
+    batch.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class KVCache:
     def update(
         self, layer: int, positions: Tensor, k: Tensor, v: Tensor, length: int
     ) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, K, T, E) at positions (B, T); returns the layer's first `length` entries (B, K, S, E)."""
+        """Writes k, v (B, K, T, E) at positions (B, T); returns the first `length` entries."""
         self.keys[layer].transpose(1, 2)[self.rows, positions] = k.transpose(1, 2)
         self.values[layer].transpose(1, 2)[self.rows, positions] = v.transpose(1, 2)
         return self.keys[layer, :, :, :length], self.values[layer, :, :, :length]
@@ -130,7 +132,7 @@ class Decoder(nn.Module):
 
 
 class Context:
-    """What attention needs beside the current tokens when generating: where they stand, and what came before."""
+    """What attention needs when generating: where the tokens stand and what came before."""
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int):
         self.cache = cache
@@ -141,7 +143,7 @@ class Context:
 
 
 class Llama(nn.Module):
-    """Llama 2 (Touvron et al., arXiv 2307.09288); grouped-query attention where n_kv_heads < n_heads."""
+    """Llama 2 (Touvron et al., arXiv 2307.09288)."""
 
     def __init__(self, config: ModelConfig, vocab_size: int):
         super().__init__()
@@ -161,7 +163,7 @@ class Llama(nn.Module):
         positions: Tensor | None = None,
         length: int = 0,
     ) -> Tensor:
-        """Logits (B, T, V) in the compute type, or with targets the *summed* loss in nats (float32 scalar).
+        """Logits (B, T, V), or with targets the *sum* of the losses in nats (float32 scalar).
 
         Args:
             tokens: ids (B, T).
@@ -188,9 +190,9 @@ class Llama(nn.Module):
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, T, E) of positions (B, T), float32; rotary embedding (Su et al., arXiv 2104.09864).
+    """Cosines and sines (B, 1, T, E) of positions (B, T), float32 (RoPE, arXiv 2104.09864).
 
-    Computed at each forward pass, once for all layers: a buffer would have to survive the meta device.
+    Made at each forward pass, once for all layers: a buffer would have to survive the meta device.
     """
     head_dim = config.dim // config.n_heads
     powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
@@ -212,8 +214,8 @@ def initial_weight(
     """The initial value of one parameter: normal with deviation init_std, residual projections at
     init_std / sqrt(2 n_layers) (GPT-2's rule), norms at one.
 
-    A pure function of seed and name, so that every rank can make any parameter alone, and the weights
-    are equal at every world size and strategy on the same kind of device.
+    A pure function of seed and name, so that every rank can make any parameter alone, and the
+    weights are equal at every world size and strategy on the same kind of device.
     """
     if len(shape) == 1:
         return torch.ones(shape, device=device)
@@ -231,7 +233,7 @@ def parameter_count(config: ModelConfig, vocab_size: int) -> int:
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
-    """Training FLOPs a token, forward and backward: 6 N + 12 L D T (Chowdhery et al., arXiv 2204.02311).
+    """Training FLOPs a token, forward and backward: 6 N + 12 L D T (PaLM, arXiv 2204.02311).
 
     N counts the matrices that a token is multiplied with, so not the input embedding.
     """

@@ -1,0 +1,283 @@
+"""The run directory: who may go on with it, and what it tells people and scripts.
+
+Rank 0 alone writes. Rows are durable before a checkpoint of their step is, and resuming cuts what
+lies after it, so that each step stands in the files once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from checkpoint import checkpoint_paths, readable_checkpoints, remove_leftovers
+from config import (
+    Config,
+    ConfigError,
+    UserError,
+    build_config,
+    changes,
+    dump_toml,
+    read_toml,
+    resolve_path,
+    write_atomically,
+)
+from dataset import fingerprint, read_manifest
+from distributed import World
+from tokenizer import Tokenizer
+
+ACCEPT_CHANGES = "--accept-changes"
+
+# Dense bfloat16 FLOP/s by the makers' datasheets; the first name found in the device's wins.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+}
+
+
+def device_peak(device: torch.device) -> float | None:
+    """Dense bfloat16 FLOP/s of a GPU; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory of this process so far, in GB: the GPU's, or on a CPU the resident set."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Inputs(NamedTuple):
+    """What training needs to know of its inputs; read by one rank and handed to the others."""
+
+    manifest: dict[str, Any]
+    vocab_size: int
+    tokenizer_sha256: str
+    byte_lengths: np.ndarray
+
+
+def open_run(directory: Path, config: Config, accept_changes: bool) -> Inputs:
+    """Checks the inputs and the run directory against each other, and claims the directory.
+
+    Raises:
+        UserError: an input is missing or does not fit, the run was started with keys that may not
+            change or need consent, or the directory can't be written. Nothing is changed then.
+    """
+    if config.train.init_from == "resume":
+        raise ConfigError(
+            "train.init_from=resume: resuming is automatic, run the same command again;"
+            " init_from takes another run or checkpoint to start a new run from"
+        )
+    tokenizer = Tokenizer(resolve_path(config.tokenizer.path))
+    if tokenizer.vocab_size != config.tokenizer.vocab_size:
+        raise ConfigError(
+            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}, but {tokenizer.path} has"
+            f" {tokenizer.vocab_size} pieces; make them agree"
+        )
+    manifest = read_manifest(resolve_path(config.data.dir), tokenizer.sha256)
+    started = directory / "config.toml"
+    if checkpoint_paths(directory) and started.exists():
+        _check_changes(build_config(read_toml(started)), config, accept_changes)
+    _check_identity(directory, tokenizer.sha256, fingerprint(manifest))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(directory)
+        write_atomically(started, dump_toml(config).encode())
+        write_atomically(directory / "tokenizer.model", tokenizer.path.read_bytes())
+    except OSError as error:
+        raise UserError(
+            f"{directory}: the run directory can't be written: {error.strerror}; set train.out_dir"
+        ) from None
+    return Inputs(manifest, tokenizer.vocab_size, tokenizer.sha256, tokenizer.byte_lengths())
+
+
+def _check_changes(old: Config, new: Config, accept_changes: bool) -> None:
+    """Holds the keys of a resumed run against those it was started with."""
+    found = changes(old, new)
+    if found["refused"]:
+        raise ConfigError(
+            f"this run can't resume with {'; '.join(found['refused'])}: it would be another run;"
+            " set another train.out_dir"
+        )
+    if found["consent"] and not accept_changes:
+        raise ConfigError(
+            f"this run was started otherwise: {'; '.join(found['consent'])};"
+            f" to go on with the new values add {ACCEPT_CHANGES}"
+        )
+    for change in found["consent"]:
+        print(f"accepted: {change}")
+
+
+def _check_identity(directory: Path, tokenizer_sha256: str, dataset: str) -> None:
+    """Refuses to resume on another tokenizer or dataset than the newest checkpoint's."""
+    for checkpoint in readable_checkpoints(directory):
+        if checkpoint.manifest["tokenizer_sha256"] != tokenizer_sha256:
+            raise UserError(f"{directory}: the run was trained with another tokenizer")
+        if checkpoint.manifest["dataset"] != dataset:
+            raise UserError(
+                f"{directory}: the run was trained on another dataset; set data.dir to it, or start"
+                " a new run with train.init_from"
+            )
+        return
+
+
+class RunLog:
+    """Rows and console of a run; on ranks other than 0 every method does nothing."""
+
+    def __init__(
+        self, directory: Path, world: World, max_steps: int, flops_per_token: float
+    ) -> None:
+        self.directory = directory
+        self.enabled = world.rank == 0
+        self.device = world.device
+        self.max_steps = max_steps
+        peak = device_peak(world.device)
+        self.peak_tokens_per_second = peak * world.size / flops_per_token if peak else None
+        self.files: dict[str, Any] = {}
+
+    def start(self, step: int, hours: float) -> None:
+        """Opens the files, cut to what came before step, and starts the clocks."""
+        self.started = time.monotonic() - 3600 * hours
+        self.mark, self.tokens, self.steps = time.monotonic(), 0, 0
+        if self.enabled:
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                cut_rows(self.directory / name, step)
+                self.files[name] = open(self.directory / name, "a", encoding="utf-8")  # noqa: SIM115
+        shown = self.enabled and sys.stderr.isatty()
+        self.bar = tqdm(total=self.max_steps, initial=step, unit="step", disable=not shown)
+
+    @property
+    def hours(self) -> float:
+        """Hours of training, added up over the jobs of the run."""
+        return (time.monotonic() - self.started) / 3600
+
+    def count(self, tokens: int) -> None:
+        """Counts a step and its tokens towards the throughput."""
+        self.tokens += tokens
+        self.steps += 1
+        self.bar.update()
+
+    def training_row(self, row: dict[str, Any]) -> None:
+        """Adds time, throughput and memory to a step's row, writes and prints it."""
+        elapsed = time.monotonic() - self.mark
+        row |= {"hours": self.hours, "tokens_per_second": self.tokens / elapsed}
+        if self.peak_tokens_per_second:
+            row["mfu"] = row["tokens_per_second"] / self.peak_tokens_per_second
+        row["memory_gb"] = memory_gb(self.device)
+        seconds_left = elapsed / self.steps * (self.max_steps - row["step"])
+        self.row(row)
+        self.say(describe_training(row, self.max_steps, seconds_left))
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what came before (logging, evaluation, saving) out of the throughput."""
+        self.mark, self.tokens, self.steps = time.monotonic(), 0, 0
+
+    def row(self, row: dict[str, Any], file: str = "metrics.jsonl") -> None:
+        """Appends a row to one of the run's files."""
+        if self.enabled:
+            self.files[file].write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.files[file].flush()
+
+    def say(self, text: str) -> None:
+        """Prints a line, above the progress bar if there is one."""
+        if self.enabled:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def sync(self) -> None:
+        """Makes all rows so far durable."""
+        for file in self.files.values():
+            os.fsync(file.fileno())
+
+    def status(self, state: str, reason: str | None, step: int) -> None:
+        """Writes status.json, the contract for scripts: torchrun turns every exit code into 1.
+
+        Args:
+            state: running, finished, stopped or failed.
+            reason: why it ended: stop_at_step, early_stop, non_finite or error; else None.
+        """
+        if not self.enabled:
+            return
+        status = {
+            "state": state,
+            "reason": reason,
+            "step": step,
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "requeue": False,
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_atomically(self.directory / "status.json", (json.dumps(status) + "\n").encode())
+
+    def end(self, reason: str, step: int) -> None:
+        """Records and says that the run ended in order."""
+        state = "stopped" if reason == "stop_at_step" else "finished"
+        self.status(state, None if reason == "max_steps" else reason, step)
+        told = {"early_stop": " early, no new best", "stop_at_step": " as asked"}.get(reason, "")
+        self.say(f"{state}{told} at step {step}: {self.directory}")
+
+    def close(self) -> None:
+        """Closes the files and the progress bar."""
+        self.bar.close()
+        for file in self.files.values():
+            file.close()
+
+
+def cut_rows(path: Path, step: int) -> None:
+    """Cuts a file of rows behind the last whole one whose step is not above step."""
+    if not path.exists():
+        return
+    keep = 0
+    with open(path, "rb+") as file:
+        for line in file:
+            try:
+                inside = line.endswith(b"\n") and json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError):  # torn by a crash
+                inside = False
+            if not inside:
+                break
+            keep += len(line)
+        file.truncate(keep)
+
+
+def describe_training(row: dict[str, Any], max_steps: int, seconds_left: float) -> str:
+    """A training row as a line for people."""
+    parts = [
+        f"step {row['step']}/{max_steps}",
+        f"loss {row['loss']:.4f}",
+        f"lr {row['learning_rate']:.2e}",
+        f"grad norm {row['grad_norm']:.2f}",
+        f"{row['tokens_per_second']:,.0f} tok/s",
+        *([f"MFU {100 * row['mfu']:.1f}%"] if "mfu" in row else []),
+        f"{row['memory_gb']:.2f} GB",
+        f"{describe_seconds(seconds_left)} left",
+    ]
+    return " | ".join(parts)
+
+
+def describe_seconds(seconds: float) -> str:
+    """A duration as 45s, 3m10s or 5h02m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
