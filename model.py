@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -135,6 +136,7 @@ class Context:
     """What attention needs when generating: where the tokens stand and what came before."""
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int):
+        assert length <= cache.keys.shape[3], "the cache is shorter than length"
         self.cache = cache
         self.positions = positions
         self.length = length
@@ -151,8 +153,17 @@ class Llama(nn.Module):
         self.vocab_size = vocab_size
         self.model = Decoder(config, vocab_size)
         self.lm_head = nn.Linear(config.dim, vocab_size, bias=False)
-        if config.tie_embeddings:
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Llama:
+        """Moves and casts; the embeddings stay one where new memory (to_empty) would part them."""
+        super()._apply(*args, **kwargs)
+        self._tie()
+        return self
 
     def forward(
         self,
@@ -162,6 +173,7 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         length: int = 0,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, T, V), or with targets the *sum* of the losses in nats (float32 scalar).
 
@@ -171,6 +183,8 @@ class Llama(nn.Module):
             cache: keys and values of earlier tokens; the current ones are added at `positions`.
             positions: place of each token in its sequence (B, T); with a cache only.
             length: cached entries to attend over, above every position; with a cache only.
+            only: the one token of each row (B,) whose logits are wanted (B, 1, V): those of a long
+                prompt would take gigabytes.
         """
         context = None
         if cache is None:
@@ -181,6 +195,8 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
             x = layer(x, rotary, context)
+        if only is not None:
+            x = x[torch.arange(len(x), device=x.device), only][:, None]
         logits = self.lm_head(self.model.norm(x))
         if targets is None:
             return logits

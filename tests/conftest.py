@@ -1,0 +1,57 @@
+"""What tests share: the repository on the import path, and a small real tokenizer."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> Path:
+    """A SentencePiece model of 600 pieces, trained on a little of the standard library."""
+    import corpus
+    from config import DataConfig
+
+    data = DataConfig()
+    texts = (document.text for document in corpus.read(corpus.plan(data)[0], data))
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line for text in texts for line in text.split("\n")),
+        model_prefix=str(prefix),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_digits=True,
+        minloglevel=2,
+    )
+    return prefix.with_suffix(".model")
+
+
+@pytest.fixture(scope="session")
+def dataset(tiny_tokenizer, tmp_path_factory) -> Path:
+    """A dataset that prepare.py made of a few modules: about 60,000 tokens, 3% of them validation."""
+    from training import ENVIRONMENT
+
+    directory = tmp_path_factory.mktemp("dataset")
+    source = Path(sysconfig.get_paths()["stdlib"]) / "json"
+    more = Path(sysconfig.get_paths()["stdlib"]) / "email"
+    arguments = [
+        f'--data.sources=["{source}", "{more}"]',
+        "--data.val_fraction=0.2",
+        f"--data.dir={directory}",
+        f"--tokenizer.path={tiny_tokenizer}",
+        "--tokenizer.vocab_size=600",
+    ]
+    program = [sys.executable, str(ROOT / "prepare.py"), *arguments]
+    subprocess.run(program, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    return directory

@@ -1,0 +1,170 @@
+"""Protects the configuration: what ships loads, mistakes are named, and the README can't go stale."""
+
+import ast
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import tomli
+
+from config import (
+    SENTENCEPIECE_OPTIONS,
+    ConfigError,
+    build_config,
+    changes,
+    dump_toml,
+    load_config,
+    markdown_table,
+    read_toml,
+    resolve_path,
+)
+from model import parameter_count
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted((ROOT / "config").glob("*.toml"))
+# Llama 2's from its weights, TinyLlama's from its card; 110M is llama2.c's shape counted by hand:
+# 32,000 x 768 tied, 12 blocks of 4 x 768^2 + 3 x 768 x 2,048 + 2 x 768, and the last norm.
+PUBLISHED = {
+    "llama_110m": 32_000 * 768 + 12 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768) + 768,
+    "llama_1b": 1_100_048_384,
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_files_load_and_round_trip(path):
+    config = build_config(read_toml(path))
+    assert build_config(tomli.loads(dump_toml(config))) == config
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameter_counts_are_the_published_ones(name):
+    config = build_config(read_toml(ROOT / "config" / f"{name}.toml"))
+    assert parameter_count(config.model, config.tokenizer.vocab_size) == PUBLISHED[name]
+
+
+def test_precedence_and_overrides(tmp_path):
+    file = tmp_path / "a.toml"
+    file.write_text("[train]\nseed = 5\nmax_steps = 7\n[tokenizer]\nsplit_digits = false\n")
+    given = ["--train.seed=6", "--train.out_dir=out/x y", "--data.sources=['a', \"b\"]"]
+    config, flags = load_config([str(file), *given, "--go"], usage="", flags={"--go": "go on"})
+    assert (config.train.seed, config.train.max_steps) == (6, 7)
+    assert config.train.out_dir == "out/x y"
+    assert config.data.sources == ["a", "b"]
+    assert config.train.log_interval == 10  # the default
+    assert config.tokenizer.options == {"split_digits": False}
+    assert flags == {"--go"}
+    assert load_config(["--train.out_dir=123"], usage="")[0].train.out_dir == "123"
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--train.max_step=5", ["train.max_step", "did you mean train.max_steps?"]),
+        ("--trian.max_steps=5", ["did you mean train.max_steps?"]),
+        ("--train.learning_rate=1", ["did you mean optimizer.learning_rate?"]),
+        ("--train.max_steps=many", ["train.max_steps", "whole number", "'many'"]),
+        ("--train.max_steps=1.5", ["train.max_steps", "whole number", "1.5"]),
+        ("--train.max_steps=true", ["train.max_steps", "whole number"]),
+        ("--train.max_steps=-1", ["train.max_steps", "at least 0"]),
+        ("--optimizer.learning_rate=nan", ["optimizer.learning_rate", "finite"]),
+        ("--optimizer.schedule=cosin", ["cosine", "wsd", "did you mean cosine?"]),
+        ("--model.dim=250", ["model.dim", "model.n_heads"]),
+        ("--model.n_kv_heads=5", ["model.n_kv_heads"]),
+        ("--data.seq_len=999999", ["data.seq_len", "model.max_seq_len"]),
+        ("--tokenizer.vocab_size=70000", ["tokenizer.vocab_size", "65,536"]),
+        ("--tokenizer.vocab_sise=7", ["did you mean tokenizer.vocab_size?"]),
+        ("--tokenizer.split_digit=true", ["did you mean tokenizer.split_digits?"]),
+        ("--data.document=rows", ["data.document", "blank_line"]),
+        ("--data.sources=a.txt", ["data.sources", "list of strings"]),
+        ("--train.seed", ["lacks a value"]),
+        ("--forced", ["--forced"]),
+        ("nothing.toml", ["nothing.toml", "tiny"]),
+    ],
+)
+def test_mistakes_are_one_line_with_the_nearest_name(argument, words):
+    with pytest.raises(ConfigError) as error:
+        load_config([str(ROOT / "config/tiny.toml"), argument], usage="", flags={"--force": ""})
+    assert "\n" not in str(error.value)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_both_lengths_are_refused():
+    with pytest.raises(ConfigError, match=r"train\.max_steps .* and train\.epochs"):
+        build_config({"train": {"max_steps": 5, "epochs": 1}})
+
+
+def test_paths_expand_and_start_at_the_repository(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch/me")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert resolve_path("$SCRATCH/run") == Path("/scratch/me/run")
+    assert resolve_path("out/run") == ROOT / "out/run"
+    assert resolve_path("~/run") == Path.home() / "run"
+    with pytest.raises(ConfigError, match="NOWHERE"):
+        resolve_path("$NOWHERE/run")
+
+
+def test_changes_are_sorted_by_their_rule():
+    old, new = build_config({}), build_config({})
+    new.train.log_interval, new.optimizer.learning_rate, new.train.seed = 1, 1.0, 2
+    found = changes(old, new)
+    assert found["free"] == ["train.log_interval: 10 -> 1"]
+    assert found["consent"] == ["optimizer.learning_rate: 0.0006 -> 1.0"]
+    assert found["refused"] == ["train.seed: 1337 -> 2"]
+
+
+def test_readme_holds_the_table_of_keys():
+    assert markdown_table() in (ROOT / "README.md").read_text(), "paste what `python config.py` prints"
+
+
+def test_passed_on_options_are_sentencepieces_own():
+    known = sentencepiece.SentencePieceTrainer.train
+    for option in SENTENCEPIECE_OPTIONS:  # an unknown option is refused before a missing input
+        with pytest.raises((OSError, RuntimeError, ValueError)) as error:
+            known(input="/nonexistent", model_prefix="/nonexistent/x", **{option: "0"})
+        assert "unknown field" not in str(error.value).lower(), option
+
+
+@pytest.mark.parametrize("program", ["rocket", "prepare", "train_tokenizer", "sample"])
+def test_help_of_every_program(program):
+    command = [sys.executable, str(ROOT / f"{program}.py"), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert program == "sample" or "--data.text_column" in done.stdout
+
+
+LIBRARIES = {
+    "config": set(),
+    "model": {"config"},
+    "tokenizer": {"config"},
+    "corpus": {"config"},
+    "dataset": {"config", "model"},
+    "optimizer": {"config"},
+    "distributed": {"config"},
+    "checkpoint": {"config", "distributed"},
+    "run": {"checkpoint", "config", "dataset", "distributed", "tokenizer"},
+}
+
+
+def test_imports_point_one_way():
+    """config <- libraries <- programs, and model.py knows nothing of distribution or files."""
+    ours = {path.stem for path in ROOT.glob("*.py")}
+    for path in ROOT.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        allowed = LIBRARIES.get(path.stem, set(LIBRARIES))
+        assert imported & ours <= allowed, f"{path.name} imports {imported & ours - allowed}"
+        if path.stem == "model":
+            assert not {"torch.distributed", "pathlib", "os"} & imported
+
+
+def test_every_key_is_described():
+    for section in dataclasses.fields(build_config({})):
+        for key in dataclasses.fields(getattr(build_config({}), section.name)):
+            assert key.metadata["help"], key.name

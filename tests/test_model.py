@@ -1,0 +1,237 @@
+"""Protects the model: it is Llama 2 (transformers is the reference), sees no future, starts from
+weights that seed and name alone determine, and generates the same with and without its cache."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from config import ModelConfig
+from model import (
+    IGNORE,
+    KVCache,
+    Llama,
+    flops_per_token,
+    initial_weight,
+    parameter_count,
+)
+
+VOCAB = 64
+SMALL = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=48, max_seq_len=32)
+SHAPES = {
+    "MHA": SMALL,
+    "GQA": dataclasses.replace(SMALL, n_kv_heads=2),
+    "MQA": dataclasses.replace(SMALL, n_kv_heads=1),
+    "tied": dataclasses.replace(SMALL, tie_embeddings=True),
+    "GQA tied": dataclasses.replace(SMALL, n_kv_heads=2, tie_embeddings=True),
+    "other constants": dataclasses.replace(SMALL, rope_theta=500.0, norm_eps=1e-2),
+    # Llama 2 70B with its 8 query heads to a key head, 3.5 dim in the feed-forward, at 1/64 width
+    "Llama 2": ModelConfig(
+        dim=128, n_layers=4, n_heads=16, n_kv_heads=2, ffn_dim=448, max_seq_len=4096
+    ),
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """So small a model is slowed down by more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=SHAPES)
+def config(request):
+    return SHAPES[request.param]
+
+
+def build(config, seed=0, scale=1.0):
+    """A model with its initial weights; a larger scale makes attention and logits less uniform."""
+    model = Llama(config, VOCAB)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weight = initial_weight(name, parameter.shape, config, seed, torch.device("cpu"))
+            parameter.copy_(weight * scale if weight.ndim == 2 else weight + 0.1)
+    return model
+
+
+def tokens_of(*shape, seed=0):
+    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def reference(model):
+    """The same weights in transformers' LlamaForCausalLM, moved without renaming."""
+    transformers = pytest.importorskip("transformers")
+    c = model.config
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=c.dim,
+            intermediate_size=c.ffn_dim,
+            num_hidden_layers=c.n_layers,
+            num_attention_heads=c.n_heads,
+            num_key_value_heads=c.n_kv_heads,
+            max_position_embeddings=c.max_seq_len,
+            rms_norm_eps=c.norm_eps,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+            tie_word_embeddings=c.tie_embeddings,
+        )
+    )
+    theirs.load_state_dict(model.state_dict(), strict=True)
+    return theirs
+
+
+def assert_close(ours, theirs):
+    """Within 1e-4 of the largest, the project's bound (measured: about 1e-6)."""
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+def test_logits_and_gradients_are_those_of_transformers(config):
+    model = build(config, scale=5.0)
+    theirs = reference(model)
+    tokens, targets = tokens_of(3, 17), tokens_of(3, 17, seed=1)
+    expected = theirs(input_ids=tokens).logits
+    assert_close(model(tokens), expected)
+
+    torch.nn.functional.cross_entropy(
+        expected.flatten(0, 1), targets.flatten(), reduction="sum"
+    ).backward()
+    model(tokens, targets).backward()
+    gradients = dict(theirs.named_parameters())
+    assert set(gradients) == {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, gradients[name].grad)
+
+
+def test_the_state_dict_comes_back_from_transformers(config):
+    model = build(config)
+    other = Llama(config, VOCAB)
+    other.load_state_dict(reference(model).state_dict(), strict=True)
+    tokens = tokens_of(2, 9)
+    assert torch.equal(model(tokens), other(tokens))
+
+
+@torch.no_grad()
+def test_a_token_never_changes_logits_before_it(config):
+    model = build(config, scale=5.0)
+    tokens = tokens_of(2, 16)
+    before = model(tokens)
+    for t in range(16):
+        changed = tokens.clone()
+        changed[:, t] = (changed[:, t] + 1) % VOCAB
+        after = model(changed)
+        assert torch.equal(after[:, :t], before[:, :t])
+        assert (after[:, t:] != before[:, t:]).any(-1).all()  # and reaches each one from it on
+
+
+def test_initial_loss_is_the_log_of_the_vocabulary():
+    vocab_size = 4096
+    config = ModelConfig(dim=256, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=768, max_seq_len=64)
+    model = Llama(config, vocab_size)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(
+                initial_weight(name, parameter.shape, config, 1337, torch.device("cpu"))
+            )
+        tokens = torch.randint(vocab_size, (4, 65), generator=torch.Generator().manual_seed(0))
+        loss = model(tokens[:, :-1], tokens[:, 1:]) / tokens[:, 1:].numel()
+    assert abs(loss.item() - math.log(vocab_size)) < 0.1
+
+
+def test_initial_weights_are_a_pure_function_of_seed_and_name():
+    cpu, shape = torch.device("cpu"), torch.Size((64, 64))
+    make = lambda name, seed: initial_weight(name, shape, SMALL, seed, cpu)  # noqa: E731
+    first = make("model.layers.0.self_attn.q_proj.weight", 1)
+    torch.manual_seed(99)
+    assert torch.equal(make("model.layers.0.self_attn.q_proj.weight", 1), first)
+    assert not torch.equal(make("model.layers.0.self_attn.q_proj.weight", 2), first)
+    assert not torch.equal(make("model.layers.1.self_attn.q_proj.weight", 1), first)
+    assert first.std().item() == pytest.approx(SMALL.init_std, rel=0.05)
+    residual = make("model.layers.0.mlp.down_proj.weight", 1)
+    assert residual.std().item() == pytest.approx(SMALL.init_std / 2, rel=0.05)  # 2 layers
+    assert torch.equal(
+        initial_weight("model.norm.weight", torch.Size((8,)), SMALL, 1, cpu), torch.ones(8)
+    )
+
+
+def test_loss_is_the_sum_over_trained_tokens():
+    model = build(SMALL)
+    tokens, targets = tokens_of(2, 8), tokens_of(2, 8, seed=1)
+    targets[0, 3:] = IGNORE
+    log_p = model(tokens).log_softmax(-1)
+    expected = -sum(
+        log_p[b, t, targets[b, t]] for b in range(2) for t in range(8) if targets[b, t] != IGNORE
+    )
+    loss = model(tokens, targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected)
+    assert model(tokens, torch.full_like(targets, IGNORE)).item() == 0.0
+
+
+def test_embeddings_stay_tied_on_their_way_from_the_meta_device():
+    config = SHAPES["tied"]
+    with torch.device("meta"):
+        model = Llama(config, VOCAB)
+    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+def test_parameter_counts():
+    by_hand = VOCAB * 32 * 2 + 2 * (4 * 32 * 32 + 3 * 32 * 48 + 2 * 32) + 32
+    assert parameter_count(SMALL, VOCAB) == by_hand
+    assert parameter_count(SHAPES["tied"], VOCAB) == by_hand - VOCAB * 32
+    llama2_7b = ModelConfig(dim=4096, n_layers=32, n_heads=32, n_kv_heads=32, ffn_dim=11_008)
+    assert parameter_count(llama2_7b, 32_000) == 6_738_415_616
+    llama2_70b = ModelConfig(dim=8192, n_layers=80, n_heads=64, n_kv_heads=8, ffn_dim=28_672)
+    assert parameter_count(llama2_70b, 32_000) == 68_976_648_192
+
+
+def test_flops_count_what_a_token_is_multiplied_with():
+    matrices = parameter_count(SMALL, VOCAB) - VOCAB * 32
+    assert flops_per_token(SMALL, VOCAB, 16) == 6 * matrices + 12 * 2 * 32 * 16
+    tied = flops_per_token(SHAPES["tied"], VOCAB, 16)
+    assert tied == flops_per_token(SMALL, VOCAB, 16)
+
+
+@torch.no_grad()
+def test_cached_logits_are_those_without_a_cache(config):
+    """A batch of unequal rows: a prompt in one pass, then the rest token by token."""
+    model = build(config, scale=5.0)
+    tokens, prompts, steps = tokens_of(3, 16), torch.tensor([2, 7, 4]), 6
+    cache = KVCache(config, 3, 7 + steps, torch.device("cpu"), torch.float32)
+    whole = model(tokens)
+    positions = torch.arange(7)[None].expand(3, -1)
+    logits = model(tokens[:, :7], cache=cache, positions=positions, length=7, only=prompts - 1)
+    rows = torch.arange(3)
+    torch.testing.assert_close(logits[:, 0], whole[rows, prompts - 1])
+    for step in range(steps):
+        position = prompts + step  # the tokens behind the shorter prompts are written over
+        logits = model(
+            tokens[rows, position][:, None],
+            cache=cache,
+            positions=position[:, None],
+            length=7 + step + 1,
+        )
+        torch.testing.assert_close(logits[:, 0], whole[rows, position])
+
+
+def test_the_cache_has_its_length():
+    model, cpu = build(SMALL), torch.device("cpu")
+    cache = KVCache(SMALL, 1, 4, cpu, torch.float32)
+    tokens, positions = tokens_of(1, 5), torch.arange(5)[None]
+    with pytest.raises(AssertionError, match="shorter"):
+        model(tokens, cache=cache, positions=positions, length=5)
+    with pytest.raises(IndexError):
+        model(tokens, cache=cache, positions=positions, length=4)
+
+
+def test_bfloat16_is_close():
+    model, tokens = build(SMALL, scale=5.0), tokens_of(2, 16)
+    expected = model(tokens)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(tokens)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()

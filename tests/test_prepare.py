@@ -1,0 +1,394 @@
+"""prepare.py makes the same bytes however it is run, and never takes half a dataset for one.
+
+Protected here, through the real command line: the bins and the manifest as DESIGN states them;
+equal shards for any number of workers and after a kill; what exists stays until its replacement is
+whole; each mistake is one line on stderr that names the place.
+"""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import corpus
+from config import DataConfig
+from tokenizer import Tokenizer
+
+VOCAB_SIZE = 600
+WORDS = "def return import for while with class yield lambda try except 🦙 é".split()
+
+
+def document(i: int) -> str:
+    """Some 400 bytes of text that no other number gives."""
+    return f"# {i}\r\n\t" + " ".join(WORDS[(i * 7 + j * j) % len(WORDS)] for j in range(80)) + "\n"
+
+
+@pytest.fixture
+def project(tmp_path, tiny_tokenizer):
+    """A directory with a corpus of 1,500 rows and a configuration that cuts it into many parts."""
+    rows = [document(i) for i in range(1500)] + ["", document(0)]
+    lines = [json.dumps({"text": row}) + "\n" for row in rows]
+    (tmp_path / "corpus.jsonl").write_text("".join(lines))
+    (tmp_path / "config.toml").write_text(
+        f"""
+        [tokenizer]
+        path = "{tiny_tokenizer}"
+        vocab_size = {VOCAB_SIZE}
+        [data]
+        sources = ["{tmp_path}/corpus.jsonl"]
+        dir = "{tmp_path}/data"
+        val_fraction = 0.1
+        test_fraction = 0.05
+        part_bytes = 50_000
+        workers = 2
+        """
+    )
+    return tmp_path
+
+
+def command(project, *arguments):
+    return [sys.executable, str(ROOT / "prepare.py"), f"{project}/config.toml", *arguments]
+
+
+def prepare(project, *arguments, **options):
+    return subprocess.run(
+        command(project, *arguments), capture_output=True, text=True, timeout=60, **options
+    )
+
+
+def prepared(project, *arguments):
+    result = prepare(project, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return result.stdout
+
+
+def refused(project, *arguments, **options):
+    """The one line with which a mistake is reported."""
+    result = prepare(project, *arguments, **options)
+    assert result.returncode == 1, (result.stdout, result.stderr)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("prepare.py: error: ")
+    return line
+
+
+def manifest(directory):
+    return json.loads((directory / "manifest.json").read_text())
+
+
+def digests(directory):
+    """Name and sha256 of every file of a dataset."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+def split_documents(directory, split, tokenizer):
+    """The documents of a split as read back from its bins."""
+    ids = np.concatenate(
+        [np.fromfile(path, dtype="<u2") for path in sorted(directory.glob(f"{split}-*.bin"))]
+    )
+    starts, stops = (np.flatnonzero(ids == i) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    assert starts[0] == 0
+    assert stops[-1] == len(ids) - 1
+    assert (starts[1:] == stops[:-1] + 1).all()  # back to back, BOS once a document
+    return [
+        tokenizer.decode(ids[start + 1 : stop]) for start, stop in zip(starts, stops, strict=True)
+    ]
+
+
+def test_bins_and_manifest_hold_the_corpus_exactly(project, tiny_tokenizer):
+    output = prepared(project)
+    directory, tokenizer = project / "data", Tokenizer(tiny_tokenizer)
+    data = DataConfig(val_fraction=0.1, test_fraction=0.05)
+    found = manifest(directory)
+    rows = [document(i) for i in [*range(1500), 0]]
+    for split in ("train", "val", "test"):
+        expected = [row for row in rows if corpus.split_of(row, data) == split]
+        assert split_documents(directory, split, tokenizer) == expected
+        entry = found["splits"][split]
+        assert entry["documents"] == len(expected)
+        assert entry["bytes"] == sum(len(row.encode()) for row in expected)
+        assert entry["tokens"] == sum(shard["tokens"] for shard in entry["shards"])
+        for i, shard in enumerate(entry["shards"]):
+            assert shard["file"] == f"{split}-{i:05d}.bin"
+            content = (directory / shard["file"]).read_bytes()
+            assert len(content) == 2 * shard["tokens"]
+            assert hashlib.sha256(content).hexdigest() == shard["sha256"]
+        assert f"{split}: {entry['tokens']:,} tokens" in output
+    assert found["version"] == 1
+    assert found["tokenizer"] == {
+        "sha256": hashlib.sha256(tiny_tokenizer.read_bytes()).hexdigest(),
+        "vocab_size": VOCAB_SIZE,
+        "bos_id": tokenizer.bos_id,
+        "eos_id": tokenizer.eos_id,
+    }
+    size = (project / "corpus.jsonl").stat().st_size
+    assert found["sources"] == [{"name": f"{project}/corpus.jsonl", "bytes": size}]
+    assert found["document"] == "auto"
+    assert found["split"] == {"seed": 0, "val_fraction": 0.1, "test_fraction": 0.05}
+    assert found["counts"] == {"read": 1502, "written": 1501, "dropped": {"empty": 1}}
+    shards = sum(len(entry["shards"]) for entry in found["splits"].values())
+    assert len(list(directory.iterdir())) == shards + 1  # nothing else is left
+
+
+def test_training_accepts_the_dataset(project, tiny_tokenizer):
+    dataset = pytest.importorskip("dataset")
+    prepared(project)
+    dataset.read_manifest(project / "data", Tokenizer(tiny_tokenizer).sha256)
+
+
+def test_shards_are_the_same_for_any_number_of_workers(project):
+    for workers in (1, 2, 3):
+        prepared(project, f"--data.workers={workers}", f"--data.dir={project}/{workers}")
+    assert len(digests(project / "1")) > 20
+    assert digests(project / "1") == digests(project / "2") == digests(project / "3")
+
+
+def wait_until(happens, process):
+    """Waits for an event in a running program, at most a minute."""
+    for _ in range(60_000):
+        if happens():
+            return
+        assert process.poll() is None, "the program ended before"
+        time.sleep(0.001)
+    raise AssertionError("did not happen")
+
+
+def workers_of(process):
+    path = f"/proc/{process.pid}/task/{process.pid}/children"
+    with open(path) as file:
+        return [int(pid) for pid in file.read().split()]
+
+
+def grow_corpus(project):
+    """A corpus that takes long enough to be killed in the middle."""
+    path = project / "corpus.jsonl"
+    path.write_text("".join(json.dumps({"text": document(i)}) + "\n" for i in range(6000)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_killed_run_goes_on_and_gives_the_same_shards(project):
+    grow_corpus(project)
+    prepared(project, f"--data.dir={project}/straight")
+    parts = project / "data" / "parts"
+    process = subprocess.Popen(command(project), stdout=subprocess.DEVNULL)
+    wait_until(lambda: len(list(parts.glob("part-*.json"))) > 2, process)
+    workers = workers_of(process)
+    process.kill()
+    process.wait()
+    assert not (project / "data" / "manifest.json").exists()
+    wait_for_end(workers)
+    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.bin")}
+    assert len(done) > 2
+    assert "parts are done already" in prepared(project)
+    assert digests(project / "data") == digests(project / "straight")
+
+
+def wait_for_end(pids):
+    """Workers of a killed program end on their own within seconds."""
+    end = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}/exe") for pid in pids):
+        assert time.monotonic() < end, "workers outlived the program"
+        time.sleep(0.01)
+
+
+def test_a_kill_while_shards_get_their_names_is_mended(project, monkeypatch):
+    import prepare as program
+
+    prepared(project, f"--data.dir={project}/straight")
+    publish, replace = program.publish, program.Path.replace
+    named = []
+
+    def stop_at_the_fifth(path, target):
+        named.append(target)
+        if len(named) == 5:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(program.Path, "replace", stop_at_the_fifth)
+        return publish(*arguments)
+
+    monkeypatch.setattr(program, "publish", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        program.main([f"{project}/config.toml"])
+    monkeypatch.undo()
+    assert len(list((project / "data").glob("*.bin"))) == 4
+    assert not (project / "data" / "manifest.json").exists()
+    prepared(project)
+    assert digests(project / "data") == digests(project / "straight")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_dead_worker_ends_the_run(project):
+    grow_corpus(project)
+    process = subprocess.Popen(
+        command(project), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    parts = project / "data" / "parts"
+    wait_until(lambda: list(parts.glob("part-*.json")), process)
+    workers = workers_of(process)
+    os.kill(workers[0], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert "a worker died (exit code -9) on part" in stderr
+    assert len(stderr.splitlines()) == 1
+    wait_for_end(workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_is_quiet(project):
+    grow_corpus(project)
+    process = subprocess.Popen(
+        command(project), stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    )
+    wait_until(lambda: list((project / "data" / "parts").glob("part-*.json")), process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    _, stderr = process.communicate(timeout=30)
+    assert (process.returncode, stderr) == (130, b"")
+
+
+def test_other_settings_start_over(project):
+    bad = project / "corpus.jsonl"
+    bad.write_text(bad.read_text() + "{\n")
+    refused(project)
+    assert list((project / "data" / "parts").glob("part-*.json"))
+    bad.write_text(bad.read_text().removesuffix("{\n"))
+    assert "starting over" in prepared(project, "--data.split_seed=1")
+    assert manifest(project / "data")["split"]["seed"] == 1
+
+
+def test_a_finished_dataset_is_up_to_date_and_never_overwritten_unasked(project):
+    prepared(project)
+    directory = project / "data"
+    before = digests(directory)
+    assert prepared(project, "--data.workers=1") == f"{directory}: up to date\n"
+
+    line = refused(project, "--data.val_fraction=0.2")
+    assert "holds another dataset: split was" in line
+    assert "--force prepares anew" in line
+    with open(project / "corpus.jsonl", "a") as file:
+        file.write('{"text": "one more"}\n')
+    assert f"source {project}/corpus.jsonl:" in refused(project)
+    assert digests(directory) == before
+
+    # A failed run with --force leaves the old dataset as it was; a good one leaves no old shard.
+    with open(project / "corpus.jsonl", "a") as file:
+        file.write('{"text": 5}\n')
+    assert "row 1504: 'text' is int" in refused(project, "--force")
+    shutil.rmtree(directory / "parts")
+    assert digests(directory) == before
+    (project / "corpus.jsonl").write_text('{"text": "small corpus"}\n' * 3)
+    prepared(project, "--force", "--data.val_fraction=0", "--data.test_fraction=0")
+    assert set(digests(directory)) == {"manifest.json", "train-00000.bin"}
+
+
+def test_verify_names_the_shard_that_is_damaged(project):
+    prepared(project)
+    assert "shards are as the manifest says" in prepared(project, "--verify")
+    path = project / "data" / "train-00003.bin"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    wrong = f"{path} has {len(content) - 1} bytes instead of {len(content)}"
+    assert wrong in refused(project, "--verify")
+    assert wrong in refused(project)
+    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    assert f"{path} is damaged" in refused(project, "--verify")
+    path.unlink()
+    assert f"{path} is missing" in refused(project, "--verify")
+    assert "run prepare.py" in refused(project, "--verify", f"--data.dir={project}/nothing")
+    (project / "data" / "manifest.json").write_text("{")
+    assert "manifest.json: damaged" in refused(project)
+
+
+def mistakes(project):
+    """Name, files to write, overrides, and what the line on stderr says."""
+    row = json.dumps({"text": document(1)}) + "\n"
+    return {
+        "missing file": ({}, ["--data.sources=['corpos.jsonl']"], "corpos.jsonl: no such file"),
+        "no match": ({}, [f"--data.sources=['{project}/*.csv']"], "no file matches"),
+        "empty corpus": ({"corpus.jsonl": ""}, [], "the corpus holds no text: 0 documents"),
+        "only empty texts": ({"corpus.jsonl": '{"text": ""}\n'}, [], "1 documents, all empty"),
+        "bad row": ({"corpus.jsonl": row * 900 + "{\n" + row * 900}, [], "corpus.jsonl, row 901: "),
+        "no column": ({}, ["--data.text_column=body"], "row 1: no column 'body'; set"),
+        "too large": ({}, ["--data.max_document_bytes=50"], "row 1: a document above"),
+        "empty split": (
+            {"corpus.jsonl": row * 20},
+            [],
+            " split is empty: none of 20 documents fell into it",
+        ),
+        "other size": ({}, ["--tokenizer.vocab_size=601"], "has 600 pieces, but"),
+        "too many": ({}, ["--tokenizer.vocab_size=70000"], "above 65,536"),
+        "no tokenizer": ({}, [f"--tokenizer.path={project}/no.model"], "no.model: No such file"),
+        "no model": (
+            {"bad.model": "text"},
+            [f"--tokenizer.path={project}/bad.model"],
+            "not a SentencePiece model",
+        ),
+        "typo": ({}, ["--data.worker=2"], "did you mean data.workers?"),
+        "unwritable": ({}, ["--data.dir=/proc/nothing/data"], "can't write /proc/nothing/data"),
+        "not ours": ({"data/parts/mine.txt": "mine"}, [], "can't write"),
+    }
+
+
+@pytest.mark.parametrize("name", list(mistakes("")))
+def test_a_mistake_is_one_line(project, name):
+    files, overrides, message = mistakes(project)[name]
+    for file, content in files.items():
+        (project / file).parent.mkdir(parents=True, exist_ok=True)
+        (project / file).write_text(content)
+    assert message in refused(project, *overrides)
+    assert not (project / "data" / "manifest.json").exists()
+
+
+def test_text_that_is_not_utf8_names_file_and_row(project):
+    rows = [document(i).encode() for i in range(500)]
+    rows[123] = b"caf\xe9\n"
+    (project / "corpus.txt").write_bytes(b"".join(rows).replace(b"\r\n", b" "))
+    arguments = [f"--data.sources=['{project}/corpus.txt']", "--data.document=line"]
+    assert f"{project}/corpus.txt, row 124: not UTF-8 (byte 0xe9)" in refused(project, *arguments)
+    prepared(project, *arguments, "--data.errors=replace")
+
+
+def test_a_full_disk_is_named_and_leaves_no_dataset(project):
+    def limit_files():  # stands for a disk that is full: writing fails in the middle of a file
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    line = refused(project, preexec_fn=limit_files)
+    assert f"can't write {project}/data" in line
+    assert not (project / "data" / "manifest.json").exists()
+    assert not list((project / "data").rglob("*.tmp"))
+    prepared(project)
+
+
+def test_a_tokenizer_without_room_in_uint16_is_refused_before_any_work(project, tiny_tokenizer):
+    model = tiny_tokenizer.read_bytes()
+    for i in range(65_537 - VOCAB_SIZE):  # messages merge: pieces are field 1, their text field 1
+        piece = b"\x0a" + bytes([len(b"<%d>" % i)]) + b"<%d>" % i + b"\x18\x03"
+        model += b"\x0a" + bytes([len(piece)]) + piece
+    (project / "large.model").write_bytes(model)
+    assert "65537 pieces" in refused(project, f"--tokenizer.path={project}/large.model")
+    assert not (project / "data").exists()
+
+
+def test_short_documents_are_warned_of(project):
+    assert "warning" not in prepared(project)
+    (project / "corpus.txt").write_text("".join(f"line {i}\n" for i in range(1000)))
+    arguments = [f"--data.sources=['{project}/corpus.txt']", f"--data.dir={project}/lines"]
+    assert "warning: the median document has" in prepared(
+        project, *arguments, "--data.document=line"
+    )
+
+
+def test_the_main_program_does_without_torch():
+    code = "import prepare, sys; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,321 @@
+"""Protects training: the loss is the same however it is spread, resuming changes nothing, every
+mistake is one line, and every rank stops together. Real processes throughout."""
+
+import json
+import math
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from training import (
+    assert_identical,
+    error_of,
+    losses,
+    overrides,
+    rocket,
+    rows,
+    run_many,
+    status,
+    steps_kept,
+    tensors,
+)
+
+from config import build_config, read_toml
+from tokenizer import Tokenizer
+
+
+@pytest.fixture
+def run(dataset, tiny_tokenizer, tmp_path):
+    """The arguments of a run in a directory of its own; keywords change keys."""
+
+    def arguments(name="run", **values):
+        return overrides(dataset, tiny_tokenizer, tmp_path / name, **values)
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tiny_tokenizer, tmp_path_factory):
+    """A finished run of 20 steps; copy it before changing it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    done = rocket(overrides(dataset, tiny_tokenizer, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+SPREADS = {  # name: ranks, strategy
+    "ddp2": (2, "ddp"),
+    "fsdp2": (2, "fsdp"),
+    "ddp3": (3, "ddp"),
+}
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_losses_match_the_single_process(spread, run, tmp_path, finished):
+    """20 float32 steps within 1e-4, with and without accumulation; 10 sequences don't divide by 3."""
+    ranks, strategy = SPREADS[spread]
+    done = run_many(
+        [
+            run("plain", parallel__strategy=strategy, train__micro_batch_size=10),
+            run("accumulated", parallel__strategy=strategy, train__micro_batch_size=1),
+        ],
+        ranks,
+    )
+    assert done.returncode == 0, done.stderr
+    for name in ("plain", "accumulated"):
+        assert len(losses(tmp_path / name)) == 20
+        assert np.abs(np.subtract(losses(tmp_path / name), losses(finished))).max() < 1e-4
+        ours, theirs = rows(tmp_path / name)[-1], rows(finished)[-1]
+        assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-4)
+        assert ours["val_bits_per_byte"] == pytest.approx(theirs["val_bits_per_byte"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_resumed_training_is_bit_identical(ranks, strategy, run, tmp_path):
+    """40 steps straight against 20, a new process, 20 more: weights, optimizer, metrics."""
+    options = {"train__max_steps": 40, "parallel__strategy": strategy}
+    straight, halved = run("straight", **options), run("halved", **options)
+    first = run_many([straight, [*halved, "--train.stop_at_step=20"]], ranks)
+    assert first.returncode == 0, first.stderr
+    assert status(tmp_path / "halved")["reason"] == "stop_at_step"
+    second = rocket(halved, ranks)
+    assert second.returncode == 0, second.stderr
+    assert "resuming from step 20" in second.stdout
+    assert [row["step"] for row in rows(tmp_path / "halved") if "loss" in row] == [*range(1, 41)]
+    assert_identical(tmp_path / "straight", tmp_path / "halved")
+
+
+def test_resuming_on_other_ranks_and_strategies(run, finished, tmp_path):
+    """1 process to FSDP2 on 2, to DDP on 3: same batches, losses within 1e-4."""
+    changing = {"train__max_steps": 60}
+    reference = run_many([run("reference", **changing)])
+    assert reference.returncode == 0, reference.stderr
+    for ranks, strategy, stop in ((1, "ddp", 20), (2, "fsdp", 40), (3, "ddp", 0)):
+        options = {"parallel__strategy": strategy, "train__stop_at_step": stop, **changing}
+        done = rocket(run("moving", **options), ranks)
+        assert done.returncode == 0, done.stderr
+    differences = np.subtract(losses(tmp_path / "moving"), losses(tmp_path / "reference"))
+    assert len(differences) == 60
+    assert np.abs(differences).max() < 1e-4
+
+
+def test_what_a_finished_run_leaves(finished):
+    assert status(finished)["state"] == "finished"
+    assert build_config(read_toml(finished / "config.toml")).train.max_steps == 20
+    training = [row for row in rows(finished, timings=True) if "loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 21))
+    assert all(row["tokens"] == row["step"] * 320 for row in training)
+    needed = {"hours", "learning_rate", "grad_norm", "tokens_per_second"}
+    assert all(needed <= row.keys() for row in training)
+    evaluations = [row for row in rows(finished) if "val_loss" in row]
+    assert [row["step"] for row in evaluations] == [10, 20]
+    for row in evaluations:
+        assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
+    assert losses(finished)[-1] < losses(finished)[0]
+    samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    assert [(s["step"]) for s in samples] == [10, 10, 20, 20]
+    assert samples[0]["truth"] == samples[2]["truth"]
+    assert samples[0]["prediction"] != samples[2]["prediction"]
+
+
+def test_initial_loss_is_that_of_a_uniform_guess(finished):
+    assert losses(finished)[0] == pytest.approx(math.log(600), abs=0.1)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(run, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    again = rocket(run())
+    assert again.returncode == 0, again.stderr
+    assert "finished at step 20" in again.stdout
+    assert_identical(finished, tmp_path / "run")
+
+
+def test_a_kill_between_checkpoints_repeats_no_row(run, finished, tmp_path):
+    """Rows after the last checkpoint, the last one torn, are cut and written anew."""
+    halfway = rocket(run(train__stop_at_step=10))
+    assert halfway.returncode == 0, halfway.stderr
+    with open(tmp_path / "run" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 11, "loss": 9.0}\n{"step": 12, "los')
+    assert rocket(run()).returncode == 0
+    assert_identical(finished, tmp_path / "run")
+
+
+def test_damaged_checkpoints_are_passed_over_or_stop_the_run(run, finished, tmp_path):
+    """In a world of 2: the newest cut in half falls back; all damaged is an error, nothing lost."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    for kept, step in enumerate((20, 10)):
+        weights = out / "checkpoints" / f"step_{step:08d}" / "model-00000.bin"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        before = sorted(p.name for p in (out / "checkpoints").iterdir())
+        done = rocket(run(train__stop_at_step=10), ranks=2)
+        if kept == 0:
+            assert done.returncode == 0, done.stderr
+            assert "passed over" in done.stderr
+            assert str(weights) in done.stderr
+        else:
+            assert "no checkpoint verifies" in error_of(done)
+            assert sorted(p.name for p in (out / "checkpoints").iterdir()) == before
+
+
+def test_falling_back_ends_in_the_same_bits(run, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    manifest = out / "checkpoints" / "step_00000020" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-1])
+    done = rocket(run())
+    assert done.returncode == 0, done.stderr
+    assert "resuming from step 10" in done.stdout
+    assert_identical(finished, out)
+
+
+def test_keys_that_may_not_change(run, finished, tmp_path):
+    """Refused keys name themselves; consent keys need the flag; free keys pass."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert "train.seed: 1337 -> 1" in error_of(rocket(run(train__seed=1)))
+    longer = run(train__max_steps=25, train__log_interval=5, train__micro_batch_size=3)
+    message = error_of(rocket(longer))
+    assert "train.max_steps: 20 -> 25" in message
+    assert "--accept-changes" in message
+    assert_identical(finished, out)
+    accepted = rocket([*longer, "--accept-changes"])
+    assert accepted.returncode == 0, accepted.stderr
+    assert "accepted: train.max_steps: 20 -> 25" in accepted.stdout
+    assert status(out)["step"] == 25
+
+
+def test_keeping_the_last_and_the_best(run, tmp_path):
+    """A learning rate that ruins the model late: the best weights stay, without their optimizer."""
+    options = {"checkpoint__interval": 5, "train__eval_interval": 5, "checkpoint__keep_last": 1}
+    first = rocket(run(train__stop_at_step=10, **options))
+    assert first.returncode == 0, first.stderr
+    worse = [*run(**options), "--optimizer.learning_rate=0.5", "--accept-changes"]
+    done = rocket(worse)
+    assert done.returncode == 0, done.stderr
+    assert steps_kept(tmp_path / "run") == {10: False, 20: True}
+    assert set(tensors(tmp_path / "run")) > {"optimizer:lm_head.weight/exp_avg"}
+
+
+def test_early_stopping(run, tmp_path):
+    done = rocket(run(optimizer__learning_rate=0, train__eval_interval=2, train__patience=3))
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "run")["reason"] == "early_stop"
+    assert status(tmp_path / "run")["step"] == 8  # the first evaluation is the best
+
+
+def test_epochs_set_the_length(run, tmp_path, dataset):
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    windows = (manifest["splits"]["train"]["tokens"] - 1) // 64
+    options = {"train__max_steps": 0, "train__epochs": 0.1, "data__seq_len": 64}
+    done = rocket(run(train__log_interval=1000, **options))
+    assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "run")["step"] == math.ceil(0.1 * windows / 10)
+
+
+def test_init_from_starts_anew_with_old_weights(run, finished, tmp_path, tiny_tokenizer):
+    """From a run; with a grown tokenizer the new rows are the mean; resume is explained."""
+    done = rocket(run("same", train__init_from=finished, optimizer__learning_rate=0))
+    assert done.returncode == 0, done.stderr
+    before, after = tensors(finished), tensors(tmp_path / "same")
+    name = "model:model.embed_tokens.weight"
+    assert np.array_equal(before[name], after[name])
+    assert "automatic" in error_of(rocket(run("none", train__init_from="resume")))
+    assert "no checkpoint" in error_of(rocket(run("none", train__init_from=tmp_path)))
+
+
+def test_init_from_accepts_a_grown_tokenizer(run, dataset, finished, tmp_path, tiny_tokenizer):
+    grown = tmp_path / "grown.model"
+    from tokenizer import add_control_pieces
+
+    grown.write_bytes(add_control_pieces(tiny_tokenizer.read_bytes(), ["<|new|>", "<|newer|>"]))
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = Tokenizer(grown).sha256
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    options = {"tokenizer__path": grown, "tokenizer__vocab_size": 602, "data__dir": data}
+    frozen = {"optimizer__learning_rate": 0, "train__max_steps": 1}
+    for ranks, strategy in ((1, "ddp"), (2, "fsdp")):
+        name = f"new{ranks}"
+        done = rocket(
+            run(name, train__init_from=finished, parallel__strategy=strategy, **options, **frozen),
+            ranks,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "2 new tokens" in done.stdout
+        for weight in ("model:model.embed_tokens.weight", "model:lm_head.weight"):
+            old, new = tensors(finished)[weight], tensors(tmp_path / name)[weight]
+            assert np.array_equal(new[:600], old)
+            assert np.allclose(new[600:], old.mean(axis=0), atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks(run, tmp_path):
+    options = {"optimizer__learning_rate": 1e30, "optimizer__grad_clip": 0, "train__max_steps": 60}
+    done = rocket(run(**options), ranks=2)
+    assert "gradient norm" in error_of(done)
+    assert status(tmp_path / "run")["reason"] == "non_finite"
+
+
+BAD_INPUTS = {  # what a user might give in a world of 2, and the words of the answer
+    "cut bin": "bytes instead of",
+    "other tokenizer": "another tokenizer",
+    "no dataset": "run prepare.py",
+    "no tokenizer": "no_such.model",
+    "wrong vocab": "tokenizer.vocab_size",
+    "out_dir under a file": "can't be written",
+    "no length": "train.max_steps or train.epochs",
+    "window too long": "less than one window",
+}
+
+
+def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
+    """One line and a non-zero exit each; nothing hangs, nothing is written."""
+    cut, other = tmp_path / "cut", tmp_path / "other"
+    shutil.copytree(dataset, cut)
+    shard = cut / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    shutil.copytree(dataset, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["tokenizer"]["sha256"] = "0" * 64
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "file").write_text("")
+    cases = {
+        "cut bin": run("a", data__dir=cut),
+        "other tokenizer": run("b", data__dir=other),
+        "no dataset": run("c", data__dir=tmp_path / "nothing"),
+        "no tokenizer": run("d", tokenizer__path=tmp_path / "no_such.model"),
+        "wrong vocab": run("e", tokenizer__vocab_size=601),
+        "out_dir under a file": run("file/run"),
+        "no length": run("g", train__max_steps=0),
+        "window too long": run("h", data__seq_len=10**7, model__max_seq_len=10**7),
+    }
+    for case, arguments in cases.items():
+        assert BAD_INPUTS[case] in error_of(rocket(arguments, ranks=2)), case
+    assert not [p for p in tmp_path.glob("[a-h]/checkpoints")]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_while_saving_keeps_what_was_saved(run, small_disk):
+    """One checkpoint fits, two do not: the run stops on both ranks and the first one stays."""
+    options = {"model__dim": 48, "checkpoint__keep_best": 0, "train__sample_prompts": 0}
+    done = rocket(run(train__out_dir=small_disk / "run", **options), ranks=2)
+    message = error_of(done)
+    assert str(small_disk / "run") in message
+    assert "No space left" in message
+    assert "needs" in message
+    assert steps_kept(small_disk / "run") == {10: True}
+    assert not list((small_disk / "run" / "checkpoints").glob("*.tmp"))
+    tensors(small_disk / "run")

@@ -1,0 +1,250 @@
+"""Protects the tokenizer's training: it sees the training split alone and evenly, the file appears
+only once it is proven, what exists is never overwritten unasked, and each mistake is one line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import corpus
+from config import ROOT, DataConfig, UserError
+from tokenizer import Tokenizer
+from train_tokenizer import CHUNK, Sample, chunks, main
+
+LINE = "def function_{0}(value):\n    return value * {0}\n\n"
+
+
+@pytest.fixture
+def work(tmp_path, capsys):
+    """A corpus of 200 small documents, and a config for it."""
+    (tmp_path / "raw").mkdir()
+    for i in range(200):
+        text = "".join(LINE.format(i * 7 + k) for k in range(10))
+        (tmp_path / "raw" / f"{i:03}.txt").write_text(text)
+    (tmp_path / "config.toml").write_text(f"""
+        [tokenizer]
+        path = "{tmp_path}/out/tokenizer.model"
+        vocab_size = 320
+        [data]
+        sources = ["{tmp_path}/raw"]
+        val_fraction = 0.1
+    """)
+    return tmp_path
+
+
+def run(work, *arguments):
+    main([str(work / "config.toml"), *arguments])
+
+
+def test_trains_proves_and_writes(work, capsys):
+    run(work)
+    out = capsys.readouterr().out
+    assert "320 pieces" in out
+    assert "bytes per token on held-out text, round trip exact" in out
+    tokenizer = Tokenizer(work / "out" / "tokenizer.model")
+    assert tokenizer.vocab_size == 320
+    assert tokenizer.pieces()[:3] == ["<unk>", "<s>", "</s>"]
+    rows = (work / "out" / "tokenizer.vocab").read_text().split("\n")
+    assert len(rows) == 320 + 1
+    assert rows[3].split("\t")[0] == tokenizer.pieces()[3]
+    assert sorted(p.name for p in (work / "out").iterdir()) == [
+        "tokenizer.model",
+        "tokenizer.vocab",
+    ]
+
+
+def test_learns_line_breaks_and_indentation(work):
+    run(work)
+    pieces = Tokenizer(work / "out" / "tokenizer.model").pieces()
+    assert "\u2581" * 4 in pieces
+    assert any("\n" in piece for piece in pieces)
+
+
+def test_the_same_corpus_gives_the_same_file(work):
+    run(work, "--tokenizer.sample_bytes=20000")
+    first = (work / "out" / "tokenizer.model").read_bytes()
+    run(work, "--tokenizer.sample_bytes=20000", "--force", "--data.part_bytes=1000")
+    assert (work / "out" / "tokenizer.model").read_bytes() == first
+
+
+def test_held_out_text_is_not_learned_from(work):
+    """A character that only held-out documents hold gets no piece; in training ones it does."""
+    data = DataConfig(sources=[str(work / "raw")], val_fraction=0.1)
+    for path in (work / "raw").iterdir():
+        for sign in "\u4e2d\u6587":  # the file's text decides its split, so try both signs
+            text = path.read_text().rstrip("\u4e2d\u6587") + sign * 50
+            if corpus.split_of(text, data) == ("val" if sign == "\u4e2d" else "train"):
+                path.write_text(text)
+                break
+    run(work)
+    pieces = Tokenizer(work / "out" / "tokenizer.model").pieces()
+    assert any("\u6587" in piece for piece in pieces)
+    assert not any("\u4e2d" in piece for piece in pieces)
+
+
+def test_val_sources_are_not_learned_from(work):
+    (work / "val.txt").write_text("\u4e2d" * 5000)
+    run(work, f'--data.val_sources=["{work}/val.txt"]')
+    assert not any("\u4e2d" in p for p in Tokenizer(work / "out" / "tokenizer.model").pieces())
+
+
+def test_sample_is_even_and_bounded():
+    sample = Sample(50_000)
+    for i in range(10_000):
+        sample.add(b"%010d" % i * 10)
+    numbers = [int(text[:10]) for text in sample.texts()]
+    assert sample.size <= 50_000
+    assert sample.size > 49_800
+    assert numbers == sorted(numbers)
+    for tenth in range(10):  # 50 expected in each, deviation 7
+        assert 25 < sum(n // 1000 == tenth for n in numbers) < 75
+    assert Sample(50).texts() == []
+
+
+def test_a_large_corpus_is_sampled_everywhere_without_reading_all(work, monkeypatch):
+    read = []
+    original = corpus.read
+
+    def counted(part, data):
+        for document in original(part, data):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr(corpus, "read", counted)
+    lines = [f"{i:06} {'x' * 92}\n" for i in range(40_000)]
+    (work / "big.txt").write_text("".join(lines))
+    run(
+        work,
+        f'--data.sources=["{work}/big.txt"]',
+        "--data.document=line",
+        "--data.part_bytes=10000",
+        "--tokenizer.sample_bytes=20000",
+        "--tokenizer.hard_vocab_limit=false",
+    )
+    numbers = [int(document.text[:6]) for document in read]
+    assert len(numbers) < 7_000
+    assert {n // 1000 for n in numbers} == set(range(40))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "x" * 3500,
+        "word " * 1000,
+        "\n" * 2500,
+        " " * 2500,
+        ("line\n" + "    " * 3) * 400,
+        "a" + "\n" * 1500 + "b" * 1500,
+        "\u4e2d\n" * 2000,
+    ],
+)
+def test_chunks_keep_the_text(text):
+    found = list(chunks(text))
+    assert "".join(found) == text
+    assert all(len(chunk.encode()) <= 4 * CHUNK <= 4192 for chunk in found)
+    assert len(found) <= 2 * len(text) / CHUNK + 2
+
+
+def test_chunks_start_with_their_line_breaks():
+    for chunk in list(chunks("some code here\n\n\n    indented\n" * 200))[1:]:
+        assert chunk.startswith("\n")
+        assert not chunk.startswith("\n    ")
+
+
+def test_a_second_run_is_up_to_date(work, capsys):
+    run(work)
+    before = (work / "out" / "tokenizer.model").stat()
+    capsys.readouterr()
+    run(work, "--data.sources=['gone']")
+    assert "up to date" in capsys.readouterr().out
+    assert (work / "out" / "tokenizer.model").stat() == before
+
+
+def test_what_exists_is_never_overwritten_unasked(work):
+    run(work)
+    path = work / "out" / "tokenizer.model"
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"has 320 pieces, tokenizer\.vocab_size is 330.*--force"):
+        run(work, "--tokenizer.vocab_size=330")
+    with pytest.raises(UserError, match=r"was trained with.*split_digits.*--force"):
+        run(work, "--tokenizer.split_digits=false")
+    assert path.read_bytes() == before
+    run(work, "--tokenizer.vocab_size=330", "--force")
+    assert Tokenizer(path).vocab_size == 330
+
+
+def test_options_pass_on(work):
+    options = ["--tokenizer.model_type=char", "--tokenizer.hard_vocab_limit=false"]
+    run(work, *options, '--tokenizer.control_symbols=["<|a|>"]')
+    assert Tokenizer(work / "out" / "tokenizer.model").pieces()[3] == "<|a|>"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--tokenizer.vocab_size=60000"], r"tokenizer\.vocab_size \(60000\).*at most \d+$"),
+        (["--tokenizer.vocab_size=100"], r"tokenizer\.vocab_size \(100\) is too small"),
+        (["--tokenizer.model_type=bbpe"], r'tokenizer\.model_type = "bbpe"'),
+        (["--tokenizer.character_coverage=7"], r"tokenizer\.character_coverage = 7"),
+        (["--tokenizer.byte_fallback=maybe"], r'tokenizer\.byte_fallback = "maybe"'),
+        (["--tokenizer.byte_falback=true"], r"did you mean tokenizer\.byte_fallback"),
+        (["--tokenizer.byte_fallback=false", "--tokenizer.vocab_size=60"], "would lose text"),
+        (["--tokenizer.normalization_rule_name=nfkc"], "would lose text"),
+        (["--tokenizer.remove_extra_whitespaces=true"], "would lose text"),
+        (["--tokenizer.sample_bytes=1"], "no training text"),
+        (["--data.val_fraction=0.9999"], "no training text"),
+        (["--data.sources=['/nowhere.txt']"], "/nowhere.txt"),
+        (["--add-pieces=<x>"], "--output"),
+        (["--frce"], "did you mean --force"),
+    ],
+)
+def test_mistakes(work, arguments, words):
+    with pytest.raises(UserError, match=words) as error:
+        run(work, *arguments)
+    assert "\n" not in str(error.value)
+    assert not (work / "out").exists()
+
+
+def test_a_mistake_on_the_command_line_is_one_line(work):
+    command = [sys.executable, ROOT / "train_tokenizer.py", work / "config.toml"]
+    done = subprocess.run(
+        [*command, "--tokenizer.vocab_size=60000"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("train_tokenizer.py: error: tokenizer.vocab_size (60000)")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_directory_that_cannot_be_written(work):
+    (work / "out").write_text("a file")
+    with pytest.raises(UserError, match="can't be written"):
+        run(work)
+
+
+def test_add_pieces(work, capsys):
+    run(work)
+    path, output = work / "out" / "tokenizer.model", work / "more.model"
+    before = path.read_bytes()
+    run(work, "--add-pieces=<|tool|>,<pad>", f"--output={output}")
+    assert Tokenizer(output).pieces()[320:] == ["<|tool|>"]
+    assert Tokenizer(output).extends(Tokenizer(path))
+    run(work, "--add-pieces=<|tool|>,<pad>", f"--output={output}")
+    assert "up to date" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="would change"):
+        run(work, "--add-pieces=<|tool|>", f"--output={path}")
+    assert path.read_bytes() == before
+    run(work, "--add-pieces=<|tool|>", f"--output={path}", "--force")
+    assert path.read_bytes() == output.read_bytes()
+
+
+def test_follows_the_umask(work):
+    old = os.umask(0o027)
+    try:
+        run(work)
+    finally:
+        os.umask(old)
+    assert Path(work / "out" / "tokenizer.model").stat().st_mode & 0o777 == 0o640

@@ -1,0 +1,120 @@
+"""Real training runs for the tests: small configurations, launched as users launch them."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from checkpoint import Checkpoint, checkpoint_paths, find_checkpoint
+from tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+# One thread a rank: the suite shares two cores, and thread counts change the order of float sums.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def overrides(dataset: Path, tokenizer: Path, out: Path, **values: object) -> list[str]:
+    """Command-line overrides of a tiny float32 run; values are keys with `__` for the dot."""
+    keys = {
+        "tokenizer__path": tokenizer,
+        "tokenizer__vocab_size": Tokenizer(tokenizer).vocab_size,
+        "data__dir": dataset,
+        "data__seq_len": 32,
+        "model__dim": 32,
+        "model__n_layers": 2,
+        "model__n_heads": 4,
+        "model__n_kv_heads": 2,
+        "model__ffn_dim": 64,
+        "model__max_seq_len": 64,
+        "model__tie_embeddings": "false",
+        "train__out_dir": out,
+        "train__max_steps": 20,
+        "train__global_batch_size": 10,
+        "train__micro_batch_size": 4,
+        "train__log_interval": 1,
+        "train__eval_interval": 10,
+        "train__eval_sequences": 30,
+        "train__sample_prompts": 2,
+        "train__dtype": "float32",
+        "optimizer__learning_rate": 3e-3,
+        "optimizer__warmup_steps": 4,
+        "checkpoint__interval": 10,
+        **values,
+    }
+    return [f"--{name.replace('__', '.')}={value}" for name, value in keys.items()]
+
+
+def rocket(arguments: list[str], ranks: int = 1, timeout: int = 120) -> subprocess.CompletedProcess:
+    """Runs rocket.py in plain python, or under torchrun for more than one rank."""
+    return run_many([arguments], ranks, timeout)
+
+
+def run_many(
+    runs: list[list[str]], ranks: int = 1, timeout: int = 240
+) -> subprocess.CompletedProcess:
+    """Trains several runs one after the other in one launch; a launch costs seconds."""
+    program = [str(ROOT / "tests" / "launch.py"), json.dumps(runs)]
+    if len(runs) == 1:
+        program = [str(ROOT / "rocket.py"), *runs[0]]
+    launcher = [sys.executable]
+    if ranks > 1:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        launcher = [*torchrun, f"--nproc_per_node={ranks}"]
+    return subprocess.run(
+        [*launcher, *program], capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT
+    )
+
+
+def rows(out: Path, timings: bool = False) -> list[dict]:
+    """The rows of metrics.jsonl, without what differs from run to run by nature."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    if not timings:
+        for row in found:
+            for key in ("hours", "tokens_per_second", "memory_gb"):
+                row.pop(key, None)
+    return found
+
+
+def losses(out: Path) -> list[float]:
+    """Training losses of a run, in order."""
+    return [row["loss"] for row in rows(out) if "loss" in row]
+
+
+def status(out: Path) -> dict:
+    return json.loads((out / "status.json").read_text())
+
+
+def tensors(out: Path) -> dict[str, np.ndarray]:
+    """All weights and optimizer state of a run's last checkpoint."""
+    checkpoint = find_checkpoint(out)
+    return {
+        f"{group}:{name}": checkpoint.tensor(group, name).numpy()
+        for group in ("model", "optimizer")
+        for name in checkpoint.shapes(group)
+    }
+
+
+def assert_identical(a: Path, b: Path) -> None:
+    """Two runs end in the same bits: weights, optimizer state, metrics."""
+    ours, theirs = tensors(a), tensors(b)
+    assert ours.keys() == theirs.keys()
+    different = [name for name in ours if not np.array_equal(ours[name], theirs[name])]
+    assert not different
+    assert rows(a) == rows(b)
+
+
+def steps_kept(out: Path) -> dict[int, bool]:
+    """Step to whether its checkpoint holds the optimizer."""
+    return {c.step: c.has_optimizer for c in map(Checkpoint, checkpoint_paths(out))}
+
+
+def error_of(process: subprocess.CompletedProcess) -> str:
+    """The one line in which a program says what the user did wrong; fails on a traceback."""
+    assert process.returncode != 0, process.stdout
+    found = [line for line in process.stderr.splitlines() if ": error: " in line]
+    assert len(found) == 1, process.stderr
+    assert "rocket.py\", line" not in process.stderr, process.stderr
+    return found[0]

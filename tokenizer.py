@@ -1,0 +1,143 @@
+"""The tokenizer: a SentencePiece model file, text to uint16 ids and back. Training is elsewhere.
+
+Pieces can be added to a model file without the protobuf package: messages merge when their bytes
+are concatenated, so what is added is appended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+
+from config import MAX_VOCAB_SIZE, UserError
+
+SPACE = "\u2581"  # SentencePiece's own sign for a space: a text that holds it decodes to a space
+CONTROL = 3  # SentencePiece's type of the pieces that no text encodes to
+OPTIONS = b"rocket options: "
+
+
+class Tokenizer:
+    """A SentencePiece model (BPE or unigram; Llama 2's tokenizer.model as it is).
+
+    Attributes:
+        path: the model file.
+        vocab_size: number of pieces.
+        bos_id, eos_id: ids that stand before and after a document.
+        sha256: hex digest of the file.
+
+    Raises:
+        UserError: no such file, not a SentencePiece model, above 65,536 pieces, no BOS or EOS.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            model = path.read_bytes()
+        except OSError as error:
+            hint = "; train_tokenizer.py makes it" if isinstance(error, FileNotFoundError) else ""
+            raise UserError(f"tokenizer {path}: {error.strerror}{hint}") from None
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.processor = load_model(model, f"tokenizer {path}")
+        self.vocab_size = self.processor.vocab_size()
+        self.bos_id = self.processor.bos_id()
+        self.eos_id = self.processor.eos_id()
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of the text (uint16), without BOS and EOS; no text encodes to a control piece."""
+        return self.processor.encode_as_numpy(text).astype(np.uint16)
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """The text of the ids, control pieces left out; bytes that are not UTF-8 become U+FFFD."""
+        return self.processor.decode([int(i) for i in ids])
+
+    def pieces(self) -> list[str]:
+        """All pieces in the order of their ids."""
+        return self.processor.id_to_piece(list(range(self.vocab_size)))
+
+    def byte_lengths(self) -> np.ndarray:
+        """Bytes of text an id stands for (int64): control and unknown pieces 0, byte pieces 1.
+
+        Where the model puts a space before each text (Llama 2's does), that space counts.
+        """
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for i, piece in enumerate(self.pieces()):
+            if self.processor.is_byte(i):
+                lengths[i] = 1
+            elif not (self.processor.is_control(i) or self.processor.is_unknown(i)):
+                lengths[i] = len(piece.replace(SPACE, " ").encode())
+        return lengths
+
+    def extends(self, old: Tokenizer) -> bool:
+        """Whether each piece of `old` keeps its id here, so that weights for it serve here too."""
+        return self.pieces()[: old.vocab_size] == old.pieces()
+
+
+def load_model(model: bytes, name: str) -> SentencePieceProcessor:
+    """A processor for a model file's bytes; UserError, led by `name`, if Rocket can't use it."""
+    processor = SentencePieceProcessor()
+    try:
+        processor.load_from_serialized_proto(model)
+    except RuntimeError:
+        raise UserError(f"{name}: not a SentencePiece model, or cut short") from None
+    size = processor.vocab_size()
+    if size > MAX_VOCAB_SIZE:
+        raise UserError(f"{name}: {size} pieces; ids are uint16, so at most {MAX_VOCAB_SIZE} go")
+    if processor.bos_id() < 0 or processor.eos_id() < 0:
+        raise UserError(f"{name}: no BOS or no EOS piece, so documents can't be told apart")
+    return processor
+
+
+def add_control_pieces(model: bytes, pieces: list[str]) -> bytes:
+    """The model with these control pieces behind its own; the ones that it has stay as they are.
+
+    Field numbers are those of sentencepiece_model.proto: ModelProto.pieces = 1 (piece = 1,
+    score = 2, type = 3) and ModelProto.trainer_spec = 2 (vocab_size = 4).
+
+    Raises:
+        UserError: a piece is empty, holds whitespace or is one that text encodes to; too many.
+    """
+    processor = load_model(model, "tokenizer")
+    known = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    for piece in pieces:
+        if not piece or any(c.isspace() or c == SPACE for c in piece):
+            raise UserError(f"control piece {piece!r}: write text without spaces, such as <pad>")
+        if piece in known and not processor.is_control(known[piece]):
+            raise UserError(f"control piece {piece!r}: text encodes to it already; take another")
+    new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
+    if not new:
+        return model
+    for piece in new:
+        score = b"\x15" + struct.pack("<f", 0.0)
+        model += _field(1, _field(1, piece.encode()) + score + b"\x18" + _varint(CONTROL))
+    model += _field(2, b"\x20" + _varint(len(known) + len(new)))
+    load_model(model, "tokenizer with the added pieces")
+    return model
+
+
+def add_options(model: bytes, options: dict[str, Any]) -> bytes:
+    """The model with a note of its training options in TrainerSpec.model_prefix (2), idle else."""
+    return model + _field(2, _field(2, OPTIONS + json.dumps(options).encode()))
+
+
+def noted_options(model: bytes) -> dict[str, Any] | None:
+    """The options that `add_options` noted; None for a model from elsewhere."""
+    _, mark, rest = model.rpartition(OPTIONS)
+    return json.JSONDecoder().raw_decode(rest.decode(errors="replace"))[0] if mark else None
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    """Protobuf's integer: seven bits a byte, the low ones first, the high bit where more follow."""
+    if value < 128:
+        return bytes([value])
+    return bytes([value & 127 | 128]) + _varint(value >> 7)
