@@ -223,10 +223,13 @@ def save_checkpoint(
         manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": tensors}
         manifest["files"] = [file for of_rank in files for file in of_rank]
         _write_manifest(temporary / "manifest.json", manifest)
-        if final.exists():  # one that did not verify, or weights alone: this run passed it over
+        replaced = final.exists()  # did not verify, or weights alone: this run passed it over
+        if replaced:
             final.replace(_aside(final))
         temporary.replace(final)
         sync_directory(final.parent)
+        if replaced:
+            remove_leftovers(run)
 
     size = 4 * sum(tensor.numel() for named in groups.values() for tensor in named.values())
     try:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError
+from config import ConfigError, UserError
 from model import IGNORE
 
 FORMAT_VERSION = 1
@@ -70,7 +70,7 @@ class TokenDataset:
     Memory is O(shards); shards open when they are first read.
 
     Raises:
-        UserError: the split is missing or shorter than one window.
+        ConfigError: the split is missing or shorter than one window of data.seq_len.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], split: str, seq_len: int) -> None:
@@ -82,7 +82,7 @@ class TokenDataset:
         self.windows = max(0, self.tokens - 1) // seq_len
         self.unused_tokens = self.tokens - self.windows * seq_len - 1
         if not self.windows:
-            raise UserError(
+            raise ConfigError(
                 f"{directory}: the {split} split has {self.tokens} tokens, less than one window of"
                 f" data.seq_len + 1 = {seq_len + 1}"
             )

@@ -17,13 +17,12 @@ import json
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -68,12 +67,15 @@ def main(arguments: list[str]) -> None:
     recipe = describe_recipe(config.data, tokenizer)
     try:
         if "--force" not in flags and is_up_to_date(directory, recipe):
-            shutil.rmtree(directory / "parts", ignore_errors=True)  # a kill may have left it
+            discard_work(directory / "parts")  # a kill may have left it
             print(f"{directory}: up to date")
         else:
             prepare(config.data, tokenizer, recipe, directory)
+    except BrokenPipeError:  # of a pipe that what we print goes to, such as `| head`
+        sys.exit(1)
     except OSError as error:
-        raise UserError(f"can't write {directory}: {error.strerror or error}") from None
+        where = f" ({error.filename})" if error.filename else ""
+        raise UserError(f"can't write {directory}: {error.strerror or error}{where}") from None
 
 
 def prepare(
@@ -102,10 +104,10 @@ def prepare(
     ordered = [reports[part.index] for part in parts]
     try:
         check_splits(data, ordered)
-    except UserError:
-        shutil.rmtree(work)
+        manifest = publish(directory, work, recipe, ordered)
+    except UserError:  # running again would only find the same
+        discard_work(work)
         raise
-    manifest = publish(directory, work, recipe, ordered)
     print_summary(directory, manifest, ordered)
 
 
@@ -164,30 +166,17 @@ def is_up_to_date(directory: Path, recipe: dict[str, Any]) -> bool:
                 f"{directory} holds another dataset: {_difference(name, found, wanted)};"
                 " --force prepares anew, another data.dir keeps both"
             )
-    for shard in _shards(manifest):
-        _check_size(directory / shard["file"], shard)
+    if damage := next(_damages(directory, manifest, _wrong_size), ""):
+        raise UserError(f"{damage}; --force prepares anew")
     return True
 
 
 def verify(directory: Path) -> None:
     """Reads all shards and compares size and sha256; UserError names the files that differ."""
-    manifest, bad = read_manifest(directory), []
-    for shard in _shards(manifest):
-        path = directory / shard["file"]
-        try:
-            _check_size(path, shard)
-        except UserError as error:
-            bad.append(str(error))
-            continue
-        digest = hashlib.sha256()
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != shard["sha256"]:
-            bad.append(f"{path} is damaged: its sha256 is not the manifest's")
-    if bad:
-        raise UserError("; ".join(bad))
-    print(f"{directory}: all {len(_shards(manifest))} shards are as the manifest says")
+    manifest = read_manifest(directory)
+    if damages := list(_damages(directory, manifest, _wrong_content)):
+        raise UserError(f"{'; '.join(damages)}; --force prepares anew")
+    print(f"{directory}: all shards are as the manifest says")
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -208,28 +197,45 @@ def _shards(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     return [shard for split in manifest["splits"].values() for shard in split["shards"]]
 
 
-def _check_size(path: Path, shard: dict[str, Any]) -> None:
-    size, wanted = path.stat().st_size if path.exists() else None, 2 * shard["tokens"]
-    if size != wanted:
-        found = "is missing" if size is None else f"has {size} bytes instead of {wanted}"
-        raise UserError(f"{path} {found}; --force prepares anew")
+def _damages(
+    directory: Path, manifest: dict[str, Any], check: Callable[[Path, dict[str, Any]], str]
+) -> Iterator[str]:
+    """What `check` finds wrong with the shards of a manifest, each with its file."""
+    for shard in _shards(manifest):
+        path = directory / shard["file"]
+        try:
+            found = check(path, shard)
+        except OSError as error:
+            found = error.strerror
+        if found:
+            yield f"{path}: {found}"
+
+
+def _wrong_size(path: Path, shard: dict[str, Any]) -> str:
+    size, wanted = path.stat().st_size, 2 * shard["tokens"]
+    return "" if size == wanted else f"{size} bytes instead of {wanted}"
+
+
+def _wrong_content(path: Path, shard: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    equal = digest.hexdigest() == shard["sha256"]
+    return _wrong_size(path, shard) or ("" if equal else "its sha256 is not the manifest's")
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
     """What differs between two values of a recipe, in a few words."""
-    if name == "sources":
-        before = {source["name"]: source for source in found or []}
-        now = {source["name"]: source for source in wanted}
+    if name == "sources" and found:
+        before, now = ({s["name"]: s["bytes"] for s in some} for some in (found, wanted))
         for source in [*now, *before]:
             if before.get(source) != now.get(source):
-                sizes = [
-                    f"{x['bytes']} bytes" if x else "none"
-                    for x in (before.get(source), now.get(source))
-                ]
-                return f"source {source}: {sizes[0]} then, {sizes[1]} now"
-        return "the order of the sources"
+                sizes = (some.get(source, "no") for some in (before, now))
+                return "source {} had {} bytes, has {}".format(source, *sizes)
+        return "the order or the splits of the sources"
     if name == "tokenizer" and found:
-        return f"tokenizer {found['sha256'][:12]}… then, {wanted['sha256'][:12]}… now"
+        return f"its tokenizer is {found['sha256'][:12]}…, not {wanted['sha256'][:12]}…"
     return f"{name} was {json.dumps(found)}, is {json.dumps(wanted)}"
 
 
@@ -242,17 +248,22 @@ def open_work(
     """Makes the directory of parts ready; the reports of parts that an earlier run finished."""
     identity = hashlib.sha256(json.dumps([recipe, parts]).encode()).hexdigest()
     plan = work / "plan.json"
-    if work.exists():
-        if plan.exists() and json.loads(plan.read_bytes())["identity"] == identity:
+    if plan.exists():
+        if json.loads(plan.read_bytes())["identity"] == identity:
             return _finished(work, dataset_exists, len(parts))
-        if plan.exists():
-            print(f"{work}: left by a run with other sources or settings; starting over")
-            shutil.rmtree(work)
-        else:
-            work.rmdir()  # refuses if it holds anything: then it is not ours
+        print(f"{work}: left by a run with other sources or settings; starting over")
+    discard_work(work)
     work.mkdir(parents=True)
     write_atomically(plan, json.dumps({"identity": identity}).encode())
     return {}
+
+
+def discard_work(work: Path) -> None:
+    """Removes the directory of parts; OSError if it holds what prepare.py did not write."""
+    for path in [*work.glob("part-*"), *work.glob("plan.json*")]:
+        path.unlink()
+    if work.exists():
+        work.rmdir()
 
 
 def _finished(work: Path, dataset_exists: bool, count: int) -> dict[int, dict[str, Any]]:
@@ -517,11 +528,12 @@ def publish(
                 shards.append(shard)
                 if (part_file := _part_file(work, index, split)).exists():
                     part_file.replace(directory / shard["file"])
-                _check_size(directory / shard["file"], shard)
         if shards:
             totals = {n: sum(s[n] for s in shards) for n in ("tokens", "documents", "bytes")}
             splits[split] = {**totals, "shards": shards}
-    names = {shard["file"] for split in splits.values() for shard in split["shards"]}
+    if damage := next(_damages(directory, {"splits": splits}, _wrong_size), ""):
+        raise UserError(f"{damage}; something else changed it, prepare again")
+    names = {shard["file"] for shard in _shards({"splits": splits})}
     for path in directory.iterdir():  # shards of a dataset that was here before
         if re.fullmatch(r"(train|val|test)-\d{5,}\.bin", path.name) and path.name not in names:
             path.unlink()
@@ -533,7 +545,7 @@ def publish(
     }
     sync_directory(directory)
     write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1).encode())
-    shutil.rmtree(work)
+    discard_work(work)
     return manifest
 
 

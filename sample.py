@@ -1,6 +1,286 @@
 """Continues prompts with a trained model; reads a run directory alone.
 
-    python sample.py out/tiny --prompt="def main(arguments: list[str]) -> None:
+    python sample.py out/tiny --prompt="def main("
+    python sample.py out/tiny --prompt-file=prompts.txt --num-samples=3 --temperature=0.7
+    python sample.py out/tiny                                  (asks for prompts at a terminal)
+
+A sample depends on its prompt, the settings, the seed and its number, never on its neighbours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from checkpoint import Checkpoint, find_checkpoint
+from config import UserError, resolve_path, run_program
+from distributed import compute_dtype
+from model import KVCache, Llama
+from tokenizer import Tokenizer
+
+MAX_TOKENS = 256  # where --max-tokens is not given, or what the model's context leaves
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the next token is drawn; the defaults draw from the model's own distribution."""
+
+    max_tokens: int = MAX_TOKENS
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    settings: Settings,
+    *,
+    allowed: Tensor | None = None,
+    stop_ids: tuple[int, ...] = (),
+    samples: list[int] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continues a batch of prompts of any lengths, a token each a step.
+
+    Args:
+        prompts: ids, BOS included; each shorter than model.max_seq_len.
+        allowed: which ids may be drawn (V,); None: all.
+        stop_ids: ids that end a row.
+        samples: the number of each row's sample, its own source of randomness; None: 0, 1, …
+
+    Yields:
+        The next id of each row; None where the row has ended: a stop id was its last, or it has
+        settings.max_tokens, or prompt and completion fill model.max_seq_len.
+    """
+    rows, device, limit = len(prompts), model.lm_head.weight.device, model.config.max_seq_len
+    longest = max(map(len, prompts))
+    assert longest < limit, "a prompt leaves no room"
+    length = min(longest + settings.max_tokens, limit)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    randoms = uniform_numbers(settings, samples or list(range(rows))).to(device)
+    seen = torch.zeros(rows, model.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        seen[row, prompt] = True
+    ended = [False] * rows
+
+    # What shorter prompts are filled up with is written over before anything attends to it.
+    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    positions = torch.arange(longest, device=device).expand(rows, -1)
+    cache = KVCache(model.config, rows, length, device, model.lm_head.weight.dtype)
+    logits = model(tokens, cache=cache, positions=positions, length=longest, only=lengths - 1)
+    for step in range(settings.max_tokens):
+        logits = logits[:, 0].float()
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
+        chosen = choose(logits, seen, settings, randoms[:, step])
+        ids = chosen.tolist()
+        yield [None if end else token for token, end in zip(ids, ended, strict=True)]
+        for row, token in enumerate(ids):
+            full = len(prompts[row]) + step + 1 >= limit
+            ended[row] = ended[row] or full or token in stop_ids
+        if all(ended) or step + 1 == settings.max_tokens:
+            return
+        seen.scatter_(1, chosen[:, None], True)
+        positions = (lengths + step).clamp(max=length - 1)[:, None]  # full rows go on in place
+        now = min(longest + step + 1, length)
+        logits = model(chosen[:, None], cache=cache, positions=positions, length=now)
+
+
+def choose(logits: Tensor, seen: Tensor, settings: Settings, randoms: Tensor) -> Tensor:
+    """The next id of each row (B,) from logits (B, V), ids seen (B, V) and randoms in [0, 1) (B,).
+
+    The order is that of transformers: penalty, temperature, top-k, top-p.
+    """
+    if settings.repetition_penalty != 1:
+        logits = penalise_repetition(logits, seen, settings.repetition_penalty)
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, settings.top_k)
+    if settings.top_p < 1:
+        logits = keep_top_p(logits, settings.top_p)
+    # Inverse of the distribution function: one random number a token, whatever the vocabulary.
+    total = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(total, (randoms * total[:, -1])[:, None], right=True)[:, 0]
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes ids seen before less likely (CTRL, Keskar et al., arXiv 1909.05858)."""
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Leaves the k likeliest ids (and what ties with the last of them)."""
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Leaves the fewest ids that hold the share p (nucleus, Holtzman et al., arXiv 1904.09751)."""
+    ordered, ids = logits.sort()  # the likeliest last: it always stays
+    dropped = ordered.softmax(-1).cumsum(-1) <= 1 - p
+    dropped[:, -1] = False
+    return logits.masked_fill(dropped.scatter(1, ids, dropped), -math.inf)
+
+
+def uniform_numbers(settings: Settings, samples: list[int]) -> Tensor:
+    """Numbers in [0, 1), a row a sample and one for each token (B, max_tokens), float64."""
+    rows = []
+    for sample in samples:
+        digest = hashlib.sha256(f"{settings.seed} {sample}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        rows.append(torch.rand(settings.max_tokens, generator=generator))
+    return torch.stack(rows).double()
+
+
+class Completion:
+    """The text of one sample while its tokens arrive.
+
+    Attributes:
+        text: what is certain of the completion; a stop string and what follows is left out.
+        tokens: number of ids taken.
+        end: None while it goes on; then eos, stop (a stop string) or length.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str]):
+        self.tokenizer, self.stops = tokenizer, stops
+        self.text, self.tokens, self.end = "", 0, None
+        self.ids = list(prompt)
+        self.context, self.decoded = 0, len(prompt)  # ids before `decoded` are in the text
+        self.shown = 0
+
+    def add(self, token: int | None) -> str:
+        """Takes the next id, or None at the end; returns the text that can be shown now.
+
+        Held back are characters of which bytes are missing, and what may become a stop string.
+        """
+        if self.end:
+            return ""
+        start = len(self.text)
+        if token is None or token == self.tokenizer.eos_id:
+            self.end = "length" if token is None else "eos"
+            self.text += self._new_text().rstrip("\ufffd")  # half a character is none
+        else:
+            self.ids.append(token)
+            new = self._new_text()
+            if not new.endswith("\ufffd"):
+                self.text += new
+                self.context, self.decoded = self.decoded, len(self.ids)
+        self.tokens += token is not None
+        for stop in self.stops:
+            at = self.text.find(stop, max(0, start - len(stop) + 1))
+            if at >= 0:
+                self.text, self.end = self.text[:at], "stop"
+        certain = len(self.text) if self.end else len(self.text) - self._possible_stop()
+        shown, self.shown = self.shown, max(self.shown, certain)
+        return self.text[shown:certain]
+
+    def _new_text(self) -> str:
+        """Text of the ids not yet decoded; those before them tell whether a space leads it."""
+        decode, ids = self.tokenizer.decode, self.ids[self.context :]
+        return decode(ids)[len(decode(ids[: self.decoded - self.context])) :]
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the text with which a stop string begins."""
+        begun = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        return max((len(part) for part in begun if self.text.endswith(part)), default=0)
+
+
+class Sampler:
+    """A checkpoint's model and its run's tokenizer.
+
+    Raises:
+        UserError: the tokenizer is not the one that the weights were trained with.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+        self.tokenizer = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
+        if self.tokenizer.sha256 != checkpoint.manifest["tokenizer_sha256"]:
+            raise UserError(
+                f"{self.tokenizer.path} is not the tokenizer that {checkpoint.path} was trained"
+                " with; put the original back"
+            )
+        self.model = load_model(checkpoint).to(device=device, dtype=dtype)
+        self.allowed = drawable(self.tokenizer, self.model.vocab_size).to(device)
+
+    def encode(self, prompts: list[str], max_tokens: int) -> list[list[int]]:
+        """Prompts as ids after BOS; UserError where max_tokens more don't fit the context."""
+        limit, encoded = self.model.config.max_seq_len, []
+        for number, prompt in enumerate(prompts, 1):
+            if any("\ud800" <= c <= "\udfff" for c in prompt):
+                raise UserError(f"prompt {number}: not UTF-8")
+            encoded.append([self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()])
+            if len(encoded[-1]) + max_tokens > limit:
+                raise UserError(
+                    f"prompt {number}: {len(encoded[-1])} tokens and {max_tokens} to come are above"
+                    f" model.max_seq_len ({limit}); shorten the prompt or lower --max-tokens"
+                )
+        return encoded
+
+    def complete(
+        self,
+        prompts: list[list[int]],
+        samples: list[int],
+        settings: Settings,
+        stops: list[str],
+        show: Callable[[str], Any] | None = None,
+    ) -> list[Completion]:
+        """The completions of a batch; `show` gets the first one's text as it becomes certain."""
+        completions = [Completion(self.tokenizer, prompt, stops) for prompt in prompts]
+        steps = generate(
+            self.model,
+            prompts,
+            settings,
+            allowed=self.allowed,
+            stop_ids=(self.tokenizer.eos_id,),
+            samples=samples,
+        )
+        for ids in chain(steps, [[None] * len(prompts)]):
+            texts = [c.add(token) for c, token in zip(completions, ids, strict=True)]
+            if show:
+                show(texts[0])
+            if all(completion.end for completion in completions):
+                break
+        return completions
+
+
+def drawable(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """Which of a model's ids are drawn (V,): EOS, but no other control piece and no spare row."""
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
+    allowed[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.byte_lengths() > 0)
+    allowed[tokenizer.eos_id] = True
+    return allowed
+
+
+def load_model(checkpoint: Checkpoint) -> Llama:
+    """The model with a checkpoint's weights, mapped from its files."""
+    weights = {name: checkpoint.tensor("model", name) for name in checkpoint.shapes("model")}
+    embedding = weights["model.embed_tokens.weight"]
+    with torch.device("meta"):
+        model = Llama(checkpoint.config.model, len(embedding))
+    if model.config.tie_embeddings:
+        weights["lm_head.weight"] = embedding  # stored once
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False)
+
+
+def main(arguments: list[str]) -> None:
     options = parse(arguments)
     prompts = read_prompts(options)
     if options.checkpoint in ("best", "last"):
@@ -44,10 +324,8 @@ def answer(sampler: Sampler, prompts: list[str], options: argparse.Namespace) ->
         return
     for start in range(0, len(rows), options.batch_size):
         batch = rows[start : start + options.batch_size]
-        numbers = [sample for _, sample in batch]
-        completions = sampler.complete(
-            [encoded[i] for i, _ in batch], numbers, settings, options.stop
-        )
+        ids, numbers = [encoded[i] for i, _ in batch], [sample for _, sample in batch]
+        completions = sampler.complete(ids, numbers, settings, options.stop)
         for (i, sample), completion in zip(batch, completions, strict=True):
             if options.json:
                 row = {"prompt": prompts[i], "sample": sample, "completion": completion.text}

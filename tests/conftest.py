@@ -39,7 +39,7 @@ def tiny_tokenizer(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(tiny_tokenizer, tmp_path_factory) -> Path:
-    """A dataset that prepare.py made of a few modules: about 60,000 tokens, 3% of them validation."""
+    """What prepare.py made of a few modules: about 150,000 tokens, a fifth for validation."""
     from training import ENVIRONMENT
 
     directory = tmp_path_factory.mktemp("dataset")

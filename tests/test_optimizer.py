@@ -1,5 +1,7 @@
 """Protects the optimizer's groups and the learning-rate schedules."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ def test_warm_up_reaches_the_peak_and_never_rises_again(schedule):
     found = rates(schedule)
     assert found[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert max(found) == pytest.approx(1.0)
-    assert all(a >= b for a, b in zip(found[10:], found[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(found[10:]))
 
 
 def test_where_each_schedule_ends():

@@ -53,7 +53,7 @@ SPREADS = {  # name: ranks, strategy
 
 @pytest.mark.parametrize("spread", SPREADS)
 def test_losses_match_the_single_process(spread, run, tmp_path, finished):
-    """20 float32 steps within 1e-4, with and without accumulation; 10 sequences don't divide by 3."""
+    """20 float32 steps within 1e-4, with and without accumulation; 10 does not divide by 3."""
     ranks, strategy = SPREADS[spread]
     done = run_many(
         [
@@ -291,9 +291,15 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
         "no length": run("g", train__max_steps=0),
         "window too long": run("h", data__seq_len=10**7, model__max_seq_len=10**7),
     }
-    for case, arguments in cases.items():
-        assert BAD_INPUTS[case] in error_of(rocket(arguments, ranks=2)), case
-    assert not [p for p in tmp_path.glob("[a-h]/checkpoints")]
+    done = run_many(list(cases.values()), ranks=2)  # a rank that did not raise would hang it
+    for index, case in enumerate(cases):
+        for rank in (0, 1):
+            start = f"run {index} rank {rank}:"
+            said = [line for line in done.stderr.splitlines() if line.startswith(start)]
+            assert len(said) == 1, case
+            assert BAD_INPUTS[case] in said[0], case
+    assert BAD_INPUTS["cut bin"] in error_of(rocket(cases["cut bin"], ranks=2))
+    assert not list(tmp_path.glob("[a-h]/checkpoints"))
 
 
 @pytest.fixture
@@ -310,7 +316,7 @@ def small_disk(tmp_path):
 
 def test_a_full_disk_while_saving_keeps_what_was_saved(run, small_disk):
     """One checkpoint fits, two do not: the run stops on both ranks and the first one stays."""
-    options = {"model__dim": 48, "checkpoint__keep_best": 0, "train__sample_prompts": 0}
+    options = {"checkpoint__keep_best": 0, "train__sample_prompts": 0}
     done = rocket(run(train__out_dir=small_disk / "run", **options), ranks=2)
     message = error_of(done)
     assert str(small_disk / "run") in message

@@ -116,5 +116,5 @@ def error_of(process: subprocess.CompletedProcess) -> str:
     assert process.returncode != 0, process.stdout
     found = [line for line in process.stderr.splitlines() if ": error: " in line]
     assert len(found) == 1, process.stderr
-    assert "rocket.py\", line" not in process.stderr, process.stderr
+    assert 'rocket.py", line' not in process.stderr, process.stderr
     return found[0]
