@@ -1,0 +1,53 @@
+# make            the whole path on the embedded default: environment, tokenizer, dataset, training
+#                 (interrupted and resumed), sampling
+# make test       the fast tests; make test-all: the long proofs too; make lint: style
+# make clean      removes what the path wrote (data/tiny, out/tiny), never anything else
+#
+# An active virtual or conda environment that satisfies pyproject.toml is used as it is; else VENV
+# is made. PYTHON and VENV may be set: make PYTHON=python3.11 VENV=/scratch/me/venv
+
+PYTHON ?= python3
+VENV ?= .venv
+ACTIVE := $(shell [ -n "$$VIRTUAL_ENV$$CONDA_PREFIX" ] && python tests/environment.py && echo yes)
+ifeq ($(ACTIVE),yes)
+  PY := python
+  READY :=
+else
+  PY := $(VENV)/bin/python
+  READY := $(VENV)/.ready
+endif
+
+CONFIG := config/tiny.toml
+.DEFAULT_GOAL := path
+.PHONY: path test test-all lint clean
+
+path: $(READY)
+	$(PY) train_tokenizer.py $(CONFIG)
+	$(PY) prepare.py $(CONFIG)
+	@if [ ! -d out/tiny/checkpoints ]; then \
+		echo "-- training, stopped on the way to show that it resumes"; \
+		$(PY) rocket.py $(CONFIG) --train.stop_at_step=100 || exit 1; \
+		echo "-- the same command again goes on"; \
+	fi
+	$(PY) rocket.py $(CONFIG)
+	$(PY) sample.py out/tiny --prompt="def read_" --max-tokens=128 --temperature=0.7 --top-p=0.9
+	$(PY) tests/compare_xz.py out/tiny
+
+test: $(READY)
+	$(PY) -m pytest
+
+test-all: $(READY)
+	$(PY) -m pytest -m ""
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+$(VENV)/.ready: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Rocket needs Python 3.10 or later: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf data/tiny out/tiny

@@ -1,0 +1,28 @@
+"""Exits with 0 if this Python has what pyproject.toml asks for, tests included; the Makefile asks."""
+
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in re.findall(r"\d+", text)[:3])
+
+
+def missing() -> list[str]:
+    """The requirements, `name>=version`, that are not met."""
+    text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
+    found = []
+    for name, bound in re.findall(r'"([\w-]+)>=([\d.]+)"', text.partition("[tool.setuptools]")[0]):
+        try:
+            if name != "setuptools" and numbers(version(name)) < numbers(bound):
+                found.append(f"{name}>={bound}")
+        except PackageNotFoundError:
+            found.append(f"{name}>={bound}")
+    return found
+
+
+if missing():
+    print(f"the active environment lacks {', '.join(missing())}", file=sys.stderr)
+    sys.exit(1)
