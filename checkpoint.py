@@ -36,6 +36,7 @@ from config import (
 from distributed import AgreedError, World, local_part, writes
 
 FORMAT_VERSION = 1
+GROUPS = ("model", "optimizer")
 # The manifest begins {"digest": "<64 hex digits>", and the digest covers every other byte of it.
 DIGEST_AT, UNSEALED = slice(12, 76), b"0" * 64
 
@@ -72,9 +73,10 @@ class Checkpoint:
         """Validation loss in nats a token at this step; infinite if it was not evaluated."""
         return math.inf if self.state["val_loss"] is None else self.state["val_loss"]
 
-    def verify(self, rank: int = 0, ranks: int = 1) -> None:
-        """Hashes this rank's share of the files; UserError names one that does not match."""
-        for file in self.manifest["files"][rank::ranks]:
+    def verify(self, rank: int = 0, ranks: int = 1, groups: tuple[str, ...] = GROUPS) -> None:
+        """Hashes this rank's share of the groups' files; UserError names one that is damaged."""
+        files = [file for file in self.manifest["files"] if file["group"] in groups]
+        for file in files[rank::ranks]:
             path = self.path / file["name"]
             try:
                 matches = file_sha256(path) == file["sha256"]
@@ -125,7 +127,7 @@ def checkpoint_paths(run: Path) -> list[Path]:
 
 
 def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
-    """The "best" or the "last" checkpoint of a run directory, or the one at path itself; verified.
+    """The "best" or "last" checkpoint of a run directory, or the one at path; its weights verified.
 
     Best is the lowest validation loss. One that does not verify is passed over, aloud.
 
@@ -134,7 +136,7 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
     """
     if path.name.startswith("step_"):
         checkpoint = Checkpoint(path)
-        checkpoint.verify()
+        checkpoint.verify(groups=("model",))
         return checkpoint
     found, damaged = [], []
     for candidate in checkpoint_paths(path):
@@ -146,7 +148,7 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
         found.sort(key=lambda checkpoint: checkpoint.val_loss)
     for checkpoint in found:
         try:
-            checkpoint.verify()
+            checkpoint.verify(groups=("model",))
         except UserError as error:
             damaged.append(str(error))
             continue

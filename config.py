@@ -30,13 +30,13 @@ Resume = Literal["free", "consent", "refused"]
 # Trainer options of SentencePiece that `[tokenizer]` passes on as they are. Left out are those that
 # Rocket sets itself (input, output, vocabulary size, the ids of the special pieces).
 SENTENCEPIECE_OPTIONS = (
-    "accept_language add_dummy_prefix allow_whitespace_only_pieces byte_fallback character_coverage"
+    "add_dummy_prefix allow_whitespace_only_pieces byte_fallback character_coverage"
     " control_symbols differential_privacy_clipping_threshold differential_privacy_noise_level"
     " enable_differential_privacy escape_whitespaces hard_vocab_limit input_sentence_size"
     " max_sentence_length max_sentencepiece_length mining_sentence_size model_type"
     " normalization_rule_name normalization_rule_tsv num_sub_iterations num_threads"
     " pretokenization_delimiter remove_extra_whitespaces required_chars seed_sentencepiece_size"
-    " seed_sentencepieces_file self_test_sample_size shrinking_factor shuffle_input_sentence"
+    " seed_sentencepieces_file shrinking_factor shuffle_input_sentence"
     " split_by_number split_by_unicode_script split_by_whitespace split_digits"
     " train_extremely_large_corpus treat_whitespace_as_suffix unk_surface use_all_vocab"
     " user_defined_symbols vocabulary_output_piece_score"
@@ -72,7 +72,10 @@ class TokenizerConfig:
     )
     vocab_size: int = key(32_000, "pieces, at most 65,536", low=2)
     sample_bytes: int = key(
-        100_000_000, "bytes of training text that the tokenizer learns from", resume="free", low=1
+        100_000_000,
+        "bytes of training text to learn from; about 17 bytes of memory each",
+        resume="free",
+        low=1,
     )
     options: dict = key(
         {}, "trainer options of SentencePiece, written as keys of this table", resume="free"
@@ -521,6 +524,7 @@ def describe(section: str) -> list[tuple[str, str, str, str]]:
             f.metadata["resume"],
         )
         for f in dataclasses.fields(getattr(Config(), section))
+        if f.name != "options"
     ]
 
 

@@ -161,7 +161,9 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
         for block in model.model.layers:
             fully_shard(block, **options)
         fully_shard(model, **options)
-    return model.to_empty(device=world.device)
+    model.to_empty(device=world.device)
+    model.tie()
+    return model
 
 
 def _device_mesh(strategy: str, world: World) -> dist.DeviceMesh:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -153,17 +152,12 @@ class Llama(nn.Module):
         self.vocab_size = vocab_size
         self.model = Decoder(config, vocab_size)
         self.lm_head = nn.Linear(config.dim, vocab_size, bias=False)
-        self._tie()
+        self.tie()
 
-    def _tie(self) -> None:
+    def tie(self) -> None:
+        """Makes tied embeddings one matrix; to be called again after new memory (to_empty)."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Llama:
-        """Moves and casts; the embeddings stay one where new memory (to_empty) would part them."""
-        super()._apply(*args, **kwargs)
-        self._tie()
-        return self
 
     def forward(
         self,

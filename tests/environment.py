@@ -1,4 +1,4 @@
-"""Exits with 0 if this Python has what pyproject.toml asks for, tests included; the Makefile asks."""
+"""Exits with 0 if this Python meets pyproject.toml, tests included; the Makefile asks."""
 
 import re
 import sys

@@ -85,11 +85,11 @@ def test_every_byte_counts(tmp_path, world):
                 del damaged[place:]
             file.write_bytes(damaged)
             with pytest.raises(UserError, match=file.name):
-                find_checkpoint(original)
+                Checkpoint(original).verify()
             trials += 1
         file.write_bytes(content)
     assert trials == 210
-    find_checkpoint(original)
+    Checkpoint(original).verify()
 
 
 def test_the_newest_that_verifies_is_found(tmp_path, world, capsys):
@@ -183,7 +183,7 @@ def test_a_planted_pickle_is_never_executed(tmp_path, world):
         content = file.read_bytes()
         file.write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
         with pytest.raises(UserError):
-            find_checkpoint(tmp_path / "run")
+            Checkpoint(checkpoint_paths(tmp_path / "run")[0]).verify()
         file.write_bytes(content)
     assert not (tmp_path / "executed").exists()
 

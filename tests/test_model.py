@@ -174,7 +174,9 @@ def test_embeddings_stay_tied_on_their_way_from_the_meta_device():
     config = SHAPES["tied"]
     with torch.device("meta"):
         model = Llama(config, VOCAB)
-    model = model.to_empty(device="cpu").to(torch.bfloat16)
+    model.to_empty(device="cpu")
+    model.tie()
+    model.to(torch.bfloat16)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert "lm_head.weight" not in dict(model.named_parameters())
 

@@ -44,6 +44,15 @@ def finished(dataset, tiny_tokenizer, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="module")
+def finished_tied(dataset, tiny_tokenizer, tmp_path_factory):
+    """The same with tied embeddings."""
+    out = tmp_path_factory.mktemp("finished") / "tied"
+    done = rocket(overrides(dataset, tiny_tokenizer, out, model__tie_embeddings="true"))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 SPREADS = {  # name: ranks, strategy
     "ddp2": (2, "ddp"),
     "fsdp2": (2, "fsdp"),
@@ -52,21 +61,23 @@ SPREADS = {  # name: ranks, strategy
 
 
 @pytest.mark.parametrize("spread", SPREADS)
-def test_losses_match_the_single_process(spread, run, tmp_path, finished):
+def test_losses_match_the_single_process(spread, run, tmp_path, finished, finished_tied):
     """20 float32 steps within 1e-4, with and without accumulation; 10 does not divide by 3."""
     ranks, strategy = SPREADS[spread]
     done = run_many(
         [
             run("plain", parallel__strategy=strategy, train__micro_batch_size=10),
             run("accumulated", parallel__strategy=strategy, train__micro_batch_size=1),
+            run("tied", parallel__strategy=strategy, model__tie_embeddings="true"),
         ],
         ranks,
     )
     assert done.returncode == 0, done.stderr
-    for name in ("plain", "accumulated"):
+    for name in ("plain", "accumulated", "tied"):
+        reference = finished_tied if name == "tied" else finished
         assert len(losses(tmp_path / name)) == 20
-        assert np.abs(np.subtract(losses(tmp_path / name), losses(finished))).max() < 1e-4
-        ours, theirs = rows(tmp_path / name)[-1], rows(finished)[-1]
+        assert np.abs(np.subtract(losses(tmp_path / name), losses(reference))).max() < 1e-4
+        ours, theirs = rows(tmp_path / name)[-1], rows(reference)[-1]
         assert ours["val_loss"] == pytest.approx(theirs["val_loss"], abs=1e-4)
         assert ours["val_bits_per_byte"] == pytest.approx(theirs["val_bits_per_byte"], abs=1e-4)
 
