@@ -81,87 +81,87 @@ def main(arguments: list[str]) -> None:
 
 
 def train(config: Config, accept_changes: bool, world: World) -> None:
-    """Trains the run in config.train.out_dir to its end, from wherever it stands."""
+    """Trains the run in train.out_dir to its end, from wherever it stands."""
     directory = resolve_path(config.train.out_dir)
     inputs = world.once(lambda: open_run(directory, config, accept_changes))
     data, val_data = open_datasets(config, inputs)
     max_steps = run_length(config, data)
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
     log = RunLog(directory, world, max_steps, flops)
-
-    checkpoint = find_resumable(directory, world)
-    progress = Progress(**checkpoint.state) if checkpoint else Progress()
-    if reason := end_reason(progress, max_steps, config):
-        log.end(reason, progress.step)
-        return
-    model = parallelize(build_model(config, inputs.vocab_size), config.parallel, world)
-    optimizer = build_optimizer(model, config.optimizer)
-    if checkpoint:
-        load_weights(model, checkpoint)
-        load_optimizer(model, optimizer, checkpoint)
-    elif config.train.init_from:
-        start_from(config, model, inputs, log, world)
-    else:
-        initialise(model, config)
-    trained_model = replicate(model, world)
-
-    log.start(progress.step, progress.hours)
-    log.status("running", None, progress.step)
-    describe_start(config, model, data, checkpoint, log, world)
-    record = identity(config, inputs)
-    last_save = time.monotonic()
+    progress = Progress()
     try:
-        while not reason:
-            windows = step_windows(
-                config.train.seed, progress.step, config.train.global_batch_size, data.windows
-            )
-            rate = learning_rate(progress.step, max_steps, config.optimizer)
-            batches = list(load_batches(data, windows, config.train.micro_batch_size, world))
-            loss, grad_norm = train_step(trained_model, optimizer, batches, rate, config, world)
-            progress.step += 1
-            progress.val_loss = None
-            log.count(windows.size * data.seq_len)
-            at_end = progress.step == max_steps
-
-            # Losses stay on the device until a row is due, so that steps queue up without a wait.
-            if at_end or due(progress.step, config.train.log_interval):
-                require_finite(loss, grad_norm, progress.step)
-                log.training_row(
-                    {
-                        "step": progress.step,
-                        "tokens": progress.step * config.train.global_batch_size * data.seq_len,
-                        "loss": loss.item(),
-                        "learning_rate": rate,
-                        "grad_norm": grad_norm.item(),
-                    }
-                )
-
-            is_best = False
-            if val_data and (at_end or due(progress.step, config.train.eval_interval)):
-                is_best = validate(trained_model, val_data, progress, inputs, config, log, world)
-
-            reason = end_reason(progress, max_steps, config)
-            if (
-                reason
-                or due(progress.step, config.checkpoint.interval)
-                or (is_best and config.checkpoint.keep_best)
-                or minutes_passed(last_save, config.checkpoint.interval_minutes, world)
-            ):
-                require_finite(loss, grad_norm, progress.step)
-                progress.hours = log.hours
-                log.sync()
-                record["state"] = asdict(progress)
-                save_checkpoint(directory, progress.step, model, optimizer, record, world)
-                world.once(lambda: prune_checkpoints(directory, progress.step, config.checkpoint))
-                last_save = time.monotonic()
-                log.restart_clock()
+        checkpoint = find_resumable(directory, world)
+        if checkpoint:
+            progress = Progress(**checkpoint.state)
+        if not end_reason(progress, max_steps, config):
+            model, optimizer = build(config, inputs, checkpoint, log, world)
+            describe_start(config, model, data, checkpoint, log, world)
+            log.start(progress.step, progress.hours)
+            train_steps(config, inputs, data, val_data, model, optimizer, progress, log, world)
     except UserError as error:
         reason = "non_finite" if isinstance(error, NotFiniteError) else "error"
         log.status("failed", reason, progress.step)
         raise
     finally:
         log.close()
-    log.end(reason, progress.step)
+    log.end(end_reason(progress, max_steps, config), progress.step)
+
+
+def train_steps(
+    config: Config,
+    inputs: Inputs,
+    data: TokenDataset,
+    val_data: TokenDataset | None,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    log: RunLog,
+    world: World,
+) -> None:
+    """The loop: step, log, evaluate and save, until there is a reason to end."""
+    batch_size, max_steps = config.train.global_batch_size, log.max_steps
+    replicated = replicate(model, world)
+    record = identity(config, inputs)
+    saved_step, saved_at = progress.step, time.monotonic()
+
+    def save() -> None:
+        nonlocal saved_step, saved_at
+        require_finite(loss, grad_norm, progress.step)
+        progress.hours = log.hours
+        record["state"] = asdict(progress)
+        log.sync()
+        save_checkpoint(log.directory, progress.step, model, optimizer, record, world)
+        world.once(lambda: prune_checkpoints(log.directory, progress.step, config.checkpoint))
+        saved_step, saved_at = progress.step, time.monotonic()
+        log.restart_clock()
+
+    while not end_reason(progress, max_steps, config):
+        windows = step_windows(config.train.seed, progress.step, batch_size, data.windows)
+        batches = list(load_batches(data, windows, config.train.micro_batch_size, world))
+        rate = learning_rate(progress.step, max_steps, config.optimizer)
+        loss, grad_norm = train_step(replicated, optimizer, batches, rate, config, world)
+        progress.step += 1
+        progress.val_loss = None
+        log.count(batch_size * data.seq_len)
+        at_end = progress.step == max_steps
+
+        # Losses stay on the device until a row is due, so that steps queue up without a wait.
+        if at_end or due(progress.step, config.train.log_interval):
+            require_finite(loss, grad_norm, progress.step)
+            log.training_row(progress.step, loss.item(), rate, grad_norm.item())
+
+        is_best = False
+        if val_data and (at_end or due(progress.step, config.train.eval_interval)):
+            is_best = validate(replicated, val_data, progress, inputs, config, log, world)
+
+        if (
+            due(progress.step, config.checkpoint.interval)
+            or (is_best and config.checkpoint.keep_best)
+            or minutes_passed(saved_at, config.checkpoint.interval_minutes, world)
+        ):
+            save()
+    if saved_step != progress.step:
+        save()
 
 
 def train_step(
@@ -208,13 +208,7 @@ def validate(
     """Evaluates and writes the rows of it; True if this is the best validation loss so far."""
     scores = evaluate(model, data, inputs.byte_lengths, config, world)
     progress.val_loss = scores["val_loss"]
-    place = {
-        "step": progress.step,
-        "tokens": progress.step * config.train.global_batch_size * data.seq_len,
-        "hours": log.hours,
-    }
-    log.row({**place, **scores})
-    log.say(f"step {progress.step} | " + " | ".join(f"{k} {v:.4f}" for k, v in scores.items()))
+    log.evaluation_row(progress.step, scores)
     for row in predict(model, data, config, world):
         log.row({"step": progress.step, **row}, "samples.jsonl")
     log.restart_clock()
@@ -285,10 +279,22 @@ def load_batches(
         yield tokens.to(world.device), targets.to(world.device)
 
 
-def build_model(config: Config, vocab_size: int) -> Llama:
-    """The model without memory: sharding it first keeps the largest from ever being whole."""
-    with torch.device("meta"):
-        return Llama(config.model, vocab_size)
+def build(
+    config: Config, inputs: Inputs, checkpoint: Checkpoint | None, log: RunLog, world: World
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer as the run needs them: resumed, from other weights, or fresh."""
+    with torch.device("meta"):  # without memory: sharded first, the largest is never whole
+        model = Llama(config.model, inputs.vocab_size)
+    model = parallelize(model, config.parallel, world)
+    optimizer = build_optimizer(model, config.optimizer)
+    if checkpoint:
+        load_weights(model, checkpoint)
+        load_optimizer(model, optimizer, checkpoint)
+    elif config.train.init_from:
+        start_from(config, model, inputs, log, world)
+    else:
+        initialise(model, config)
+    return model, optimizer
 
 
 @torch.no_grad()

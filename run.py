@@ -139,56 +139,78 @@ def _check_identity(directory: Path, tokenizer_sha256: str, dataset: str) -> Non
 
 
 class RunLog:
-    """Rows and console of a run; on ranks other than 0 every method does nothing."""
+    """Rows, status and console of a run; ranks other than 0 write nothing."""
 
-    def __init__(
-        self, directory: Path, world: World, max_steps: int, flops_per_token: float
-    ) -> None:
+    def __init__(self, directory: Path, world: World, max_steps: int, flops: float) -> None:
         self.directory = directory
         self.enabled = world.rank == 0
         self.device = world.device
         self.max_steps = max_steps
         peak = device_peak(world.device)
-        self.peak_tokens_per_second = peak * world.size / flops_per_token if peak else None
+        self.peak_rate = peak * world.size / flops if peak else None  # tokens/s at 100% MFU
         self.files: dict[str, Any] = {}
+        self.bar = tqdm(disable=True)
 
     def start(self, step: int, hours: float) -> None:
         """Opens the files, cut to what came before step, and starts the clocks."""
         self.started = time.monotonic() - 3600 * hours
-        self.mark, self.tokens, self.steps = time.monotonic(), 0, 0
+        self.restart_clock()
         if self.enabled:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_rows(self.directory / name, step)
                 self.files[name] = open(self.directory / name, "a", encoding="utf-8")  # noqa: SIM115
-        shown = self.enabled and sys.stderr.isatty()
-        self.bar = tqdm(total=self.max_steps, initial=step, unit="step", disable=not shown)
+            if sys.stderr.isatty():
+                self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
+        self.status("running", None, step)
 
     @property
     def hours(self) -> float:
         """Hours of training, added up over the jobs of the run."""
         return (time.monotonic() - self.started) / 3600
 
+    def restart_clock(self) -> None:
+        """Leaves what came before (logging, evaluation, saving) out of the throughput."""
+        self.mark, self.tokens, self.steps = time.monotonic(), 0, 0
+
     def count(self, tokens: int) -> None:
         """Counts a step and its tokens towards the throughput."""
         self.tokens += tokens
         self.steps += 1
+        self.tokens_a_step = tokens
         self.bar.update()
 
-    def training_row(self, row: dict[str, Any]) -> None:
-        """Adds time, throughput and memory to a step's row, writes and prints it."""
+    def training_row(self, step: int, loss: float, rate: float, grad_norm: float) -> None:
+        """Writes and prints the row of a training step."""
         elapsed = time.monotonic() - self.mark
-        row |= {"hours": self.hours, "tokens_per_second": self.tokens / elapsed}
-        if self.peak_tokens_per_second:
-            row["mfu"] = row["tokens_per_second"] / self.peak_tokens_per_second
+        row = self._place(step) | {
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "tokens_per_second": self.tokens / elapsed,
+        }
+        if self.peak_rate:
+            row["mfu"] = row["tokens_per_second"] / self.peak_rate
         row["memory_gb"] = memory_gb(self.device)
-        seconds_left = elapsed / self.steps * (self.max_steps - row["step"])
         self.row(row)
-        self.say(describe_training(row, self.max_steps, seconds_left))
+        self.say(
+            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {rate:.2e}"
+            f" | grad norm {grad_norm:.2f} | {row['tokens_per_second']:,.0f} tok/s"
+            + (f" | MFU {100 * row['mfu']:.1f}%" if "mfu" in row else "")
+            + f" | {row['memory_gb']:.2f} GB"
+            f" | {describe_seconds(elapsed / self.steps * (self.max_steps - step))} left"
+        )
         self.restart_clock()
 
-    def restart_clock(self) -> None:
-        """Leaves what came before (logging, evaluation, saving) out of the throughput."""
-        self.mark, self.tokens, self.steps = time.monotonic(), 0, 0
+    def evaluation_row(self, step: int, scores: dict[str, float]) -> None:
+        """Writes and prints the row of an evaluation."""
+        self.row(self._place(step) | scores)
+        self.say(
+            f"step {step}/{self.max_steps} | val loss {{val_loss:.4f}} | perplexity"
+            " {val_perplexity:.2f} | {val_bits_per_byte:.4f} bits/byte".format(**scores)
+        )
+
+    def _place(self, step: int) -> dict[str, Any]:
+        return {"step": step, "tokens": step * self.tokens_a_step, "hours": self.hours}
 
     def row(self, row: dict[str, Any], file: str = "metrics.jsonl") -> None:
         """Appends a row to one of the run's files."""
@@ -256,21 +278,6 @@ def cut_rows(path: Path, step: int) -> None:
                 break
             keep += len(line)
         file.truncate(keep)
-
-
-def describe_training(row: dict[str, Any], max_steps: int, seconds_left: float) -> str:
-    """A training row as a line for people."""
-    parts = [
-        f"step {row['step']}/{max_steps}",
-        f"loss {row['loss']:.4f}",
-        f"lr {row['learning_rate']:.2e}",
-        f"grad norm {row['grad_norm']:.2f}",
-        f"{row['tokens_per_second']:,.0f} tok/s",
-        *([f"MFU {100 * row['mfu']:.1f}%"] if "mfu" in row else []),
-        f"{row['memory_gb']:.2f} GB",
-        f"{describe_seconds(seconds_left)} left",
-    ]
-    return " | ".join(parts)
 
 
 def describe_seconds(seconds: float) -> str:

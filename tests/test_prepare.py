@@ -186,7 +186,9 @@ def test_a_killed_run_goes_on_and_gives_the_same_shards(project):
     process.wait()
     assert not (project / "data" / "manifest.json").exists()
     wait_for_end(workers)
-    done = {path.name: path.stat().st_mtime_ns for path in parts.glob("part-*.bin")}
+    finished = [path.stem for path in parts.glob("part-*.json")]
+    bins = [path for name in finished for path in parts.glob(f"{name}.*.bin")]
+    done = {path.name: path.stat().st_mtime_ns for path in bins}
     assert len(done) > 2
     assert "parts are done already" in prepared(project)
     assert digests(project / "data") == digests(project / "straight")
@@ -241,7 +243,7 @@ def test_a_dead_worker_ends_the_run(project):
     os.kill(workers[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "a worker died (exit code -9) on part" in stderr
+    assert f"a worker died in a part that begins with {project}/corpus.jsonl" in stderr
     assert len(stderr.splitlines()) == 1
     wait_for_end(workers)
 
@@ -279,7 +281,7 @@ def test_a_finished_dataset_is_up_to_date_and_never_overwritten_unasked(project)
     assert "--force prepares anew" in line
     with open(project / "corpus.jsonl", "a") as file:
         file.write('{"text": "one more"}\n')
-    assert f"source {project}/corpus.jsonl had" in refused(project)
+    assert f'sources was {{"name": "{project}/corpus.jsonl", "bytes"' in refused(project)
     assert digests(directory) == before
 
     # A failed run with --force leaves the old dataset as it was; a good one leaves no old shard.
@@ -293,20 +295,14 @@ def test_a_finished_dataset_is_up_to_date_and_never_overwritten_unasked(project)
     assert set(digests(directory)) == {"manifest.json", "train-00000.bin"}
 
 
-def test_verify_names_the_shard_that_is_damaged(project):
+def test_a_damaged_dataset_is_named(project):
     prepared(project)
-    assert "shards are as the manifest says" in prepared(project, "--verify")
     path = project / "data" / "train-00003.bin"
     content = path.read_bytes()
     path.write_bytes(content[:-1])
-    wrong = f"{path}: {len(content) - 1} bytes instead of {len(content)}"
-    assert wrong in refused(project, "--verify")
-    assert wrong in refused(project)
-    path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
-    assert f"{path}: its sha256 is not" in refused(project, "--verify")
+    assert f"{path}: {len(content) - 1} bytes instead of {len(content)}" in refused(project)
     path.unlink()
-    assert f"{path}: No such file" in refused(project, "--verify")
-    assert "run prepare.py" in refused(project, "--verify", f"--data.dir={project}/nothing")
+    assert f"{path}: no bytes instead of" in refused(project)
     (project / "data" / "manifest.json").write_text("{")
     assert "manifest.json: damaged" in refused(project)
 
@@ -316,16 +312,20 @@ def mistakes(project):
     row = json.dumps({"text": document(1)}) + "\n"
     return {
         "missing file": ({}, ["--data.sources=['corpos.jsonl']"], "corpos.jsonl: no such file"),
-        "no match": ({}, [f"--data.sources=['{project}/*.csv']"], "no file matches"),
-        "empty corpus": ({"corpus.jsonl": ""}, [], "the corpus holds no text: 0 documents"),
-        "only empty texts": ({"corpus.jsonl": '{"text": ""}\n'}, [], "1 documents, all empty"),
+        "no match": ({}, [f"--data.sources=['{project}/*.csv']"], "no file to read here"),
+        "empty corpus": ({"corpus.jsonl": ""}, [], "the train split is empty: of 0 documents, 0 "),
+        "only empty texts": (
+            {"corpus.jsonl": '{"text": ""}\n'},
+            [],
+            "of 1 documents, 1 without text",
+        ),
         "bad row": ({"corpus.jsonl": row * 900 + "{\n" + row * 900}, [], "corpus.jsonl, row 901: "),
         "no column": ({}, ["--data.text_column=body"], "row 1: no column 'body'; set"),
         "too large": ({}, ["--data.max_document_bytes=50"], "row 1: a document above"),
         "empty split": (
             {"corpus.jsonl": row * 20},
             [],
-            " split is empty: none of 20 documents fell into it",
+            " split is empty: of 20 documents, 0 without text, none fell into it",
         ),
         "other size": ({}, ["--tokenizer.vocab_size=601"], "has 600 pieces, but"),
         "too many": ({}, ["--tokenizer.vocab_size=70000"], "above 65,536"),
@@ -356,7 +356,7 @@ def test_text_that_is_not_utf8_names_file_and_row(project):
     rows[123] = b"caf\xe9\n"
     (project / "corpus.txt").write_bytes(b"".join(rows).replace(b"\r\n", b" "))
     arguments = [f"--data.sources=['{project}/corpus.txt']", "--data.document=line"]
-    assert f"{project}/corpus.txt, row 124: not UTF-8 (byte 0xe9)" in refused(project, *arguments)
+    assert f"{project}/corpus.txt, row 124: not UTF-8 (b'\\xe9')" in refused(project, *arguments)
     prepared(project, *arguments, "--data.errors=replace")
 
 

@@ -4,11 +4,15 @@ mistake is one line, and every rank stops together. Real processes throughout.""
 import json
 import math
 import shutil
+import socket
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 from training import (
+    ENVIRONMENT,
+    ROOT,
     assert_identical,
     error_of,
     losses,
@@ -336,3 +340,30 @@ def test_a_full_disk_while_saving_keeps_what_was_saved(run, small_disk):
     assert steps_kept(small_disk / "run") == {10: True}
     assert not list((small_disk / "run" / "checkpoints").glob("*.tmp"))
     tensors(small_disk / "run")
+
+
+@pytest.mark.long
+def test_two_nodes_with_hsdp_match_the_single_process(run, finished, tmp_path):
+    """Two torchrun agents with two ranks each: sharded within, replicated across."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    agents = [
+        subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2"),
+                *(f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"),
+                *("--nproc_per_node=2", str(ROOT / "rocket.py")),
+                *run(parallel__strategy="hsdp"),
+            ],
+            env=ENVIRONMENT,
+        )
+        for node in (0, 1)
+    ]
+    assert [agent.wait(timeout=240) for agent in agents] == [0, 0]
+    assert np.abs(np.subtract(losses(tmp_path / "run"), losses(finished))).max() < 1e-4
+    resumed = rocket(run(train__max_steps=20))  # its sharded checkpoint opens on one process
+    assert "finished at step 20" in resumed.stdout
+    ours, theirs = tensors(tmp_path / "run"), tensors(finished)
+    assert ours.keys() == theirs.keys()
+    assert all(np.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
