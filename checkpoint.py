@@ -112,15 +112,6 @@ class Checkpoint:
         return torch.from_numpy(whole).view(shape if stop - start == length else [-1, *shape[1:]])
 
 
-def file_sha256(path: Path) -> str:
-    """The digest of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def checkpoint_paths(run: Path) -> list[Path]:
     """The directories of a run's checkpoints, newest first, whether they verify or not."""
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import tomli
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_CONFIG = ROOT / "config" / "tiny.toml"
+DATASET_VERSION = 1  # of the format that prepare.py writes and dataset.py reads
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 
 Resume = Literal["free", "consent", "refused"]
@@ -483,6 +485,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_directory(path.parent)
+
+
+def file_sha256(path: Path) -> str:
+    """The digest of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sync_directory(path: Path) -> None:

@@ -166,8 +166,7 @@ def _expand(name: str, split: str | None) -> Iterator[Source]:
         below = _walk(path, STDLIB_SKIPPED if stdlib else set()) if path.is_dir() else [path]
         files += [file for file in below if file == path or _suffixes(str(file))[0] in known]
     if not files:
-        suffixes = " ".join(known)
-        raise UserError(f"{root}: no file to read here ({suffixes}, with or without .gz .zst)")
+        raise UserError(f"{root}: no file to read here ({' '.join(known)}; also .gz and .zst)")
     for path in files:
         base, prefix = (root, f"{STDLIB}/") if stdlib else (ROOT, "")
         label = path.relative_to(base) if path.is_relative_to(base) else path
@@ -196,9 +195,8 @@ def _suffixes(path: str) -> tuple[str, str | None]:
 
 
 def _rule(format: str, data: DataConfig) -> str | dict:
-    if data.document == "auto":
-        return "file" if format in ("text", "python") else "row"
-    return data.document
+    automatic = "file" if format in ("text", "python") else "row"
+    return automatic if data.document == "auto" else data.document
 
 
 def _cut(source: Source, target: int, data: DataConfig) -> Iterator[Source]:
@@ -228,8 +226,7 @@ def _cut(source: Source, target: int, data: DataConfig) -> Iterator[Source]:
 class Reader:
     """Reads one piece; `row` is where it stands, so that whatever goes wrong can be placed.
 
-    The methods that read a format yield (position, text): rows of a table, lines of a text. A
-    position is in the unit of the piece's `start` and `stop`.
+    Each format yields (position, text); a position is in the unit of the piece's start and stop.
     """
 
     def __init__(self, piece: Source, data: DataConfig):
@@ -253,8 +250,7 @@ class Reader:
         except UnicodeError as error:  # bytes, or half of a surrogate pair from JSON's escapes
             self.row += error.object.count(b"\n", 0, error.start) if self.is_text else 0
             bad = error.object[error.start : error.start + 1]
-            hint = "data.errors = replace puts U+FFFD in its place"
-            raise self.error(f"not UTF-8 ({bad!a}); {hint}") from None
+            raise self.error(f"not UTF-8 ({bad!a}); data.errors = replace puts U+FFFD") from None
         except csv.Error as error:
             raise self.error(f"not CSV ({error})") from None
         except (OSError, SyntaxError, pa.ArrowException) as error:
@@ -289,7 +285,7 @@ class Reader:
     def units(self) -> Iterator[tuple[str, bool]]:
         """Rows for the rule `row`, else lines, each with whether it starts inside the piece."""
         formats = {"csv": self.csv_rows, "jsonl": self.json_rows, "parquet": self.parquet_rows}
-        for position, text in formats.get(self.piece.format, self.text_lines)():
+        for position, text in formats.get(self.piece.format, self.lines)():
             inside = self.piece.stop is None or position < self.piece.stop
             if self.is_text or self.rule == "row":
                 yield text, inside
@@ -297,17 +293,13 @@ class Reader:
                 for line in io.StringIO(text if text.endswith("\n") else text + "\n"):
                     yield line, inside
 
-    def text_lines(self) -> Iterator[tuple[int, str]]:
-        """Lines with their newlines; the whole file as one for the rule `file`."""
-        for position, raw in self.raw_lines(self.limit + 2):
-            yield position, raw.decode("utf-8", self.data.errors)
-
-    def raw_lines(self, limit: int) -> Iterator[tuple[int, bytes]]:
-        """Lines that start at the piece's start or after it, with the bytes where they start."""
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """Lines with their newlines, by the byte where they start; for `file`, a text is one."""
+        limit = self.limit + 2 if self.is_text else TABLE_LINE_FACTOR * self.limit
         self.row = 1
         with self.open() as file:
             take = file.read if self.is_text and self.rule == "file" else file.readline
-            if self.piece.start:
+            if self.piece.start:  # the line that the byte before it belongs to is another piece's
                 file.seek(self.piece.start - 1)
                 while (tail := file.readline(BATCH_BYTES)) and not tail.endswith(b"\n"):
                     pass
@@ -315,19 +307,18 @@ class Reader:
             while raw := take(limit + 1):
                 if len(raw) > limit:
                     raise self.too_large(self.row)
-                yield position, raw
+                yield position, raw.decode("utf-8", self.data.errors)
                 position += len(raw)
                 self.row += 1
 
     def json_rows(self) -> Iterator[tuple[int, str]]:
         """A JSON object a line; blank lines are none."""
         column = self.data.text_column
-        for position, raw in self.raw_lines(TABLE_LINE_FACTOR * self.limit):
-            line = raw.decode("utf-8", self.data.errors).removeprefix("\ufeff")
+        for position, line in self.lines():
             if not line.strip():
                 continue
             try:
-                values = json.loads(line)
+                values = json.loads(line.removeprefix("\ufeff"))
             except (ValueError, RecursionError) as error:
                 raise self.error(f"not JSON ({error}); one object a line") from None
             if not isinstance(values, dict):
@@ -367,8 +358,7 @@ class Reader:
             column = self.data.text_column
             self.check_column(file.schema_arrow.names)
             kind = file.schema_arrow.field(column).type
-            if pa.types.is_dictionary(kind):
-                kind = kind.value_type
+            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
             if kind not in (pa.string(), pa.large_string()):
                 raise self.error(f"column {column!r} is {kind}, not text; set data.text_column")
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]

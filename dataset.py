@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import ConfigError, UserError
+from config import DATASET_VERSION, ConfigError, UserError
 from model import IGNORE
 
-FORMAT_VERSION = 1
 OPEN_SHARDS = 64  # memory maps kept open: a thousand would exhaust the usual `ulimit -n 1024`
 
 
@@ -40,9 +39,9 @@ def read_manifest(directory: Path, tokenizer_sha256: str) -> dict[str, Any]:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged; run prepare.py with --force") from None
-    if version != FORMAT_VERSION:
+    if version != DATASET_VERSION:
         raise UserError(
-            f"{path}: format version {version}, not {FORMAT_VERSION}; run prepare.py with --force"
+            f"{path}: format version {version}, not {DATASET_VERSION}; run prepare.py with --force"
         )
     if tokenizer != tokenizer_sha256:
         raise UserError(

@@ -1,4 +1,4 @@
-"""python prepare.py [CONFIG] [--section.key=value …] [--force]
+"""python prepare.py [CONFIG] [--section.key=value …] [--force] [--verify]
 
 Tokenizes the sources of CONFIG into the packed dataset `data.dir`, on all cores. A killed run goes
 on where it was; a finished one says "up to date".
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
@@ -33,9 +33,11 @@ from tqdm import tqdm
 
 import corpus
 from config import (
+    DATASET_VERSION,
     Config,
     DataConfig,
     UserError,
+    file_sha256,
     load_config,
     resolve_path,
     run_program,
@@ -45,12 +47,14 @@ from config import (
 from corpus import Part
 from tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
 COUNTS = ("tokens", "documents", "bytes")
 SHORT_DOCUMENT = 64  # tokens; a median below it suggests lines where documents were meant
 PROGRESS_SECONDS = 30  # between progress lines where there is no terminal for a bar
-FLAGS = {"--force": "prepare anew, replacing a dataset that exists"}
+FLAGS = {
+    "--force": "prepare anew, replacing a dataset that exists",
+    "--verify": "read a prepared dataset whole and check it against its manifest",
+}
 Json = dict[str, Any]
 
 
@@ -59,6 +63,9 @@ def main(arguments: list[str]) -> None:
         arguments, usage=__doc__, sections=("tokenizer", "data"), flags=FLAGS
     )
     directory = resolve_path(config.data.dir)
+    if "--verify" in flags:
+        verify(directory)
+        return
     tokenizer = load_tokenizer(config)
     recipe = describe_recipe(config.data, tokenizer)
     try:
@@ -131,7 +138,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
 def describe_recipe(data: DataConfig, tokenizer: Tokenizer) -> Json:
     """What a dataset is made of, as its manifest states it: equal recipes give equal shards."""
     return {
-        "version": FORMAT_VERSION,
+        "version": DATASET_VERSION,
         "tokenizer": {
             name: getattr(tokenizer, name) for name in ("sha256", "vocab_size", "bos_id", "eos_id")
         },
@@ -154,13 +161,12 @@ def check_existing(directory: Path, recipe: Json) -> None:
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
-        known = {name: manifest[name] for name in recipe}
         check_shards(directory, manifest["splits"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged; --force prepares anew") from None
     for name, wanted in recipe.items():
-        found = known[name]
-        if isinstance(wanted, list) and found != wanted:  # the first source that differs
+        found = manifest.get(name)
+        if found and isinstance(wanted, list) and found != wanted:  # the first source that differs
             pairs = itertools.zip_longest(found, wanted)
             found, wanted = next(pair for pair in pairs if pair[0] != pair[1])
         if found != wanted:
@@ -170,9 +176,26 @@ def check_existing(directory: Path, recipe: Json) -> None:
             )
 
 
+def verify(directory: Path) -> None:
+    """Reads a dataset whole; UserError for what does not match its manifest."""
+    try:
+        splits = json.loads((directory / "manifest.json").read_bytes())["splits"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"{directory}: no whole manifest.json here; run prepare.py") from None
+    check_shards(directory, splits)
+    for shard in all_shards(splits):
+        if file_sha256(directory / shard["file"]) != shard["sha256"]:
+            raise UserError(f"{directory / shard['file']}: damaged; --force prepares anew")
+    say(f"{directory}: {len(all_shards(splits))} shards match their checksums")
+
+
+def all_shards(splits: Json) -> list[Json]:
+    return [shard for split in splits.values() for shard in split["shards"]]
+
+
 def check_shards(directory: Path, splits: Json) -> None:
     """UserError for the first shard whose size is not as stated."""
-    for shard in itertools.chain.from_iterable(split["shards"] for split in splits.values()):
+    for shard in all_shards(splits):
         path, wanted = directory / shard["file"], 2 * shard["tokens"]
         size = path.stat().st_size if path.exists() else "no"
         if size != wanted:
@@ -215,47 +238,46 @@ def part_file(work: Path, index: int, split: str) -> Path:
 
 
 def tokenize(
-    parts: list[Part],
-    reports: dict[int, Json],
-    data: DataConfig,
-    tokenizer: Tokenizer,
-    work: Path,
+    parts: list[Part], reports: dict[int, Json], data: DataConfig, tokenizer: Tokenizer, work: Path
 ) -> None:
     """Tokenizes the parts that have no report yet, on all cores, and adds their reports.
 
     Raises:
-        UserError: the first mistake in the order of the parts, or a worker that was killed.
+        UserError: the first mistake that a worker meets, or a worker that was killed. All others
+            are stopped at once.
     """
     if not (todo := [part for part in parts if part.index not in reports]):
         return
     # Bytes read of each part. It has no lock, so a worker that is killed can't keep one.
     done = RawArray("Q", [part.bytes * (part.index in reports) for part in parts])
     total, before, documents = sum(part.bytes for part in parts), sum(done), 0
-    start = printed = time.monotonic()
+    start, printed = time.monotonic(), 0.0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(data.workers or cores, len(todo))
     job = functools.partial(tokenize_part, data=data, tokenizer=tokenizer, work=work, done=done)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (os.getpid(), job))
+    waiting = iter(todo)
+    running: dict[Future, Part] = {}
     try:
-        futures = [pool.submit(run_job, part) for part in todo]
         with tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None) as bar:
-            for part, future in zip(todo, futures, strict=True):
-                while part.index not in reports:
-                    if wait([future], timeout=0.5).done:
-                        reports[part.index] = future.result()
-                        documents += reports[part.index]["read"]
-                    now, megabytes = time.monotonic(), (sum(done) - before) / 1e6
-                    seconds = now - start
-                    speed = f"{megabytes:.1f} MB in {seconds:.1f} s, {megabytes / seconds:.1f} MB/s"
-                    bar.set_postfix_str(f"{documents:,} documents", refresh=False)
-                    bar.update(sum(done) - bar.n)
-                    if bar.disable and now > printed + PROGRESS_SECONDS:
-                        printed = now
-                        say(f"{sum(done) / total:.0%}: {documents:,} documents, {speed}")
+            while len(reports) < len(parts):
+                for part in itertools.islice(waiting, 2 * workers - len(running)):
+                    running[pool.submit(run_job, part)] = part
+                wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in [future for future in running if future.done()]:  # in order
+                    report = future.result()
+                    reports[running.pop(future).index] = report
+                    documents += report["read"]
+                seconds, megabytes = time.monotonic() - start, (sum(done) - before) / 1e6
+                speed = f"{megabytes:.1f} MB in {seconds:.1f} s, {megabytes / seconds:.1f} MB/s"
+                bar.set_postfix_str(f"{documents:,} documents", refresh=False)
+                bar.update(sum(done) - bar.n)
+                if bar.disable and seconds > printed + PROGRESS_SECONDS:
+                    printed = seconds
+                    say(f"{sum(done) / total:.0%}: {documents:,} documents, {speed}")
     except BrokenProcessPool:
-        left = [part.pieces[0].path for part in todo if part.index not in reports]
-        files = dict.fromkeys(left[:workers])
+        files = sorted({part.pieces[0].path for part in running.values()})
         raise UserError(
             f"a worker died in a part that begins with {' or '.join(files)}; if memory ran out, use"
             " fewer data.workers; a new run goes on from here"
@@ -312,10 +334,14 @@ def tokenize_part(
             short += len(ids) < SHORT_DOCUMENT
             split = part.split or corpus.split_of(document.text, data)
             if split not in shards:
-                path = part_file(work, part.index, split)
+                path = work / f"part-{part.index:06d}.{split}.{os.getpid()}.tmp"
+                files.callback(path.unlink, missing_ok=True)  # unless it is whole and renamed
                 shards[split] = Shard(files.enter_context(open(path, "wb", 1 << 20)))
             shards[split].add(bos + ids.astype("<u2").tobytes() + eos, size)
-        splits = {split: shards[split].finish() for split in SPLITS if split in shards}
+        splits = {
+            split: shard.finish(part_file(work, part.index, split))
+            for split, shard in sorted(shards.items())
+        }
     report = {"splits": splits, "read": read, "empty": empty, "short": short}
     write_atomically(work / f"part-{part.index:06d}.json", json.dumps(report).encode())
     done[part.index] = part.bytes
@@ -337,10 +363,11 @@ class Shard:
         self.documents += 1
         self.bytes += size
 
-    def finish(self) -> Json:
-        """Makes the file durable; what a manifest says of it."""
+    def finish(self, path: Path) -> Json:
+        """Makes the file durable and gives it its name; what a manifest says of it."""
         self.file.flush()
         os.fsync(self.file.fileno())
+        os.replace(self.file.name, path)
         counts = {name: getattr(self, name) for name in COUNTS}
         return counts | {"sha256": self.digest.hexdigest()}
 
@@ -380,7 +407,7 @@ def publish(directory: Path, recipe: Json, reports: list[Json]) -> Json:
             totals = {name: sum(shard[name] for shard in shards) for name in COUNTS}
             splits[split] = {**totals, "shards": shards}
     check_shards(directory, splits)
-    names = {shard["file"] for split in splits.values() for shard in split["shards"]}
+    names = {shard["file"] for shard in all_shards(splits)}
     for path in directory.iterdir():  # shards of a dataset that was here before
         if re.fullmatch(r"(train|val|test)-\d{5,}\.bin", path.name) and path.name not in names:
             path.unlink()

@@ -1,6 +1,6 @@
 """Prints a run's validation bits per byte beside what xz makes of the same text.
 
-    python tests/compare_xz.py out/tiny
+python tests/compare_xz.py out/tiny
 """
 
 import json

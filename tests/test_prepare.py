@@ -310,6 +310,7 @@ def test_a_damaged_dataset_is_named(project):
 def mistakes(project):
     """Name, files to write, overrides, and what the line on stderr says."""
     row = json.dumps({"text": document(1)}) + "\n"
+    one = ["--data.workers=1"]  # the first row is read first
     return {
         "missing file": ({}, ["--data.sources=['corpos.jsonl']"], "corpos.jsonl: no such file"),
         "no match": ({}, [f"--data.sources=['{project}/*.csv']"], "no file to read here"),
@@ -320,8 +321,8 @@ def mistakes(project):
             "of 1 documents, 1 without text",
         ),
         "bad row": ({"corpus.jsonl": row * 900 + "{\n" + row * 900}, [], "corpus.jsonl, row 901: "),
-        "no column": ({}, ["--data.text_column=body"], "row 1: no column 'body'; set"),
-        "too large": ({}, ["--data.max_document_bytes=50"], "row 1: a document above"),
+        "no column": ({}, ["--data.text_column=body", *one], "row 1: no column 'body'; set"),
+        "too large": ({}, ["--data.max_document_bytes=50", *one], "row 1: a document above"),
         "empty split": (
             {"corpus.jsonl": row * 20},
             [],
@@ -394,3 +395,17 @@ def test_short_documents_are_warned_of(project):
 def test_the_main_program_does_without_torch():
     code = "import prepare, sys; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_verify_finds_one_flipped_byte(project):
+    prepared(project)
+    assert "match their checksums" in prepared(project, "--verify")
+    shard = sorted((project / "data").glob("train-*.bin"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard}: damaged" in refused(project, "--verify")
+    shard.write_bytes(content[:-1])
+    assert str(shard) in refused(project, "--verify")
+    (shard.parent / "manifest.json").unlink()
+    assert "run prepare.py" in refused(project, "--verify")
