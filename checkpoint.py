@@ -30,6 +30,7 @@ from config import (
     Config,
     UserError,
     build_config,
+    file_sha256,
     sync_directory,
     write_atomically,
 )
