@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from config import ModelConfig
+from config import ROOT, ModelConfig, build_config, read_toml
 from model import (
     IGNORE,
     KVCache,
@@ -126,9 +126,9 @@ def test_a_token_never_changes_logits_before_it(config):
         assert (after[:, t:] != before[:, t:]).any(-1).all()  # and reaches each one from it on
 
 
-def test_initial_loss_is_the_log_of_the_vocabulary():
-    vocab_size = 4096
-    config = ModelConfig(dim=256, n_layers=4, n_heads=4, n_kv_heads=4, ffn_dim=768, max_seq_len=64)
+def test_initial_loss_of_the_tiny_config_is_the_log_of_its_vocabulary():
+    tiny = build_config(read_toml(ROOT / "config" / "tiny.toml"))
+    config, vocab_size = tiny.model, tiny.tokenizer.vocab_size
     model = Llama(config, vocab_size)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
