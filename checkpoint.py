@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -126,7 +127,8 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
     Raises:
         UserError: there is none, or none that verifies.
     """
-    if path.name.startswith("step_"):
+    path = path.resolve()
+    if re.fullmatch(r"step_\d{8}", path.name) and not (path / "checkpoints").exists():
         checkpoint = Checkpoint(path)
         checkpoint.verify(groups=("model",))
         return checkpoint
@@ -160,23 +162,22 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
     Raises:
         UserError: there are checkpoints and none can be resumed. Never a silent start from 0.
     """
-    damaged = []
-    for path in world.once(lambda: checkpoint_paths(run)):
+    paths = world.once(lambda: checkpoint_paths(run))
+    for path in paths:
         try:
             checkpoint = world.once(lambda path=path: Checkpoint(path))
             if not checkpoint.has_optimizer:
                 continue
             world.each(lambda found=checkpoint: found.verify(world.rank, world.size))
         except AgreedError as error:
-            damaged.append(str(error))
             if world.rank == 0:
                 print(f"passed over: {error}", file=sys.stderr)
         else:
             return checkpoint
-    if damaged:
+    if paths:
         raise AgreedError(
-            f"{run}: no checkpoint verifies, and training does not restart from 0 by itself;"
-            " restore one, or move the run directory away to start anew"
+            f"{run}: no checkpoint verifies with its optimizer state, and training does not restart"
+            " from 0 by itself; restore one, or start a new run (train.init_from takes weights)"
         )
     return None
 

@@ -48,13 +48,14 @@ SENTENCEPIECE_OPTIONS = (
 class UserError(Exception):
     """A mistake that the user can mend: one line that says what, where and what to do."""
 
-    on_every_rank = False  # True: all ranks raise it together, so that one of them prints it
+    # Where several processes raise it alike: the variable that is 0 in the one that prints it.
+    printed_by: str | None = None
 
 
 class ConfigError(UserError):
     """A mistake in the configuration or on the command line."""
 
-    on_every_rank = True
+    printed_by = "LOCAL_RANK"  # one a node: what is wrong may be wrong on one node alone
 
 
 def key(default: Any, help: str, *, resume: Resume = "refused", low: float | None = None) -> Any:
@@ -204,7 +205,12 @@ class ParallelConfig:
 
 @dataclass
 class CheckpointConfig:
-    interval: int = key(1000, "steps between checkpoints; 0: only at the end", resume="free", low=0)
+    interval: int = key(
+        1000,
+        "steps between checkpoints, beside new bests and the end; 0: none between",
+        resume="free",
+        low=0,
+    )
     interval_minutes: float = key(
         0.0, "minutes between checkpoints, beside steps; 0: off", resume="free", low=0
     )
@@ -302,6 +308,8 @@ def _fill(target: Any, section: str, table: dict[str, Any]) -> None:
                 raise ConfigError(f"{path} must be at least {low}, not {value}")
             setattr(target, name, value)
         elif name in extra:
+            if not isinstance(value, str | int | float | list):
+                raise ConfigError(f"{path} is a string, number, boolean or list, not {value!r}")
             target.options[name] = value
         else:
             everywhere = [
@@ -458,8 +466,10 @@ def resolve_path(text: str) -> Path:
     """A configured path: `~` and `$VARIABLES` expanded, relative ones from the repository.
 
     Raises:
-        ConfigError: a variable that is not set.
+        ConfigError: empty, or with a variable that is not set.
     """
+    if not text:
+        raise ConfigError("a path is empty; is the shell variable that was to hold it set?")
     expanded = os.path.expanduser(os.path.expandvars(text))
     if "$" in expanded:
         raise ConfigError(f"{text}: the variable is not set; set it or write the path out")
@@ -494,6 +504,13 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which on a shared node are fewer than there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def sync_directory(path: Path) -> None:
@@ -550,14 +567,18 @@ def markdown_table() -> str:
 
 def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a program's main; a user's mistake becomes one line and exit code 1."""
+    sys.stdout.reconfigure(errors="replace")  # where the terminal can't show all of Unicode
     try:
         main(sys.argv[1:])
     except UserError as error:
-        if not error.on_every_rank or os.environ.get("RANK", "0") == "0":
+        if error.printed_by is None or os.environ.get(error.printed_by, "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # a reader that has left, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     sys.exit(0)
 
 

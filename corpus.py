@@ -171,7 +171,11 @@ def _expand(name: str, split: str | None) -> Iterator[Source]:
         base, prefix = (root, f"{STDLIB}/") if stdlib else (ROOT, "")
         label = path.relative_to(base) if path.is_relative_to(base) else path
         format = "python" if stdlib else TABLES.get(_suffixes(str(path))[0], "text")
-        yield Source(prefix + label.as_posix(), str(path), format, path.stat().st_size, split)
+        try:
+            size = path.stat().st_size
+        except OSError as error:  # a link that leads nowhere
+            raise UserError(f"{path}: {error.strerror}") from None
+        yield Source(prefix + label.as_posix(), str(path), format, size, split)
 
 
 def _walk(root: Path, skipped: set[str]) -> list[Path]:
@@ -181,7 +185,7 @@ def _walk(root: Path, skipped: set[str]) -> list[Path]:
         raise UserError(f"{error.filename}: {error.strerror}")
 
     found = []
-    for folder, folders, names in os.walk(root, onerror=refuse):
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
         folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
         found += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted(found, key=lambda path: path.relative_to(root).as_posix())

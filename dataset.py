@@ -32,7 +32,11 @@ def read_manifest(directory: Path, tokenizer_sha256: str) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
         version, tokenizer = manifest["version"], manifest["tokenizer"]["sha256"]
-        shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        sizes = {
+            directory / shard["file"]: 2 * shard["tokens"]
+            for split in manifest["splits"].values()
+            for shard in split["shards"]
+        }
     except FileNotFoundError:
         raise UserError(
             f"{directory}: no dataset here (manifest.json is missing); run prepare.py"
@@ -48,8 +52,7 @@ def read_manifest(directory: Path, tokenizer_sha256: str) -> dict[str, Any]:
             f"{path}: the dataset was made with another tokenizer (sha256 {tokenizer[:12]}…, not"
             f" {tokenizer_sha256[:12]}…); set tokenizer.path to it, or run prepare.py with --force"
         )
-    for shard in shards:
-        file, expected = directory / shard["file"], 2 * shard["tokens"]
+    for file, expected in sizes.items():
         size = file.stat().st_size if file.exists() else -1
         if size != expected:
             found = "is missing" if size < 0 else f"has {size} bytes instead of {expected}"

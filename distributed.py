@@ -20,7 +20,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ConfigError, ParallelConfig, TrainConfig, UserError
+from config import ParallelConfig, TrainConfig, UserError, available_cores
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 class AgreedError(UserError):
     """A UserError of one rank that all ranks raise together."""
 
-    on_every_rank = True
+    printed_by = "RANK"
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,22 @@ def init_distributed(config: TrainConfig) -> World:
     """Joins the processes that torchrun started, or makes a world of one; sets device and threads.
 
     Raises:
-        ConfigError: the configured device or compute type is not there.
+        UserError: fewer GPUs than processes; an environment that is half torchrun's.
     """
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = (
-        int(os.environ.get(f"LOCAL_{n}", d)) for n, d in (("RANK", 0), ("WORLD_SIZE", 1))
-    )
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = [name for name in names if name in os.environ]
+    if given and len(given) < len(names):
+        raise UserError(
+            f"{' and '.join(given)} is set without the rest of {', '.join(names)}: start with"
+            " torchrun, which sets all of them, or unset it"
+        )
+    numbers = [int(os.environ[name]) for name in names] if given else [0, 1, 0, 1]
+    rank, size, local_rank, local_size = numbers
     name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise ConfigError(
+        raise UserError(
             f"rank {rank} needs GPU {local_rank}, this host has {torch.cuda.device_count()};"
             " start fewer processes or set train.device=cpu"
         )
@@ -110,10 +115,10 @@ def init_distributed(config: TrainConfig) -> World:
         # torchrun sets one thread in silence, which leaves cores idle; any other number, and any
         # number without torchrun, is the user's.
         threads = os.environ.get("OMP_NUM_THREADS")
-        if threads is None or ("RANK" in os.environ and threads == "1"):
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        if threads is None or (given and threads == "1"):
+            torch.set_num_threads(max(1, available_cores() // local_size))
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-    if "RANK" in os.environ:
+    if given:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -147,7 +152,7 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
     Weights, gradients and optimizer state stay float32; compute runs in the world's type.
 
     Raises:
-        ConfigError: hsdp with nodes of unequal size.
+        UserError: hsdp with nodes of unequal size.
     """
     if config.strategy != "ddp":
         options = {
@@ -171,7 +176,7 @@ def _device_mesh(strategy: str, world: World) -> dist.DeviceMesh:
         return dist.init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
     nodes, rest = divmod(world.size, world.local_size)
     if rest:
-        raise ConfigError(
+        raise UserError(
             f"parallel.strategy=hsdp needs nodes of equal size, not {world.size} ranks over nodes"
             f" of {world.local_size}; use fsdp"
         )
@@ -189,9 +194,10 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether a backward pass reduces gradients; only the last micro-batch of a step needs it."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(enabled)
+    """Whether a backward pass of DDP reduces gradients: only a step's last micro-batch needs it.
+
+    FSDP2 reduces at each one: unreduced, every rank would hold the whole model's gradients.
+    """
     if isinstance(model, DistributedDataParallel) and not enabled:
         with model.no_sync():
             yield

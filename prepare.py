@@ -37,6 +37,7 @@ from config import (
     Config,
     DataConfig,
     UserError,
+    available_cores,
     file_sha256,
     load_config,
     resolve_path,
@@ -180,12 +181,13 @@ def verify(directory: Path) -> None:
     """Reads a dataset whole; UserError for what does not match its manifest."""
     try:
         splits = json.loads((directory / "manifest.json").read_bytes())["splits"]
-    except (OSError, ValueError, KeyError):
+        check_shards(directory, splits)
+        digests = {directory / shard["file"]: shard["sha256"] for shard in all_shards(splits)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{directory}: no whole manifest.json here; run prepare.py") from None
-    check_shards(directory, splits)
-    for shard in all_shards(splits):
-        if file_sha256(directory / shard["file"]) != shard["sha256"]:
-            raise UserError(f"{directory / shard['file']}: damaged; --force prepares anew")
+    for path, digest in digests.items():
+        if file_sha256(path) != digest:
+            raise UserError(f"{path}: damaged; --force prepares anew")
     say(f"{directory}: {len(all_shards(splits))} shards match their checksums")
 
 
@@ -252,8 +254,7 @@ def tokenize(
     done = RawArray("Q", [part.bytes * (part.index in reports) for part in parts])
     total, before, documents = sum(part.bytes for part in parts), sum(done), 0
     start, printed = time.monotonic(), 0.0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(data.workers or cores, len(todo))
+    workers = min(data.workers or available_cores(), len(todo))
     job = functools.partial(tokenize_part, data=data, tokenizer=tokenizer, work=work, done=done)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, start_worker, (os.getpid(), job))

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,7 @@ from config import (
     Config,
     ConfigError,
     UserError,
+    changes,
     load_config,
     resolve_path,
     run_program,
@@ -54,7 +57,7 @@ from distributed import (
 )
 from model import IGNORE, Llama, flops_per_token, initial_weight
 from optimizer import build_optimizer, learning_rate
-from run import ACCEPT_CHANGES, Inputs, RunLog, open_run
+from run import ACCEPT_CHANGES, Inputs, RunLog, check_inputs, open_run
 from tokenizer import Tokenizer
 
 FLAGS = {ACCEPT_CHANGES: "resume although keys whose rule on resume is consent have changed"}
@@ -66,7 +69,7 @@ class Progress:
 
     step: int = 0
     hours: float = 0.0
-    best_val_loss: float | None = None
+    best_val_losses: list[float] = field(default_factory=list)  # ascending, as many as are kept
     evaluations_since_best: int = 0
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
 
@@ -76,14 +79,16 @@ def main(arguments: list[str]) -> None:
     world = init_distributed(config.train)
     try:
         train(config, ACCEPT_CHANGES in flags, world)
-    finally:
+    except AgreedError:  # all ranks are here; after any other error some may wait for this one
         shut_down()
+        raise
+    shut_down()
 
 
 def train(config: Config, accept_changes: bool, world: World) -> None:
     """Trains the run in train.out_dir to its end, from wherever it stands."""
     directory = resolve_path(config.train.out_dir)
-    inputs = world.once(lambda: open_run(directory, config, accept_changes))
+    inputs = world.once(lambda: check_inputs(directory, config, accept_changes))
     data, val_data = open_datasets(config, inputs)
     max_steps = run_length(config, data)
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
@@ -94,13 +99,14 @@ def train(config: Config, accept_changes: bool, world: World) -> None:
         if checkpoint:
             progress = Progress(**checkpoint.state)
         if not end_reason(progress, max_steps, config):
+            world.once(lambda: open_run(directory, config))
             model, optimizer = build(config, inputs, checkpoint, log, world)
             describe_start(config, model, data, checkpoint, log, world)
             log.start(progress.step, progress.hours)
             train_steps(config, inputs, data, val_data, model, optimizer, progress, log, world)
-    except UserError as error:
+    except BaseException as error:
         reason = "non_finite" if isinstance(error, NotFiniteError) else "error"
-        log.status("failed", reason, progress.step)
+        log.failed(reason, progress.step)
         raise
     finally:
         log.close()
@@ -121,7 +127,7 @@ def train_steps(
     """The loop: step, log, evaluate and save, until there is a reason to end."""
     batch_size, max_steps = config.train.global_batch_size, log.max_steps
     replicated = replicate(model, world)
-    record = identity(config, inputs)
+    record = world.once(lambda: identity(config, inputs))
     saved_step, saved_at = progress.step, time.monotonic()
 
     def save() -> None:
@@ -150,14 +156,15 @@ def train_steps(
             require_finite(loss, grad_norm, progress.step)
             log.training_row(progress.step, loss.item(), rate, grad_norm.item())
 
-        is_best = False
+        worth_keeping = False
         if val_data and (at_end or due(progress.step, config.train.eval_interval)):
-            is_best = validate(replicated, val_data, progress, inputs, config, log, world)
+            require_finite(loss, grad_norm, progress.step)
+            worth_keeping = validate(replicated, val_data, progress, inputs, config, log, world)
 
         if (
-            due(progress.step, config.checkpoint.interval)
-            or (is_best and config.checkpoint.keep_best)
-            or minutes_passed(saved_at, config.checkpoint.interval_minutes, world)
+            worth_keeping
+            or due(progress.step, config.checkpoint.interval)
+            or minutes_passed(progress.step, saved_at, config, world)
         ):
             save()
     if saved_step != progress.step:
@@ -205,18 +212,21 @@ def validate(
     log: RunLog,
     world: World,
 ) -> bool:
-    """Evaluates and writes the rows of it; True if this is the best validation loss so far."""
+    """Evaluates and writes the rows of it; True if these weights are among the best to keep."""
     scores = evaluate(model, data, inputs.byte_lengths, config, world)
+    if not math.isfinite(scores["val_loss"]):
+        raise NotFiniteError(f"step {progress.step}: the validation loss is not finite")
     progress.val_loss = scores["val_loss"]
     log.evaluation_row(progress.step, scores)
     for row in predict(model, data, config, world):
         log.row({"step": progress.step, **row}, "samples.jsonl")
     log.restart_clock()
-    is_best = progress.best_val_loss is None or progress.val_loss < progress.best_val_loss
-    if is_best:
-        progress.best_val_loss = progress.val_loss
+    best = progress.best_val_losses
+    is_best = not best or progress.val_loss < best[0]
     progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
-    return is_best
+    kept = config.checkpoint.keep_best
+    progress.best_val_losses = sorted([*best, progress.val_loss])[: max(1, kept)]
+    return kept > 0 and progress.val_loss in progress.best_val_losses
 
 
 @torch.no_grad()
@@ -275,8 +285,11 @@ def load_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's micro-batches of a global batch, on the device: tokens and targets (B, T)."""
     for share in rank_share(windows, micro_batch_size, world.rank, world.size):
-        tokens, targets = data.batch(share)
-        yield tokens.to(world.device), targets.to(world.device)
+        batch = data.batch(share)
+        if world.device.type == "cuda":  # a copy from pageable memory would wait for the device
+            batch = tuple(ids.pin_memory() for ids in batch)
+        tokens, targets = (ids.to(world.device, non_blocking=True) for ids in batch)
+        yield tokens, targets
 
 
 def build(
@@ -315,6 +328,10 @@ def start_from(config: Config, model: nn.Module, inputs: Inputs, log: RunLog, wo
 
     def find() -> tuple[Checkpoint, int]:
         checkpoint = find_checkpoint(resolve_path(config.train.init_from))
+        free = ("model.max_seq_len", "model.init_std")  # they shape no weight and no product
+        for change in chain(*changes(checkpoint.config, config).values()):
+            if change.startswith("model.") and not change.startswith(free):
+                raise ConfigError(f"train.init_from: {checkpoint.path} has another model: {change}")
         if checkpoint.manifest["tokenizer_sha256"] == inputs.tokenizer_sha256:
             return checkpoint, 0
         old = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
@@ -338,6 +355,8 @@ def open_datasets(config: Config, inputs: Inputs) -> tuple[TokenDataset, TokenDa
     directory = resolve_path(config.data.dir)
     data = TokenDataset(directory, inputs.manifest, "train", config.data.seq_len)
     if "val" not in inputs.manifest["splits"]:
+        if config.train.patience:
+            raise ConfigError("train.patience needs a validation split: set data.val_fraction")
         return data, None
     return data, TokenDataset(directory, inputs.manifest, "val", config.data.seq_len)
 
@@ -356,9 +375,15 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def minutes_passed(since: float, minutes: float, world: World) -> bool:
-    """Whether minutes have passed by rank 0's clock, the same answer on all ranks; never for 0."""
-    return minutes > 0 and world.once(lambda: time.monotonic() - since >= 60 * minutes)
+def minutes_passed(step: int, since: float, config: Config, world: World) -> bool:
+    """Whether checkpoint.interval_minutes have passed by rank 0's clock; all ranks hear the same.
+
+    Asked only where a row is due, since asking makes the ranks wait for each other.
+    """
+    minutes = config.checkpoint.interval_minutes
+    if minutes == 0 or not due(step, config.train.log_interval):
+        return False
+    return world.once(lambda: time.monotonic() - since >= 60 * minutes)
 
 
 def end_reason(progress: Progress, max_steps: int, config: Config) -> str | None:
@@ -387,8 +412,10 @@ def require_finite(loss: Tensor, grad_norm: Tensor, step: int) -> None:
 
 def identity(config: Config, inputs: Inputs) -> dict[str, Any]:
     """What a checkpoint records of where it comes from."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    commit = ""
+    if shutil.which("git"):
+        git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "config": tables(config),
         "dataset": fingerprint(inputs.manifest),

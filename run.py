@@ -11,6 +11,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import checkpoint_paths, readable_checkpoints, remove_leftovers
+from checkpoint import readable_checkpoints, remove_leftovers
 from config import (
     Config,
     ConfigError,
@@ -61,7 +62,8 @@ def memory_gb(device: torch.device) -> float:
     """Peak memory of this process so far, in GB: the GPU's, or on a CPU the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class Inputs(NamedTuple):
@@ -73,12 +75,12 @@ class Inputs(NamedTuple):
     byte_lengths: np.ndarray
 
 
-def open_run(directory: Path, config: Config, accept_changes: bool) -> Inputs:
-    """Checks the inputs and the run directory against each other, and claims the directory.
+def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Inputs:
+    """Checks tokenizer, dataset and an existing run directory against each other; writes nothing.
 
     Raises:
-        UserError: an input is missing or does not fit, the run was started with keys that may not
-            change or need consent, or the directory can't be written. Nothing is changed then.
+        UserError: an input is missing or does not fit, or the run was started with keys that may
+            not change or need consent.
     """
     if config.train.init_from == "resume":
         raise ConfigError(
@@ -92,20 +94,37 @@ def open_run(directory: Path, config: Config, accept_changes: bool) -> Inputs:
             f" {tokenizer.vocab_size} pieces; make them agree"
         )
     manifest = read_manifest(resolve_path(config.data.dir), tokenizer.sha256)
-    started = directory / "config.toml"
-    if checkpoint_paths(directory) and started.exists():
-        _check_changes(build_config(read_toml(started)), config, accept_changes)
-    _check_identity(directory, tokenizer.sha256, fingerprint(manifest))
+    if checkpoint := next(readable_checkpoints(directory), None):
+        if checkpoint.manifest["tokenizer_sha256"] != tokenizer.sha256:
+            raise UserError(f"{directory}: the run was trained with another tokenizer")
+        if checkpoint.manifest["dataset"] != fingerprint(manifest):
+            raise UserError(
+                f"{directory}: the run was trained on another dataset; set data.dir to it, or start"
+                " a new run with train.init_from"
+            )
+        # config.toml also knows the changes accepted since that checkpoint
+        started = directory / "config.toml"
+        old = build_config(read_toml(started)) if started.exists() else checkpoint.config
+        _check_changes(old, config, accept_changes)
+    return Inputs(manifest, tokenizer.vocab_size, tokenizer.sha256, tokenizer.byte_lengths())
+
+
+def open_run(directory: Path, config: Config) -> None:
+    """Makes the run directory ready for training: configuration and tokenizer, no leftovers.
+
+    Raises:
+        UserError: the directory can't be written.
+    """
+    tokenizer = resolve_path(config.tokenizer.path)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         remove_leftovers(directory)
-        write_atomically(started, dump_toml(config).encode())
-        write_atomically(directory / "tokenizer.model", tokenizer.path.read_bytes())
+        write_atomically(directory / "config.toml", dump_toml(config).encode())
+        write_atomically(directory / "tokenizer.model", tokenizer.read_bytes())
     except OSError as error:
         raise UserError(
             f"{directory}: the run directory can't be written: {error.strerror}; set train.out_dir"
         ) from None
-    return Inputs(manifest, tokenizer.vocab_size, tokenizer.sha256, tokenizer.byte_lengths())
 
 
 def _check_changes(old: Config, new: Config, accept_changes: bool) -> None:
@@ -123,19 +142,6 @@ def _check_changes(old: Config, new: Config, accept_changes: bool) -> None:
         )
     for change in found["consent"]:
         print(f"accepted: {change}")
-
-
-def _check_identity(directory: Path, tokenizer_sha256: str, dataset: str) -> None:
-    """Refuses to resume on another tokenizer or dataset than the newest checkpoint's."""
-    for checkpoint in readable_checkpoints(directory):
-        if checkpoint.manifest["tokenizer_sha256"] != tokenizer_sha256:
-            raise UserError(f"{directory}: the run was trained with another tokenizer")
-        if checkpoint.manifest["dataset"] != dataset:
-            raise UserError(
-                f"{directory}: the run was trained on another dataset; set data.dir to it, or start"
-                " a new run with train.init_from"
-            )
-        return
 
 
 class RunLog:
@@ -158,7 +164,7 @@ class RunLog:
         if self.enabled:
             for name in ("metrics.jsonl", "samples.jsonl"):
                 cut_rows(self.directory / name, step)
-                self.files[name] = open(self.directory / name, "a", encoding="utf-8")  # noqa: SIM115
+                self.files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
         self.status("running", None, step)
@@ -215,8 +221,8 @@ class RunLog:
     def row(self, row: dict[str, Any], file: str = "metrics.jsonl") -> None:
         """Appends a row to one of the run's files."""
         if self.enabled:
-            self.files[file].write(json.dumps(row, ensure_ascii=False) + "\n")
-            self.files[file].flush()
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+            self._guarded(lambda: self.files[file].write(line.encode()))
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
@@ -227,7 +233,13 @@ class RunLog:
     def sync(self) -> None:
         """Makes all rows so far durable."""
         for file in self.files.values():
-            os.fsync(file.fileno())
+            self._guarded(lambda file=file: os.fsync(file.fileno()))
+
+    def _guarded(self, write: Callable[[], Any]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise UserError(f"{self.directory} can't be written: {error.strerror}") from None
 
     def status(self, state: str, reason: str | None, step: int) -> None:
         """Writes status.json, the contract for scripts: torchrun turns every exit code into 1.
@@ -247,7 +259,15 @@ class RunLog:
             "requeue": False,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        write_atomically(self.directory / "status.json", (json.dumps(status) + "\n").encode())
+        content = (json.dumps(status) + "\n").encode()
+        self._guarded(lambda: write_atomically(self.directory / "status.json", content))
+
+    def failed(self, reason: str, step: int) -> None:
+        """Records a failure; where even that fails, says so and leaves the first error in view."""
+        try:
+            self.status("failed", reason, step)
+        except UserError as error:
+            print(f"no status.json: {error}", file=sys.stderr)
 
     def end(self, reason: str, step: int) -> None:
         """Records and says that the run ended in order."""

@@ -108,7 +108,7 @@ def choose(logits: Tensor, seen: Tensor, settings: Settings, randoms: Tensor) ->
     """
     if settings.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, settings.repetition_penalty)
-    if settings.temperature == 0:
+    if settings.temperature < 0.001:  # where the division would overflow
         return logits.argmax(-1)
     logits = logits / settings.temperature
     if 0 < settings.top_k < logits.shape[-1]:
@@ -291,7 +291,6 @@ def main(arguments: list[str]) -> None:
     evaluated = f"validation loss {loss:.4f}" if loss < math.inf else "not evaluated"
     print(f"{checkpoint.path}: step {checkpoint.step}, {evaluated}", file=sys.stderr)
     sampler = Sampler(checkpoint, *device_and_dtype(options))
-    sys.stdout.reconfigure(errors="replace")  # where the terminal can't show all of Unicode
     if prompts is not None:
         answer(sampler, prompts, options)
         return
@@ -405,7 +404,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         type=number(int, 1),
         help=f"longest completion ({MAX_TOKENS}, or what is left of model.max_seq_len)",
     )
-    add("--temperature", type=number(float, 0), default=0.8, help="0: the likeliest token (0.8)")
+    add(
+        "--temperature",
+        type=number(float, 0, 100),
+        default=0.8,
+        help="0, and what is below 0.001: the likeliest token (0.8)",
+    )
     add("--top-k", type=number(int, 0), default=0, help="draw from the k likeliest; 0: all (0)")
     add("--top-p", type=number(float, 0, 1), default=0.95, help="and from the share p (0.95)")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="1: none (1)")

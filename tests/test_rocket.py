@@ -25,6 +25,7 @@ from training import (
     tensors,
 )
 
+from checkpoint import Checkpoint, _drop_optimizer
 from config import build_config, read_toml
 from tokenizer import Tokenizer
 
@@ -174,6 +175,16 @@ def test_damaged_checkpoints_are_passed_over_or_stop_the_run(run, finished, tmp_
             assert sorted(p.name for p in (out / "checkpoints").iterdir()) == before
 
 
+def test_weights_alone_are_never_a_silent_start_from_zero(run, finished, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    shutil.rmtree(out / "checkpoints" / "step_00000020")
+    _drop_optimizer(Checkpoint(out / "checkpoints" / "step_00000010"))
+    before = (out / "metrics.jsonl").read_bytes()
+    assert "does not restart from 0" in error_of(rocket(run()))
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
 def test_falling_back_ends_in_the_same_bits(run, finished, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(finished, out)
@@ -191,6 +202,7 @@ def test_keys_that_may_not_change(run, finished, tmp_path):
     shutil.copytree(finished, out)
     assert "train.seed: 1337 -> 1" in error_of(rocket(run(train__seed=1)))
     longer = run(train__max_steps=25, train__log_interval=5, train__micro_batch_size=3)
+    assert "how long" in error_of(rocket([*run(train__max_steps=0), "--accept-changes"]))
     message = error_of(rocket(longer))
     assert "train.max_steps: 20 -> 25" in message
     assert "--accept-changes" in message
@@ -236,6 +248,8 @@ def test_init_from_starts_anew_with_old_weights(run, finished, tmp_path, tiny_to
     before, after = tensors(finished), tensors(tmp_path / "same")
     name = "model:model.embed_tokens.weight"
     assert np.array_equal(before[name], after[name])
+    other = run("none", train__init_from=finished, model__n_kv_heads=4, model__n_heads=8)
+    assert "another model: model.n_heads: 4 -> 8" in error_of(rocket(other))
     assert "automatic" in error_of(rocket(run("none", train__init_from="resume")))
     assert "no checkpoint" in error_of(rocket(run("none", train__init_from=tmp_path)))
 
@@ -271,6 +285,7 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(run, tmp_path):
     done = rocket(run(**options), ranks=2)
     assert "gradient norm" in error_of(done)
     assert status(tmp_path / "run")["reason"] == "non_finite"
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 BAD_INPUTS = {  # what a user might give in a world of 2, and the words of the answer
@@ -282,6 +297,7 @@ BAD_INPUTS = {  # what a user might give in a world of 2, and the words of the a
     "out_dir under a file": "can't be written",
     "no length": "train.max_steps or train.epochs",
     "window too long": "less than one window",
+    "no output": "a path is empty",
 }
 
 
@@ -304,6 +320,7 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
         "wrong vocab": run("e", tokenizer__vocab_size=601),
         "out_dir under a file": run("file/run"),
         "no length": run("g", train__max_steps=0),
+        "no output": run(train__out_dir=""),
         "window too long": run("h", data__seq_len=10**7, model__max_seq_len=10**7),
     }
     done = run_many(list(cases.values()), ranks=2)  # a rank that did not raise would hang it
