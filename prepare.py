@@ -254,16 +254,16 @@ def tokenize(
     done = RawArray("Q", [part.bytes * (part.index in reports) for part in parts])
     total, before, documents = sum(part.bytes for part in parts), sum(done), 0
     start, printed = time.monotonic(), 0.0
-    workers = min(data.workers or available_cores(), len(todo))
+    count = min(data.workers or available_cores(), len(todo))
     job = functools.partial(tokenize_part, data=data, tokenizer=tokenizer, work=work, done=done)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, start_worker, (os.getpid(), job))
+    pool = ProcessPoolExecutor(count, context, start_worker, (os.getpid(), job))
     waiting = iter(todo)
     running: dict[Future, Part] = {}
     try:
         with tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None) as bar:
             while len(reports) < len(parts):
-                for part in itertools.islice(waiting, 2 * workers - len(running)):
+                for part in itertools.islice(waiting, 2 * count - len(running)):
                     running[pool.submit(run_job, part)] = part
                 wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
                 for future in [future for future in running if future.done()]:  # in order
@@ -284,9 +284,13 @@ def tokenize(
             " fewer data.workers; a new run goes on from here"
         ) from None
     finally:
-        for process in multiprocessing.active_children():
-            process.kill()
+        workers = multiprocessing.active_children()
+        for worker in workers:
+            worker.kill()
         pool.shutdown()
+        for worker in workers:  # what they had begun
+            for path in work.glob(f"part-*.{worker.pid}.tmp"):
+                path.unlink()
     say(f"tokenized {documents:,} documents, {speed}")
 
 

@@ -277,6 +277,7 @@ def load_model(checkpoint: Checkpoint) -> Llama:
     if model.config.tie_embeddings:
         weights["lm_head.weight"] = embedding  # stored once
     model.load_state_dict(weights, assign=True)
+    model.tie()
     return model.requires_grad_(False)
 
 

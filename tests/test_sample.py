@@ -411,7 +411,7 @@ def test_the_context_is_filled_but_for_an_explicit_wish(run, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--prompt=a", "--temperature=-1"], "temperature.*at least 0"),
+        (["--prompt=a", "--temperature=-1"], "temperature.*0 to 100"),
         (["--prompt=a", "--temperature=nan"], "temperature"),
         (["--prompt=a", "--top-p=1.5"], "top-p.*0 to 1"),
         (["--prompt=a", "--max-tokens=x"], "max-tokens"),
