@@ -30,7 +30,7 @@ path: $(READY)
 		echo "-- the same command again goes on"; \
 	fi
 	$(PY) rocket.py $(CONFIG)
-	$(PY) sample.py out/tiny --prompt="def read_" --temperature=0.7 --top-p=0.9
+	$(PY) sample.py out/tiny --prompt="$$(printf 'import os\nimport sys\n\ndef ')" --temperature=0.5
 	$(PY) tests/compare_xz.py out/tiny
 
 test: $(READY)
