@@ -437,10 +437,12 @@ def describe_start(
     """Says what is about to run, and what of it the user may not expect."""
     batch_size = config.train.global_batch_size
     share = rank_share(np.arange(batch_size), config.train.micro_batch_size, 0, world.size)
+    on_gpu = world.device.type == "cuda"
     log.say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters,"
         f" {config.parallel.strategy} on {world.size} × {world.device.type},"
         f" compute in {str(world.dtype).removeprefix('torch.')}"
+        + (" with TF32 products" if world.dtype == torch.float32 and on_gpu else "")
     )
     log.say(
         f"{data.tokens:,} tokens in {data.windows:,} windows of {data.seq_len}"
