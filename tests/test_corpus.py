@@ -347,3 +347,12 @@ def test_a_rule_that_makes_no_sense_is_refused(tmp_path):
         corpus.plan(config(path, document="row"))
     with pytest.raises(ConfigError, match="is no regex"):
         corpus.plan(config(path, document={"starts": "("}))
+
+
+def test_links_are_followed_and_a_broken_one_is_named(tmp_path):
+    write(tmp_path / "elsewhere" / "a.txt", "a")
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "folder").symlink_to(tmp_path / "elsewhere")
+    assert texts(tmp_path / "sources") == ["a"]
+    (tmp_path / "sources" / "b.txt").symlink_to(tmp_path / "nowhere")
+    assert f"{tmp_path}/sources/b.txt: No such file" in failure(tmp_path / "sources")

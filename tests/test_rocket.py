@@ -384,3 +384,26 @@ def test_two_nodes_with_hsdp_match_the_single_process(run, finished, tmp_path):
     ours, theirs = tensors(tmp_path / "run"), tensors(finished)
     assert ours.keys() == theirs.keys()
     assert all(np.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
+
+
+def test_half_of_torchruns_environment_is_refused(run, tmp_path):
+    """A WORLD_SIZE without the rest would train on a share of the batch and call it all of it."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "rocket.py"), *run()],
+        env={**ENVIRONMENT, "WORLD_SIZE": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert "start with torchrun" in error_of(done)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_machine_without_git_trains(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "rocket.py"), *run(train__max_steps=2)],
+        env={**ENVIRONMENT, "PATH": str(tmp_path / "empty")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
