@@ -350,8 +350,9 @@ def test_a_rule_that_makes_no_sense_is_refused(tmp_path):
 
 
 def test_links_are_followed_and_a_broken_one_is_named(tmp_path):
+    for folder in ("elsewhere", "sources"):
+        (tmp_path / folder).mkdir()
     write(tmp_path / "elsewhere" / "a.txt", "a")
-    (tmp_path / "sources").mkdir()
     (tmp_path / "sources" / "folder").symlink_to(tmp_path / "elsewhere")
     assert texts(tmp_path / "sources") == ["a"]
     (tmp_path / "sources" / "b.txt").symlink_to(tmp_path / "nowhere")
