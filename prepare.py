@@ -34,7 +34,6 @@ from tqdm import tqdm
 import corpus
 from config import (
     DATASET_VERSION,
-    Config,
     DataConfig,
     UserError,
     available_cores,
@@ -46,7 +45,7 @@ from config import (
     write_atomically,
 )
 from corpus import Part
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, configured_tokenizer
 
 SPLITS = ("train", "val", "test")
 COUNTS = ("tokens", "documents", "bytes")
@@ -67,7 +66,7 @@ def main(arguments: list[str]) -> None:
     if "--verify" in flags:
         verify(directory)
         return
-    tokenizer = load_tokenizer(config)
+    tokenizer = configured_tokenizer(config.tokenizer)
     recipe = describe_recipe(config.data, tokenizer)
     try:
         if (directory / "manifest.json").exists() and "--force" not in flags:
@@ -122,18 +121,6 @@ def say(line: str) -> None:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def load_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer of the configuration; UserError if its size is not the one configured."""
-    tokenizer = Tokenizer(resolve_path(config.tokenizer.path))
-    if tokenizer.vocab_size != config.tokenizer.vocab_size:
-        raise UserError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size is"
-            f" {config.tokenizer.vocab_size}: set it to {tokenizer.vocab_size}, or train the"
-            " tokenizer anew"
-        )
-    return tokenizer
 
 
 def describe_recipe(data: DataConfig, tokenizer: Tokenizer) -> Json:

@@ -33,7 +33,7 @@ from config import (
 )
 from dataset import fingerprint, read_manifest
 from distributed import World
-from tokenizer import Tokenizer
+from tokenizer import configured_tokenizer
 
 ACCEPT_CHANGES = "--accept-changes"
 
@@ -87,12 +87,7 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
             "train.init_from=resume: resuming is automatic, run the same command again;"
             " init_from takes another run or checkpoint to start a new run from"
         )
-    tokenizer = Tokenizer(resolve_path(config.tokenizer.path))
-    if tokenizer.vocab_size != config.tokenizer.vocab_size:
-        raise ConfigError(
-            f"tokenizer.vocab_size is {config.tokenizer.vocab_size}, but {tokenizer.path} has"
-            f" {tokenizer.vocab_size} pieces; make them agree"
-        )
+    tokenizer = configured_tokenizer(config.tokenizer)
     manifest = read_manifest(resolve_path(config.data.dir), tokenizer.sha256)
     if checkpoint := next(readable_checkpoints(directory), None):
         if checkpoint.manifest["tokenizer_sha256"] != tokenizer.sha256:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from sentencepiece import SentencePieceProcessor
 
-from config import MAX_VOCAB_SIZE, UserError
+from config import MAX_VOCAB_SIZE, TokenizerConfig, UserError, resolve_path
 
 SPACE = "\u2581"  # SentencePiece's own sign for a space: a text that holds it decodes to a space
 CONTROL = 3  # SentencePiece's type of the pieces that no text encodes to
@@ -76,6 +76,17 @@ class Tokenizer:
     def extends(self, old: Tokenizer) -> bool:
         """Whether each piece of `old` keeps its id here, so that weights for it serve here too."""
         return self.pieces()[: old.vocab_size] == old.pieces()
+
+
+def configured_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer at tokenizer.path; UserError if its size is not tokenizer.vocab_size."""
+    tokenizer = Tokenizer(resolve_path(config.path))
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but tokenizer.vocab_size is"
+            f" {config.vocab_size}: set it to {tokenizer.vocab_size}, or train the tokenizer anew"
+        )
+    return tokenizer
 
 
 def load_model(model: bytes, name: str) -> SentencePieceProcessor:
