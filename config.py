@@ -22,7 +22,8 @@ from typing import Any, Literal, NoReturn
 
 import tomli
 
-ROOT = Path(__file__).resolve().parent
+# Relative paths start here. A run's snapshot of this code (job.py) keeps the repository's.
+ROOT = Path(os.environ.get("ROCKET_ROOT") or Path(__file__).parent).resolve()
 DEFAULT_CONFIG = ROOT / "config" / "tiny.toml"
 DATASET_VERSION = 1  # of the format that prepare.py writes and dataset.py reads
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
@@ -142,6 +143,12 @@ class TrainConfig:
     stop_at_step: int = key(
         0, "save and stop at this step, the schedule unchanged; 0: off", resume="free", low=0
     )
+    max_hours: float = key(
+        0.0,
+        "save and stop before a job has lasted this long; 0: Slurm's limit alone",
+        resume="free",
+        low=0,
+    )
     global_batch_size: int = key(32, "sequences an optimizer step, over all ranks", low=1)
     micro_batch_size: int = key(
         8, "most sequences a forward pass of one rank", resume="free", low=1
@@ -164,6 +171,15 @@ class TrainConfig:
     )
     sample_prompts: int = key(
         4, "validation prompts whose predictions samples.jsonl keeps", resume="free", low=0
+    )
+    max_bad_steps: int = key(
+        10, "skipped steps in a row before the run stops", resume="free", low=1
+    )
+    spike_factor: float = key(
+        0.0,
+        "skip a step whose gradient norm is this many times the running mean; 0: off",
+        resume="consent",
+        low=0,
     )
     patience: int = key(
         0, "evaluations without a new best before stopping; 0: off", resume="free", low=0
@@ -201,6 +217,12 @@ class ParallelConfig:
     reshard_after_forward: bool = key(
         True, "fsdp: free gathered weights after forward", resume="free"
     )
+    timeout_seconds: float = key(
+        600,
+        "a rank that keeps the others waiting longer in training is an error",
+        resume="free",
+        low=1,
+    )
 
 
 @dataclass
@@ -213,6 +235,9 @@ class CheckpointConfig:
     )
     interval_minutes: float = key(
         0.0, "minutes between checkpoints, beside steps; 0: off", resume="free", low=0
+    )
+    asynchronous: bool = key(
+        False, "write in the background; takes memory for a second copy", resume="free"
     )
     keep_last: int = key(2, "newest checkpoints kept", resume="free", low=1)
     keep_best: int = key(
@@ -582,5 +607,15 @@ def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     sys.exit(0)
 
 
+def main(arguments: list[str]) -> None:
+    """Without arguments prints the README's table, with CONFIG … the run directory, for scripts."""
+    if not arguments:
+        print(markdown_table())
+        return
+    flags = {"--accept-changes": "as rocket.py's"}
+    config, _ = load_config(arguments, usage=str(main.__doc__), flags=flags)
+    print(resolve_path(config.train.out_dir))
+
+
 if __name__ == "__main__":
-    print(markdown_table())
+    run_program(main)
