@@ -18,9 +18,10 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -114,6 +115,10 @@ class Checkpoint:
         return torch.from_numpy(whole).view(shape if stop - start == length else [-1, *shape[1:]])
 
 
+def _step_path(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
 def checkpoint_paths(run: Path) -> list[Path]:
     """The directories of a run's checkpoints, newest first, whether they verify or not."""
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
@@ -182,40 +187,154 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
     return None
 
 
-def save_checkpoint(
-    run: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    record: dict[str, Any],
-    world: World,
-) -> None:
-    """Saves a checkpoint; it exists only once all of it is durable. Every rank must call this.
+class Saver:
+    """Saves a run's checkpoints, in the background if configured, one at a time.
 
-    Args:
-        record: what the manifest holds beside the tensors: state, config, versions, …
-
-    Raises:
-        UserError: on every rank, if one could not write; what existed before is intact.
+    It has a process group of its own, so that its ranks may agree while training goes on, and the
+    slowest disk has more time than a collective of training.
     """
-    final = run / "checkpoints" / f"step_{step:08d}"
+
+    def __init__(
+        self,
+        run: Path,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: CheckpointConfig,
+        world: World,
+    ) -> None:
+        self.run, self.model, self.optimizer, self.config = run, model, optimizer, config
+        self.world = world.aside()
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save in the background failed; wait() raises why."""
+        return self._error is not None
+
+    def save(self, step: int, record: dict[str, Any]) -> None:
+        """Saves a checkpoint; it exists only once all of it is durable. Every rank must call this.
+
+        In the background it returns as soon as the tensors are copied; a save before it is waited
+        for.
+
+        Args:
+            record: what the manifest holds beside the tensors: state, config, versions, …
+
+        Raises:
+            UserError: on every rank, if one could not write this or the save before; what existed
+                before is intact.
+        """
+        self.wait()
+        tensors = {
+            "model": model_tensors(self.model),
+            "optimizer": optimizer_tensors(self.model, self.optimizer),
+        }
+        shapes = {
+            group: [[name, list(tensor.shape)] for name, tensor in named.items()]
+            for group, named in tensors.items()
+        }
+        background = self.config.asynchronous
+        pieces = {
+            group: _own_pieces(list(named.values()), background, self.world)
+            for group, named in tensors.items()
+        }
+        manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": shapes}
+        if not background:
+            self._work(manifest, pieces)
+            return
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()  # the copies are on their way
+        # daemon: when training fails, this must not keep the process from ending
+        self._thread = threading.Thread(
+            target=self._work_aside, args=(manifest, pieces), daemon=True
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits for a save in the background; raises its error, on every rank."""
+        if self._thread:
+            self._thread.join()
+            self._thread = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def amend(self, step: int, state: dict[str, Any]) -> None:
+        """Replaces the state that the newest checkpoint holds: its step was evaluated later."""
+        self.wait()
+
+        def rewrite() -> None:
+            checkpoint = Checkpoint(_step_path(self.run, step))
+            checkpoint.manifest["state"] = state
+            _write_manifest(checkpoint.path / "manifest.json", checkpoint.manifest)
+
+        self.world.once(rewrite)
+
+    def _work_aside(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
+        try:
+            self._work(manifest, pieces)
+        except BaseException as error:
+            self._error = error
+
+    def _work(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
+        _write_checkpoint(self.run, manifest, pieces, self.world)
+
+        def prune() -> None:
+            try:
+                prune_checkpoints(self.run, manifest["step"], self.config)
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename or self.run}: old checkpoints can't be removed:"
+                    f" {error.strerror}. What was saved is intact"
+                ) from None
+
+        self.world.once(prune)
+
+
+class Piece(NamedTuple):
+    """Rows of a tensor that this rank saves."""
+
+    index: int  # of the tensor in its group
+    start: int  # number of the first row
+    rows: Tensor
+
+
+def _own_pieces(tensors: list[Tensor], copied: bool, world: World) -> list[Piece]:
+    """What this rank saves of a group: by reference, or copied to host memory."""
+    pieces = []
+    for index, tensor in enumerate(tensors):
+        rows, start = local_part(tensor.detach())
+        if not writes(tensor, index, world) or not rows.numel():
+            continue
+        assert rows.dtype == torch.float32, "master weights and optimizer state are float32"
+        if copied:
+            pinned = rows.device.type == "cuda"
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=pinned)
+            rows = host.copy_(rows, non_blocking=True)
+        pieces.append(Piece(index, start, rows))
+    return pieces
+
+
+def _write_checkpoint(
+    run: Path, manifest: dict[str, Any], pieces: dict[str, list[Piece]], world: World
+) -> None:
+    """The commit protocol: written aside by all ranks, and renamed once everything is durable."""
+    final = _step_path(run, manifest["step"])
     temporary = final.with_suffix(".tmp")
-    groups = {"model": model_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
 
     def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
     def write() -> list[dict[str, Any]]:
-        files = (_write_group(temporary, group, groups[group], world) for group in groups)
-        return [file for file in files if file["pieces"]]
+        return [
+            _write_group(temporary, group, of_group, world)
+            for group, of_group in pieces.items()
+            if of_group
+        ]
 
     def commit() -> None:
-        tensors = {
-            group: [[name, list(tensor.shape)] for name, tensor in named.items()]
-            for group, named in groups.items()
-        }
-        manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": tensors}
         manifest["files"] = [file for of_rank in files for file in of_rank]
         _write_manifest(temporary / "manifest.json", manifest)
         replaced = final.exists()  # did not verify, or weights alone: this run passed it over
@@ -226,7 +345,8 @@ def save_checkpoint(
         if replaced:
             remove_leftovers(run)
 
-    size = 4 * sum(tensor.numel() for named in groups.values() for tensor in named.values())
+    shapes = [shape for group in manifest["tensors"].values() for _, shape in group]
+    size = 4 * sum(map(math.prod, shapes))
     try:
         world.once(lambda: _explained(begin, final, size))
         files = world.each(lambda: _explained(write, final, size))
@@ -250,28 +370,20 @@ def _explained(function: Any, path: Path, size: int) -> Any:
         ) from None
 
 
-def _write_group(
-    directory: Path, group: str, tensors: dict[str, Tensor], world: World
-) -> dict[str, Any]:
+def _write_group(directory: Path, group: str, pieces: list[Piece], world: World) -> dict[str, Any]:
     """Writes the rows that this rank saves of a group into one file, hashed on the way."""
     name = f"{group}-{world.rank:05d}.bin"
-    pieces, digest = [], hashlib.sha256()
+    written, digest = [], hashlib.sha256()
     with open(directory / name, "wb") as file:
-        for index, tensor in enumerate(tensors.values()):
-            rows, start = local_part(tensor.detach())
-            if not writes(tensor, index, world) or not rows.numel():
-                continue
-            assert rows.dtype == torch.float32, "master weights and optimizer state are float32"
+        for index, start, rows in pieces:
             rows = rows.cpu().contiguous().reshape(rows.shape or (1,))
             content = memoryview(rows.numpy()).cast("B")
             file.write(content)
             digest.update(content)
-            pieces.append([index, start, len(rows)])
+            written.append([index, start, len(rows)])
         file.flush()
         os.fsync(file.fileno())
-    if not pieces:
-        (directory / name).unlink()
-    return {"name": name, "group": group, "sha256": digest.hexdigest(), "pieces": pieces}
+    return {"name": name, "group": group, "sha256": digest.hexdigest(), "pieces": written}
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:

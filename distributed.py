@@ -9,9 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,9 +24,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from config import ParallelConfig, TrainConfig, UserError, available_cores
+from config import Config, ParallelConfig, UserError, available_cores, resolve_path
 
 T = TypeVar("T")
+STARTUP_TIMEOUT = timedelta(minutes=30)  # ranks wait while one hashes, reads or compiles
+SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest disk
+LAG = 1  # steps until the host hears of a step: the device always has the next one to work on
 
 
 class AgreedError(UserError):
@@ -41,6 +48,11 @@ class World:
     local_size: int
     device: torch.device
     dtype: torch.dtype
+    group: dist.ProcessGroup | None = None  # None: the default group
+
+    def aside(self) -> World:
+        """The same ranks in a group of its own, for collectives in another thread."""
+        return replace(self, group=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
 
     def once(self, function: Callable[[], T]) -> T:
         """The result of a function that rank 0 alone runs; its UserError is raised by every rank.
@@ -53,7 +65,7 @@ class World:
                 box[0] = function()
             except UserError as error:
                 box[1] = str(error)
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, group=self.group)
         if box[1] is not None:
             raise AgreedError(box[1])
         return box[0]
@@ -69,22 +81,61 @@ class World:
         except UserError as error:
             message = str(error)
         messages: list[str | None] = [None] * self.size
-        dist.all_gather_object(messages, message)
+        dist.all_gather_object(messages, message, group=self.group)
         for rank, message in enumerate(messages):
             if message is not None:
                 raise AgreedError(message + (f" (rank {rank})" if self.size > 1 else ""))
         results = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(result, results)
+        dist.gather_object(result, results, group=self.group)
         return results
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in place and on the device."""
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=self.group)
         return values
 
 
-def init_distributed(config: TrainConfig) -> World:
+class Arrived(NamedTuple, Generic[T]):
+    """Numbers of an earlier step that have reached the host."""
+
+    tag: T
+    values: list[float]
+    time: float  # when the device had them, by time.monotonic()
+
+
+class Lagged(Generic[T]):
+    """Brings numbers of each step to the host LAG steps later, so that no step is waited for."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[T, Tensor, torch.cuda.Event | None, float]] = deque()
+
+    def push(self, tag: T, values: Tensor) -> list[Arrived[T]]:
+        """Takes in this step's numbers (N,) and hands out those whose turn has come."""
+        event = None
+        if values.device.type == "cuda":
+            host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            values = host.copy_(values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._waiting.append((tag, values, event, time.monotonic()))
+        return self.drain(keep=LAG)
+
+    def drain(self, keep: int = 0) -> list[Arrived[T]]:
+        """Hands out all but the newest steps."""
+        arrived = []
+        while len(self._waiting) > keep:
+            tag, values, event, at = self._waiting.popleft()
+            if event:
+                event.synchronize()
+                at = time.monotonic()
+            arrived.append(Arrived(tag, values.tolist(), at))
+        return arrived
+
+
+def init_distributed(config: Config) -> World:
     """Joins the processes that torchrun started, or makes a world of one; sets device and threads.
+
+    Collectives may take STARTUP_TIMEOUT until set_timeout shortens it.
 
     Raises:
         UserError: fewer GPUs than processes; an environment that is half torchrun's.
@@ -98,7 +149,7 @@ def init_distributed(config: TrainConfig) -> World:
         )
     numbers = [int(os.environ[name]) for name in names] if given else [0, 1, 0, 1]
     rank, size, local_rank, local_size = numbers
-    name = config.device
+    name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and local_rank >= torch.cuda.device_count():
@@ -118,11 +169,36 @@ def init_distributed(config: TrainConfig) -> World:
         if threads is None or (given and threads == "1"):
             torch.set_num_threads(max(1, available_cores() // local_size))
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-    if given:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return World(rank, size, local_rank, local_size, device, compute_dtype(config.dtype, device))
+    if name == "cuda":  # a hang leaves the last collectives of each rank behind
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        dump = resolve_path(config.train.out_dir) / "logs" / "flight_recorder_"
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump))
+    alone = {} if given else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, timeout=STARTUP_TIMEOUT, **alone)
+    dtype = compute_dtype(config.train.dtype, device)
+    return World(rank, size, local_rank, local_size, device, dtype)
+
+
+def set_timeout(model: nn.Module, seconds: float) -> None:
+    """How long a collective of training may take before it is an error and not a hang."""
+    groups = {dist.group.WORLD}
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            groups.update(parameter.device_mesh.get_all_groups())
+    for group in groups:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def explain_lost_rank(error: Exception) -> UserError | None:
+    """The one line for a collective that failed because another rank died or hung; else None."""
+    text = str(error).partition("\n")[0]
+    if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
+        return None
+    return UserError(
+        f"rank {dist.get_rank()} on {socket.gethostname()} lost contact with another rank, which"
+        f" died or hangs: {text}. What was saved is intact: run the same command again to go on"
+    )
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

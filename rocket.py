@@ -12,24 +12,23 @@ import math
 import platform
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoint import (
     Checkpoint,
+    Saver,
     find_checkpoint,
     find_resumable,
     load_optimizer,
     load_weights,
-    prune_checkpoints,
-    save_checkpoint,
 )
 from config import (
     ROOT,
@@ -45,22 +44,32 @@ from config import (
 from dataset import TokenDataset, evenly_spaced, fingerprint, rank_share, step_windows
 from distributed import (
     AgreedError,
+    Arrived,
+    Lagged,
     World,
     autocast,
     clip_gradients,
+    explain_lost_rank,
     gradient_sync,
     init_distributed,
     local_part,
     parallelize,
     replicate,
+    set_timeout,
     shut_down,
 )
+from job import Claim, Lookout, Signals, job_end
 from model import IGNORE, Llama, flops_per_token, initial_weight
 from optimizer import build_optimizer, learning_rate
-from run import ACCEPT_CHANGES, Inputs, RunLog, check_inputs, open_run
+from run import ACCEPT_CHANGES, Inputs, RunLog, check_inputs, finite, open_run, preflight
 from tokenizer import Tokenizer
 
 FLAGS = {ACCEPT_CHANGES: "resume although keys whose rule on resume is consent have changed"}
+
+
+SKIPPED = {1: "non_finite", 2: "spike"}  # why a step changes nothing
+NORM_DECAY, NORM_STEPS = 0.98, 20  # of the running mean of gradient norms; steps until it counts
+WRITE_RATE = 100e6  # bytes a second and rank, by which the first save is estimated
 
 
 @dataclass
@@ -72,103 +81,173 @@ class Progress:
     best_val_losses: list[float] = field(default_factory=list)  # ascending, as many as are kept
     evaluations_since_best: int = 0
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
+    bad_steps: int = 0  # skipped steps in a row, up to this one
+    norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # see skip_reason
+
+
+class Outcome(NamedTuple):
+    """What all ranks come to know of a step, LAG steps later: global values and added-up votes."""
+
+    loss: float
+    grad_norm: float
+    skipped: float
+    claim_lost: float
+    save_failed: float
+    stop_file: float
+    signal: float
+    deadline: float
+    save_due: float
 
 
 def main(arguments: list[str]) -> None:
+    signals = Signals()
+    signals.install()
     config, flags = load_config(arguments, usage=__doc__, flags=FLAGS)
-    world = init_distributed(config.train)
+    world = init_distributed(config)
     try:
-        train(config, ACCEPT_CHANGES in flags, world)
+        train(config, ACCEPT_CHANGES in flags, signals, world)
     except AgreedError:  # all ranks are here; after any other error some may wait for this one
         shut_down()
+        raise
+    except (RuntimeError, dist.DistError) as error:
+        if lost := explain_lost_rank(error):
+            raise lost from None
         raise
     shut_down()
 
 
-def train(config: Config, accept_changes: bool, world: World) -> None:
-    """Trains the run in train.out_dir to its end, from wherever it stands."""
+def train(config: Config, accept_changes: bool, signals: Signals, world: World) -> None:
+    """Trains the run in train.out_dir to its end or its job's, from wherever it stands."""
     directory = resolve_path(config.train.out_dir)
+    end = world.once(lambda: job_end(config.train.max_hours))
     inputs = world.once(lambda: check_inputs(directory, config, accept_changes))
     data, val_data = open_datasets(config, inputs)
     max_steps = run_length(config, data)
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
+    claim = Claim(directory)
+    world.once(claim.check)
     log = RunLog(directory, world, max_steps, flops)
-    progress = Progress()
+    progress, started_at = Progress(), 0
     try:
         checkpoint = find_resumable(directory, world)
         if checkpoint:
             progress = Progress(**checkpoint.state)
-        if not end_reason(progress, max_steps, config):
-            world.once(lambda: open_run(directory, config))
+            started_at = progress.step
+        reason = end_reason(progress, max_steps, config, val_data)
+        if not reason:
+            world.once(lambda: open_run(directory, config, claim))
             model, optimizer = build(config, inputs, checkpoint, log, world)
+            size = sum(12 * parameter.numel() for parameter in model.parameters())
+            preflight(directory, config, checkpoint, size, world)
             describe_start(config, model, data, checkpoint, log, world)
             log.start(progress.step, progress.hours)
-            train_steps(config, inputs, data, val_data, model, optimizer, progress, log, world)
+            saver = Saver(directory, model, optimizer, config.checkpoint, world)
+            save_seconds = size / world.size / WRITE_RATE + 1
+            minutes = config.checkpoint.interval_minutes
+            lookout = Lookout(directory, signals, claim, end, save_seconds, minutes)
+            run = Run(config, inputs, data, val_data, model, optimizer, saver, lookout, log, world)
+            reason = train_steps(run, progress)
     except BaseException as error:
-        reason = "non_finite" if isinstance(error, NotFiniteError) else "error"
-        log.failed(reason, progress.step)
+        # A failure that would only repeat does not come back by itself.
+        if isinstance(error, NotFiniteError):
+            log.failed("non_finite", progress.step, requeue=log.failed_at != progress.step)
+        elif isinstance(error, KeyboardInterrupt):
+            log.failed("signal", progress.step, requeue=False)
+        elif not claim.lost:
+            advanced = progress.step > started_at and not isinstance(error, UserError)
+            log.failed("error", progress.step, requeue=advanced)
         raise
     finally:
+        claim.release()
         log.close()
-    log.end(end_reason(progress, max_steps, config), progress.step)
+    if reason == "stop_file":
+        world.once(lambda: lookout.stop_file.unlink(missing_ok=True))
+    log.end(reason, progress.step)
 
 
-def train_steps(
-    config: Config,
-    inputs: Inputs,
-    data: TokenDataset,
-    val_data: TokenDataset | None,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    log: RunLog,
-    world: World,
-) -> None:
-    """The loop: step, log, evaluate and save, until there is a reason to end."""
+@dataclass
+class Run:
+    """The parts of a run that the loop works with."""
+
+    config: Config
+    inputs: Inputs
+    data: TokenDataset
+    val_data: TokenDataset | None
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    saver: Saver
+    lookout: Lookout
+    log: RunLog
+    world: World
+
+
+def train_steps(run: Run, progress: Progress) -> str:
+    """The loop: evaluate, save, step and log, until there is a reason to end, which it returns.
+
+    All ranks learn at the same step that one of them wants to stop, from numbers that travel with
+    the loss and reach the host one step later: no step waits for the device.
+    """
+    config, data, log, lookout, world = run.config, run.data, run.log, run.lookout, run.world
     batch_size, max_steps = config.train.global_batch_size, log.max_steps
-    replicated = replicate(model, world)
-    record = world.once(lambda: identity(config, inputs))
-    saved_step, saved_at = progress.step, time.monotonic()
+    replicated = replicate(run.model, world)
+    record = world.once(lambda: identity(config, run.inputs))
+    norms = torch.tensor(progress.norms, device=world.device)
+    lagged: Lagged[tuple[int, float]] = Lagged()
+    first, saved = progress.step, replace(progress)
+    reason, save_due = agree(run), False
+
+    def settle(outcomes: list[Arrived[tuple[int, float]]]) -> None:
+        """Rows, skipped steps and reasons to stop or save, of the steps that are known by now."""
+        nonlocal reason, save_due
+        for (step, rate), values, done_at in outcomes:
+            outcome = Outcome(*values)
+            log.count(batch_size * data.seq_len, done_at)
+            skipped = SKIPPED.get(round(outcome.skipped))
+            if step == max_steps or due(step, config.train.log_interval):
+                log.training_row(step, outcome.loss, rate, outcome.grad_norm, skipped)
+            note_skipped(run, progress, step, outcome, skipped)
+            reason = reason or stop_reason(run, outcome)
+            save_due = save_due or outcome.save_due > 0
 
     def save() -> None:
-        nonlocal saved_step, saved_at
-        require_finite(loss, grad_norm, progress.step)
-        progress.hours = log.hours
-        record["state"] = asdict(progress)
+        nonlocal saved, save_due, reason
+        progress.hours, progress.norms = log.hours, norms.tolist()
         log.sync()
-        save_checkpoint(log.directory, progress.step, model, optimizer, record, world)
-        world.once(lambda: prune_checkpoints(log.directory, progress.step, config.checkpoint))
-        saved_step, saved_at = progress.step, time.monotonic()
+        with lookout.timed("save"):
+            if progress.step == saved.step:
+                run.saver.amend(progress.step, asdict(progress))
+            else:
+                run.saver.save(progress.step, {**record, "state": asdict(progress)})
+        saved, save_due = replace(progress), False
         log.restart_clock()
+        reason = reason or agree(run)
 
-    while not end_reason(progress, max_steps, config):
+    while True:
+        worth_keeping = False
+        if not reason and run.val_data and evaluation_due(progress, max_steps, config):
+            settle(lagged.drain())
+            worth_keeping = not reason and validate(run, replicated, progress)
+            reason = reason or agree(run)
+        reason = reason or end_reason(progress, max_steps, config, run.val_data)
+        if reason or worth_keeping or save_due or due(progress.step, config.checkpoint.interval):
+            settle(lagged.drain())
+            if (progress.step, progress.val_loss) != (saved.step, saved.val_loss):
+                save()
+        if reason:
+            run.saver.wait()
+            return reason
+
         windows = step_windows(config.train.seed, progress.step, batch_size, data.windows)
         batches = list(load_batches(data, windows, config.train.micro_batch_size, world))
         rate = learning_rate(progress.step, max_steps, config.optimizer)
-        loss, grad_norm = train_step(replicated, optimizer, batches, rate, config, world)
+        votes = cast_votes(run, steps=2, evaluation=evaluation_near(progress, max_steps, config))
+        outcome = train_step(replicated, run.optimizer, batches, rate, votes, norms, config, world)
         progress.step += 1
         progress.val_loss = None
-        log.count(batch_size * data.seq_len)
-        at_end = progress.step == max_steps
-
-        # Losses stay on the device until a row is due, so that steps queue up without a wait.
-        if at_end or due(progress.step, config.train.log_interval):
-            require_finite(loss, grad_norm, progress.step)
-            log.training_row(progress.step, loss.item(), rate, grad_norm.item())
-
-        worth_keeping = False
-        if val_data and (at_end or due(progress.step, config.train.eval_interval)):
-            require_finite(loss, grad_norm, progress.step)
-            worth_keeping = validate(replicated, val_data, progress, inputs, config, log, world)
-
-        if (
-            worth_keeping
-            or due(progress.step, config.checkpoint.interval)
-            or minutes_passed(progress.step, saved_at, config, world)
-        ):
-            save()
-    if saved_step != progress.step:
-        save()
+        settle(lagged.push((progress.step, rate), outcome))
+        lookout.step_done()
+        if progress.step == first + 1:
+            set_timeout(run.model, config.parallel.timeout_seconds)
 
 
 def train_step(
@@ -176,16 +255,23 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     batches: list[tuple[Tensor, Tensor]],
     rate: float,
+    votes: Tensor,
+    norms: Tensor,
     config: Config,
     world: World,
-) -> tuple[Tensor, Tensor]:
-    """One optimizer step over this rank's micro-batches.
+) -> Tensor:
+    """One optimizer step over this rank's micro-batches, skipped if it would do damage.
 
     The loss is the mean over the trained tokens of the *global* batch, so that neither accumulation
     nor fillers bias it; DDP and FSDP2 average gradients over ranks, hence the factor world.size.
 
+    Args:
+        votes: this rank's, to be added up over the ranks along with the loss.
+        norms: see skip_reason; brought up to date.
+
     Returns:
-        Loss in nats a token and gradient norm before clipping: global, and still on the device.
+        The numbers of an Outcome: global, and still on the device. The loss is in nats a token, the
+        gradient norm that before clipping.
     """
     trained = world.sum(sum((targets != IGNORE).sum() for _, targets in batches))
     loss = torch.zeros((), device=world.device)
@@ -195,31 +281,113 @@ def train_step(
                 share = model(tokens, targets) / trained
             (share * world.size).backward()
         loss += share.detach()
+    agreed = world.sum(torch.cat((loss[None], votes)))
     grad_norm = clip_gradients(model, config.optimizer.grad_clip)
+    skipped = skip_reason(agreed[0], grad_norm, norms, config.train.spike_factor)
     for group in optimizer.param_groups:
         group["lr"] = rate
+    # What mixed precision tells fused optimizers of overflow: where it is not 0, nothing changes,
+    # their own step counts included, and nobody waits to hear of it.
+    optimizer.grad_scale, optimizer.found_inf = None, skipped.clamp(max=1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return world.sum(loss), grad_norm
+    return torch.cat((agreed[:1], torch.stack((grad_norm, skipped)), agreed[1:]))
 
 
-def validate(
-    model: nn.Module,
-    data: TokenDataset,
-    progress: Progress,
-    inputs: Inputs,
-    config: Config,
-    log: RunLog,
-    world: World,
-) -> bool:
-    """Evaluates and writes the rows of it; True if these weights are among the best to keep."""
-    scores = evaluate(model, data, inputs.byte_lengths, config, world)
-    if not math.isfinite(scores["val_loss"]):
-        raise NotFiniteError(f"step {progress.step}: the validation loss is not finite")
-    progress.val_loss = scores["val_loss"]
-    log.evaluation_row(progress.step, scores)
-    for row in predict(model, data, config, world):
-        log.row({"step": progress.step, **row}, "samples.jsonl")
+def skip_reason(loss: Tensor, grad_norm: Tensor, norms: Tensor, spike_factor: float) -> Tensor:
+    """1 if loss or gradient is not finite, 2 if the gradient spikes, else 0; on the device.
+
+    norms (2,) holds the decaying sums of good steps' norms and of their weights: their quotient is
+    the running mean. It takes in this step's norm if that is good.
+    """
+    zero = torch.zeros_like(grad_norm)
+    skipped = torch.where((loss + grad_norm).isfinite(), zero, 1.0)
+    if spike_factor:
+        known = norms[1] > 1 - NORM_DECAY**NORM_STEPS
+        spike = known & (grad_norm * norms[1] > spike_factor * norms[0])
+        skipped = torch.where(spike & (skipped == 0), 2.0, skipped)
+    taken = torch.stack((grad_norm, zero + 1))
+    norms.copy_(torch.where(skipped > 0, norms, norms.lerp(taken, 1 - NORM_DECAY)))
+    return skipped
+
+
+def note_skipped(
+    run: Run, progress: Progress, step: int, outcome: Outcome, skipped: str | None
+) -> None:
+    """Counts skipped steps in a row, and writes down exactly which windows they had.
+
+    Raises:
+        NotFiniteError: there were train.max_bad_steps of them.
+    """
+    progress.bad_steps = progress.bad_steps + 1 if skipped else 0
+    if not skipped:
+        return
+    config = run.config
+    batch_size = config.train.global_batch_size
+    windows = step_windows(config.train.seed, step - 1, batch_size, run.data.windows).tolist()
+    row = {
+        "step": step,
+        "reason": skipped,
+        "loss": finite(outcome.loss),
+        "grad_norm": finite(outcome.grad_norm),
+        "dataset": config.data.dir,
+        "windows": [{"window": index, "pieces": run.data.places(index)} for index in windows],
+    }
+    run.log.row(row, "bad_steps.jsonl")
+    told = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}"
+    run.log.say(f"step {step} skipped ({skipped}): {told}")
+    if progress.bad_steps >= config.train.max_bad_steps:
+        raise NotFiniteError(
+            f"step {step}: {progress.bad_steps} steps in a row were skipped, this one for {told};"
+            " the last checkpoint is good; lower optimizer.learning_rate or look at the data:"
+            f" python prepare.py {run.log.directory / 'config.toml'} --bad-steps"
+        )
+
+
+def cast_votes(run: Run, steps: int = 0, evaluation: bool = False) -> Tensor:
+    """This rank's votes (6,), given what lies ahead before ranks can stop again."""
+    ahead = run.lookout.steps_ahead(steps, evaluation)
+    votes = torch.tensor(run.lookout.votes(run.world.rank, run.saver.failed, ahead))
+    if run.world.device.type == "cuda":
+        votes = votes.pin_memory().to(run.world.device, non_blocking=True)
+    return votes
+
+
+def agree(run: Run) -> str | None:
+    """Why to stop, asked where ranks wait for each other anyway."""
+    votes = run.world.sum(cast_votes(run, steps=2))
+    return stop_reason(run, Outcome(0.0, 0.0, 0.0, *votes.tolist()))
+
+
+def stop_reason(run: Run, outcome: Outcome) -> str | None:
+    """Why to stop, or None.
+
+    Raises:
+        AgreedError: on every rank: the run belongs to another job, a save failed.
+    """
+    if outcome.claim_lost:
+        raise AgreedError(f"{run.log.directory} was taken over by another job; nothing was saved")
+    if outcome.save_failed:
+        run.saver.wait()
+    return next((why for why in ("stop_file", "signal", "deadline") if getattr(outcome, why)), None)
+
+
+def validate(run: Run, model: nn.Module, progress: Progress) -> bool:
+    """Evaluates and writes the rows of it; True if these weights are among the best to keep.
+
+    An evaluation that is interrupted leaves nothing: the next job makes it first.
+    """
+    config, log, data = run.config, run.log, run.val_data
+    with run.lookout.timed("evaluation"):
+        scores = evaluate(run, model)
+        if scores is None:
+            return False
+        if not math.isfinite(scores["val_loss"]):
+            raise NotFiniteError(f"step {progress.step}: the validation loss is not finite")
+        progress.val_loss = scores["val_loss"]
+        log.evaluation_row(progress.step, scores)
+        for row in predict(model, data, config, run.world):
+            log.row({"step": progress.step, **row}, "samples.jsonl")
     log.restart_clock()
     best = progress.best_val_losses
     is_best = not best or progress.val_loss < best[0]
@@ -230,12 +398,15 @@ def validate(
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, data: TokenDataset, byte_lengths: np.ndarray, config: Config, world: World
-) -> dict[str, float]:
-    """Loss, perplexity and bits per byte over a fixed part of a split, shared by all ranks."""
+def evaluate(run: Run, model: nn.Module) -> dict[str, float] | None:
+    """Loss, perplexity and bits per byte over a fixed part of the split, shared by all ranks.
+
+    None if the ranks agreed to stop before its end.
+    """
+    config, data, world = run.config, run.val_data, run.world
     windows = evenly_spaced(config.train.eval_sequences, data.windows)
-    bytes_of = torch.from_numpy(byte_lengths).to(world.device)
+    bytes_of = torch.from_numpy(run.inputs.byte_lengths).to(world.device)
+    lagged: Lagged[None] = Lagged()
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
     for tokens, targets in load_batches(data, windows, config.train.micro_batch_size, world):
         with autocast(model, world):
@@ -243,6 +414,9 @@ def evaluate(
         trained = targets[targets != IGNORE]
         sums[1] += trained.numel()
         sums[2] += bytes_of[trained].sum()
+        for _, votes, _ in lagged.push(None, world.sum(cast_votes(run))):
+            if stop_reason(run, Outcome(0.0, 0.0, 0.0, *votes)):
+                return None
     nats, count, size = world.sum(sums).tolist()
     loss = nats / count
     return {
@@ -375,19 +549,24 @@ def due(step: int, interval: int) -> bool:
     return interval > 0 and step % interval == 0
 
 
-def minutes_passed(step: int, since: float, config: Config, world: World) -> bool:
-    """Whether checkpoint.interval_minutes have passed by rank 0's clock; all ranks hear the same.
-
-    Asked only where a row is due, since asking makes the ranks wait for each other.
-    """
-    minutes = config.checkpoint.interval_minutes
-    if minutes == 0 or not due(step, config.train.log_interval):
-        return False
-    return world.once(lambda: time.monotonic() - since >= 60 * minutes)
+def evaluation_due(progress: Progress, max_steps: int, config: Config) -> bool:
+    """Whether this step is to be evaluated and has not been."""
+    now = progress.step == max_steps or due(progress.step, config.train.eval_interval)
+    return now and progress.step > 0 and progress.val_loss is None
 
 
-def end_reason(progress: Progress, max_steps: int, config: Config) -> str | None:
+def evaluation_near(progress: Progress, max_steps: int, config: Config) -> bool:
+    """Whether one of the next two steps is to be evaluated."""
+    after = [replace(progress, step=progress.step + n, val_loss=None) for n in (1, 2)]
+    return any(evaluation_due(at, max_steps, config) for at in after)
+
+
+def end_reason(
+    progress: Progress, max_steps: int, config: Config, val_data: TokenDataset | None
+) -> str | None:
     """Why the run ends at this step, or None."""
+    if val_data and evaluation_due(progress, max_steps, config):
+        return None
     if progress.step >= max_steps:
         return "max_steps"
     if 0 < config.train.patience <= progress.evaluations_since_best:
@@ -398,16 +577,7 @@ def end_reason(progress: Progress, max_steps: int, config: Config) -> str | None
 
 
 class NotFiniteError(AgreedError):
-    """The loss or a gradient is not finite."""
-
-
-def require_finite(loss: Tensor, grad_norm: Tensor, step: int) -> None:
-    """Stops before damage is logged or saved; loss and norm are global, so all ranks stop."""
-    if not (math.isfinite(loss.item()) and math.isfinite(grad_norm.item())):
-        raise NotFiniteError(
-            f"step {step}: loss {loss.item()}, gradient norm {grad_norm.item()}; nothing was saved"
-            " since the last checkpoint; lower optimizer.learning_rate or look at the data"
-        )
+    """Too many steps in a row did damage, or the validation loss is not finite."""
 
 
 def identity(config: Config, inputs: Inputs) -> dict[str, Any]:

@@ -6,9 +6,13 @@ lies after it, so that each step stands in the files once.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import resource
+import shutil
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +23,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import readable_checkpoints, remove_leftovers
+from checkpoint import Checkpoint, checkpoint_paths, readable_checkpoints, remove_leftovers
 from config import (
     Config,
     ConfigError,
@@ -33,6 +37,7 @@ from config import (
 )
 from dataset import fingerprint, read_manifest
 from distributed import World
+from job import Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
 
 ACCEPT_CHANGES = "--accept-changes"
@@ -101,19 +106,22 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         started = directory / "config.toml"
         old = build_config(read_toml(started)) if started.exists() else checkpoint.config
         _check_changes(old, config, accept_changes)
+        _check_code(directory, accept_changes)
     return Inputs(manifest, tokenizer.vocab_size, tokenizer.sha256, tokenizer.byte_lengths())
 
 
-def open_run(directory: Path, config: Config) -> None:
-    """Makes the run directory ready for training: configuration and tokenizer, no leftovers.
+def open_run(directory: Path, config: Config, claim: Claim) -> None:
+    """Makes the run directory ours and ready: configuration, tokenizer and code, no leftovers.
 
     Raises:
-        UserError: the directory can't be written.
+        UserError: another job trains it, or it can't be written.
     """
     tokenizer = resolve_path(config.tokenizer.path)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        claim.take()
         remove_leftovers(directory)
+        (directory / "logs").mkdir(exist_ok=True)
+        snapshot_code(directory)
         write_atomically(directory / "config.toml", dump_toml(config).encode())
         write_atomically(directory / "tokenizer.model", tokenizer.read_bytes())
     except OSError as error:
@@ -139,8 +147,98 @@ def _check_changes(old: Config, new: Config, accept_changes: bool) -> None:
         print(f"accepted: {change}")
 
 
+def _check_code(directory: Path, accept_changes: bool) -> None:
+    """Holds the code in use against the snapshot that the run was started with."""
+    if not (changed := changed_code(directory)):
+        return
+    print_diff(changed)
+    names = ", ".join(changed)
+    if not accept_changes:
+        raise ConfigError(
+            f"the code has changed since this run was started: {names}; to go on with the new code"
+            f" add {ACCEPT_CHANGES}; the old one is in {directory / 'code'}"
+        )
+    print(f"accepted: other code in {names}")
+
+
+def preflight(
+    directory: Path, config: Config, checkpoint: Checkpoint | None, size: int, world: World
+) -> None:
+    """What would otherwise fail hours later: every rank sees the same, and disk and device do.
+
+    Shared files are read by one rank a node, which is where file systems may differ.
+
+    Args:
+        size: bytes of a checkpoint.
+
+    Raises:
+        UserError: names the rank and host that differs, or what is missing.
+    """
+
+    def digest(content: bytes) -> str:
+        return hashlib.sha256(content).hexdigest()
+
+    def look() -> dict[str, Any]:
+        _check_device(config, world.device)
+        seen = {
+            "host": socket.gethostname(),
+            "code": digest(json.dumps(code_in_use()).encode()),
+            "configuration": digest(dump_toml(config).encode()),
+            "torch": torch.__version__,
+            "compute type": str(world.dtype),
+        }
+        if world.local_rank == 0:
+            dataset = resolve_path(config.data.dir) / "manifest.json"
+            newest = checkpoint.path / "manifest.json" if checkpoint else None
+            for name, path in ("dataset", dataset), ("checkpoint", newest):
+                seen[name] = digest(path.read_bytes()) if path and path.exists() else "none"
+        return seen
+
+    seen_by = world.each(look)
+
+    def compare() -> None:
+        first = seen_by[0]
+        for rank, seen in enumerate(seen_by):
+            for name in seen:
+                if name != "host" and seen[name] != first[name]:
+                    raise UserError(
+                        f"rank {rank} on {seen['host']} does not have the same {name} as rank 0 on"
+                        f" {first['host']}: {seen[name][:12]} and {first[name][:12]}"
+                    )
+        kept = len(checkpoint_paths(directory))
+        needed, free = max(1, 2 - kept) * size, shutil.disk_usage(directory).free
+        if free < needed:
+            raise UserError(
+                f"{directory}: {free / 1e9:.3f} GB are free, the next checkpoints need"
+                f" {needed / 1e9:.3f} GB; make room or set train.out_dir"
+            )
+
+    world.once(compare)
+
+
+def _check_device(config: Config, device: torch.device) -> None:
+    """UserError if the GPU that the run means to use does not compute."""
+    if device.type == "cpu":
+        if config.train.device == "auto" and Path("/dev/nvidia0").exists():
+            raise UserError(
+                f"{socket.gethostname()} has an NVIDIA GPU that torch {torch.__version__} can't"
+                " use: the driver is too old for it, or it is a build for CPUs; set"
+                " train.device=cpu to train without"
+            )
+        return
+    try:
+        torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
+    except RuntimeError as error:
+        raise UserError(
+            f"{torch.cuda.get_device_name(device)} on {socket.gethostname()} can't compute with"
+            f" torch {torch.__version__}: {str(error).partition(chr(10))[0]}"
+        ) from None
+
+
 class RunLog:
     """Rows, status and console of a run; ranks other than 0 write nothing."""
+
+    FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
 
     def __init__(self, directory: Path, world: World, max_steps: int, flops: float) -> None:
         self.directory = directory
@@ -151,13 +249,14 @@ class RunLog:
         self.peak_rate = peak * world.size / flops if peak else None  # tokens/s at 100% MFU
         self.files: dict[str, Any] = {}
         self.bar = tqdm(disable=True)
+        self.failed_at = self._failed_at() if self.enabled else None
 
     def start(self, step: int, hours: float) -> None:
         """Opens the files, cut to what came before step, and starts the clocks."""
         self.started = time.monotonic() - 3600 * hours
         self.restart_clock()
         if self.enabled:
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in self.FILES:
                 cut_rows(self.directory / name, step)
                 self.files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
             if sys.stderr.isatty():
@@ -173,22 +272,27 @@ class RunLog:
         """Leaves what came before (logging, evaluation, saving) out of the throughput."""
         self.mark, self.tokens, self.steps = time.monotonic(), 0, 0
 
-    def count(self, tokens: int) -> None:
-        """Counts a step and its tokens towards the throughput."""
+    def count(self, tokens: int, time: float) -> None:
+        """Counts a step that was done at a time (time.monotonic) and its tokens."""
         self.tokens += tokens
         self.steps += 1
+        self.done_at = time
         self.tokens_a_step = tokens
         self.bar.update()
 
-    def training_row(self, step: int, loss: float, rate: float, grad_norm: float) -> None:
-        """Writes and prints the row of a training step."""
-        elapsed = time.monotonic() - self.mark
+    def training_row(
+        self, step: int, loss: float, rate: float, grad_norm: float, skipped: str | None
+    ) -> None:
+        """Writes and prints the row of a training step; skipped says why it changed nothing."""
+        elapsed = self.done_at - self.mark
         row = self._place(step) | {
-            "loss": loss,
+            "loss": finite(loss),
             "learning_rate": rate,
-            "grad_norm": grad_norm,
+            "grad_norm": finite(grad_norm),
             "tokens_per_second": self.tokens / elapsed,
         }
+        if skipped:
+            row["skipped"] = skipped
         if self.peak_rate:
             row["mfu"] = row["tokens_per_second"] / self.peak_rate
         row["memory_gb"] = memory_gb(self.device)
@@ -200,7 +304,7 @@ class RunLog:
             + f" | {row['memory_gb']:.2f} GB"
             f" | {describe_seconds(elapsed / self.steps * (self.max_steps - step))} left"
         )
-        self.restart_clock()
+        self.mark, self.tokens, self.steps = self.done_at, 0, 0
 
     def evaluation_row(self, step: int, scores: dict[str, float]) -> None:
         """Writes and prints the row of an evaluation."""
@@ -236,12 +340,14 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{self.directory} can't be written: {error.strerror}") from None
 
-    def status(self, state: str, reason: str | None, step: int) -> None:
+    def status(self, state: str, reason: str | None, step: int, requeue: bool = False) -> None:
         """Writes status.json, the contract for scripts: torchrun turns every exit code into 1.
 
         Args:
             state: running, finished, stopped or failed.
-            reason: why it ended: stop_at_step, early_stop, non_finite or error; else None.
+            reason: why it ended: deadline, signal, stop_file, stop_at_step, early_stop, non_finite
+                or error; else None.
+            requeue: whether the same job should come back.
         """
         if not self.enabled:
             return
@@ -251,31 +357,51 @@ class RunLog:
             "step": step,
             "job_id": os.environ.get("SLURM_JOB_ID"),
             "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "requeue": False,
+            "requeue": requeue,
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         content = (json.dumps(status) + "\n").encode()
         self._guarded(lambda: write_atomically(self.directory / "status.json", content))
 
-    def failed(self, reason: str, step: int) -> None:
+    def _failed_at(self) -> int | None:
+        """The step at which the job before this one failed over a loss that is not finite."""
+        try:
+            status = json.loads((self.directory / "status.json").read_bytes())
+            return status["step"] if status["reason"] == "non_finite" else None
+        except (OSError, ValueError, KeyError, TypeError):  # none yet, or a torn one
+            return None
+
+    def failed(self, reason: str, step: int, requeue: bool) -> None:
         """Records a failure; where even that fails, says so and leaves the first error in view."""
         try:
-            self.status("failed", reason, step)
+            self.status("failed", reason, step, requeue)
         except UserError as error:
             print(f"no status.json: {error}", file=sys.stderr)
 
     def end(self, reason: str, step: int) -> None:
         """Records and says that the run ended in order."""
-        state = "stopped" if reason == "stop_at_step" else "finished"
-        self.status(state, None if reason == "max_steps" else reason, step)
-        told = {"early_stop": " early, no new best", "stop_at_step": " as asked"}.get(reason, "")
-        self.say(f"{state}{told} at step {step}: {self.directory}")
+        told = {
+            "max_steps": "finished",
+            "early_stop": "finished early, no new best",
+            "stop_at_step": "stopped as asked",
+            "stop_file": "stopped by the STOP file",
+            "signal": "stopped by a signal",
+            "deadline": "stopped before the job's time is over",
+        }[reason]
+        requeue = reason in ("signal", "deadline")
+        self.status(told.split()[0], None if reason == "max_steps" else reason, step, requeue)
+        self.say(f"{told} at step {step}: {self.directory}")
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
         self.bar.close()
         for file in self.files.values():
             file.close()
+
+
+def finite(number: float) -> float | None:
+    """The number, or None for what JSON can't say."""
+    return number if math.isfinite(number) else None
 
 
 def cut_rows(path: Path, step: int) -> None:

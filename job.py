@@ -1,0 +1,322 @@
+"""The job that a run is in: its signals and its end, its claim on the run directory, its code.
+
+Rank 0 alone reads clocks and shared files; the loop carries what it finds to the other ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from config import UserError
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C in between is meant; an earlier one is an echo
+HEARTBEAT_SECONDS = 30.0
+EXPIRY_SECONDS = 300.0  # a claim of another host without a heartbeat for so long is free
+CODE = Path(__file__).resolve().parent
+DIFF_LINES = 60
+
+
+class Signals:
+    """Signals are noted, not died of; the loop looks and ends in order on all ranks."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._interrupted = -INSIST_SECONDS[1]
+
+    def install(self) -> None:
+        """Takes over the signals that schedulers, launchers and people send."""
+        for number in SIGNALS:
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        if number == signal.SIGINT:
+            since, self._interrupted = time.monotonic() - self._interrupted, time.monotonic()
+            if INSIST_SECONDS[0] < since < INSIST_SECONDS[1]:
+                raise KeyboardInterrupt
+
+
+def job_end(max_hours: float) -> float:
+    """When this job must be over, in Unix time: Slurm's end or train.max_hours; else infinity."""
+    end = time.time() + 3600 * max_hours if max_hours else float("inf")
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return end
+    told = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not told:  # older than Slurm 23.02
+        command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
+        environment = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # told below
+            done = subprocess.run(
+                command, env=environment, capture_output=True, text=True, timeout=60, check=False
+            )
+            told = done.stdout.strip()
+    if told.isdigit():
+        return min(end, float(told))
+    if not told:
+        print(f"Slurm does not tell when job {job} ends: set train.max_hours", file=sys.stderr)
+    return end  # of a partition without a limit it says N/A
+
+
+class Lookout:
+    """Why this rank would stop or save now, as numbers that the ranks add up.
+
+    A vote is 0 or 1; what any rank votes for, all do at the same step.
+    """
+
+    VOTES = ("claim_lost", "save_failed", "stop_file", "signal", "deadline", "save_due")
+    FILE_SECONDS = 1.0  # between looks for the STOP file
+
+    def __init__(
+        self,
+        directory: Path,
+        signals: Signals,
+        claim: Claim,
+        end: float,
+        save_seconds: float,
+        save_minutes: float,
+    ) -> None:
+        """The first save is estimated at save_seconds; the rest is measured."""
+        self.stop_file = directory / "STOP"
+        self.signals, self.claim, self.end = signals, claim, end
+        self.margin = min(30.0, 0.05 * (end - time.time()))
+        self.seconds = {"step": 0.0, "evaluation": 0.0, "save": save_seconds}
+        self.save_minutes = save_minutes
+        self.saved_at = self.stepped_at = time.monotonic()
+        self.looked_at, self.stop_file_seen = -self.FILE_SECONDS, False
+
+    def step_done(self) -> None:
+        """Marks the end of a step; the estimate follows a slower one at once, a faster slowly."""
+        now = time.monotonic()
+        last, mean = now - self.stepped_at, self.seconds["step"]
+        self.seconds["step"] = max(last, mean + 0.1 * (last - mean))
+        self.stepped_at = now
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Measures an evaluation or a save; the longest so far counts."""
+        start = time.monotonic()
+        yield
+        self.stepped_at = time.monotonic()
+        self.seconds[what] = max(self.seconds[what], self.stepped_at - start)
+        if what == "save":
+            self.saved_at = self.stepped_at
+
+    def votes(self, rank: int, save_failed: bool, ahead: float) -> list[float]:
+        """This rank's votes in the order of VOTES.
+
+        Args:
+            save_failed: a save in the background did not succeed.
+            ahead: seconds of work until the next chance to stop.
+        """
+        now = time.monotonic()
+        late = save_due = False
+        if rank == 0:  # one clock, and one process that asks the file system
+            if now - self.looked_at >= self.FILE_SECONDS:
+                self.looked_at, self.stop_file_seen = now, self.stop_file.exists()
+            needed = ahead + 1.5 * self.seconds["save"] + self.margin
+            late = self.end - time.time() < needed
+            save_due = 0 < 60 * self.save_minutes <= now - self.saved_at
+        found = (
+            self.claim.lost,
+            save_failed,
+            self.stop_file_seen,
+            self.signals.received,
+            late,
+            save_due,
+        )
+        return [float(vote) for vote in found]
+
+    def steps_ahead(self, steps: int, evaluation: bool) -> float:
+        """Seconds that the next steps take, with an evaluation among them or not."""
+        return steps * self.seconds["step"] + evaluation * self.seconds["evaluation"]
+
+
+class Claim:
+    """One run directory, one job: claim.json names the job that trains the run.
+
+    A claim is free if its process on this host is dead, if it is our own job's from before a
+    requeue, or if its heartbeat, the file's modification time, has stopped.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / "claim.json"
+        self.lost = False  # another job took the run: stop without touching it
+        self.mine: dict[str, Any] | None = None
+        self._released = threading.Event()
+
+    def check(self) -> None:
+        """UserError if another job trains the run; writes nothing."""
+        if (holder := self._holder()) and not self._is_free(holder):
+            age = time.time() - self.path.stat().st_mtime
+            job = f"job {holder['job_id']}, " if holder.get("job_id") else ""
+            raise UserError(
+                f"{self.path.parent} is being trained by {job}process {holder.get('pid')} on"
+                f" {holder.get('host')} (last heartbeat {age:.0f} s ago); stop that one first"
+                f" (touch {self.path.parent}/STOP), or set another train.out_dir"
+            )
+
+    def take(self) -> None:
+        """Claims the run and keeps the claim alive; UserError if another job holds it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.check()
+        if (holder := self._holder()) is not None:
+            # Renaming has one winner. Whoever finds that it took away another's fresh claim puts
+            # it back and leaves.
+            aside = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.tmp")
+            with contextlib.suppress(FileNotFoundError):  # another job was faster
+                self.path.rename(aside)
+                taken = _read_json(aside)
+                if taken != holder:
+                    aside.rename(self.path)
+                    self.check()
+                aside.unlink()
+        self.mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": process_start(os.getpid()),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        if not self._create():
+            self.mine = None
+            self.check()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def release(self) -> None:
+        """Gives the run free."""
+        self._released.set()
+        if self.mine and _read_json(self.path) == self.mine:
+            self.path.unlink()
+
+    def _create(self) -> bool:
+        try:
+            with open(self.path, "x") as file:
+                json.dump(self.mine, file)
+        except FileExistsError:
+            return False
+        return True
+
+    def _holder(self) -> dict[str, Any] | None:
+        """Who holds the claim; {} for a claim that can't be read (yet), None for none."""
+        return _read_json(self.path)
+
+    def _is_free(self, holder: dict[str, Any]) -> bool:
+        if holder.get("host") == socket.gethostname():
+            started = process_start(holder["pid"])
+            return started is None or started != holder["started"]
+        if holder.get("job_id") and holder["job_id"] == os.environ.get("SLURM_JOB_ID"):
+            return True
+        # Both times are the file server's, so that clocks of hosts need not agree.
+        probe = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.probe")
+        try:
+            probe.touch()
+            now = probe.stat().st_mtime
+            probe.unlink()
+            return now - self.path.stat().st_mtime > EXPIRY_SECONDS
+        except FileNotFoundError:
+            return True
+
+    def _beat(self) -> None:
+        while not self._released.wait(HEARTBEAT_SECONDS):
+            try:
+                holder = self._holder()
+                if holder is None:
+                    self.lost = not self._create()
+                elif holder != self.mine:
+                    self.lost = True
+                else:
+                    os.utime(self.path)
+            except OSError as error:  # the file system may be back at the next beat
+                print(f"{self.path}: no heartbeat: {error.strerror}", file=sys.stderr)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this host started, so that a number used again is not taken for it.
+
+    None if it is dead; "" where the system has no /proc to tell.
+    """
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass  # alive, of another user
+    except OSError:
+        return None
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return None if fields[0] == "Z" else fields[19]
+
+
+def code_in_use() -> dict[str, str]:
+    """Name to text of the modules of Rocket that this process has loaded."""
+    files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
+    loaded = {os.path.realpath(file) for file in files if file}
+    paths = [path for path in sorted(CODE.glob("*.py")) if str(path) in loaded]
+    return {path.name: path.read_text(encoding="utf-8") for path in paths}
+
+
+def changed_code(directory: Path) -> dict[str, list[str]]:
+    """File to unified diff, for the code in use that is not what the run's snapshot holds."""
+    found = {}
+    if (directory / "code").is_dir():
+        for name, text in code_in_use().items():
+            path = directory / "code" / name
+            old = path.read_text(encoding="utf-8") if path.exists() else ""
+            if old != text:
+                lines = difflib.unified_diff(
+                    old.splitlines(), text.splitlines(), f"run/{name}", f"now/{name}", lineterm=""
+                )
+                found[name] = list(lines)
+    return found
+
+
+def snapshot_code(directory: Path) -> None:
+    """Copies Rocket's Python files into the run; a requeued job runs them, whatever is edited."""
+    code, fresh = directory / "code", directory / "code.tmp"
+    now, then = (
+        {path.name: path.read_bytes() for path in folder.glob("*.py")} for folder in (CODE, code)
+    )
+    if now == then:
+        return
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir()
+    for name, content in now.items():
+        (fresh / name).write_bytes(content)
+    shutil.rmtree(code, ignore_errors=True)
+    fresh.rename(code)
+
+
+def print_diff(changed: dict[str, list[str]], say: Callable[[str], None] = print) -> None:
+    """Prints what has changed in the code, the beginning of it if it is long."""
+    lines = [line for diff in changed.values() for line in diff]
+    for line in lines[:DIFF_LINES]:
+        say(line)
+    if len(lines) > DIFF_LINES:
+        say(f"… and {len(lines) - DIFF_LINES} lines more")
