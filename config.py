@@ -269,7 +269,8 @@ def load_config(
     """The configuration of a program, from `[CONFIG] [--section.key=value …] [--flag …]`.
 
     Precedence: defaults < file < command line. `flags` maps each flag to its help; the ones given
-    come back as a set. `--help` prints `usage`, the flags and the keys of `sections`, and exits.
+    come back as a set. One with a `=`, such as `--task=I/N`, takes a value and comes back with it.
+    `--help` prints `usage`, the flags and the keys of `sections`, and exits.
 
     Raises:
         ConfigError: an unknown key or flag, a wrong type, a bad relation, an unreadable file.
@@ -285,8 +286,9 @@ def load_config(
         )
     values = read_toml(_config_file(names[0]) if names else DEFAULT_CONFIG)
     given = set()
+    valued = tuple(flag.partition("=")[0] + "=" for flag in flags if "=" in flag)
     for argument in arguments:
-        if argument in flags:
+        if argument in flags or argument.startswith(valued):
             given.add(argument)
         elif argument.startswith("--") and "." in argument.partition("=")[0]:
             _override(values, argument)

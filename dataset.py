@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,14 +96,23 @@ class TokenDataset:
 
     def window(self, index: int) -> np.ndarray:
         """The seq_len + 1 token ids of a window, uint16."""
+        return np.concatenate([self.shard(i)[start:stop] for i, start, stop in self._pieces(index)])
+
+    def places(self, index: int) -> list[dict[str, Any]]:
+        """Where a window lies: file name, first token and number of tokens of each piece."""
+        return [
+            {"shard": self.files[i].name, "offset": start, "tokens": stop - start}
+            for i, start, stop in self._pieces(index)
+        ]
+
+    def _pieces(self, index: int) -> Iterator[tuple[int, int, int]]:
+        """The pieces of a window as (shard, start, stop), in tokens from the shard's beginning."""
         start, stop = index * self.seq_len, (index + 1) * self.seq_len + 1
-        pieces = []
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             first, end = int(self.starts[shard]), int(self.starts[shard + 1])
-            pieces.append(self.shard(shard)[start - first : min(stop, end) - first])
+            yield shard, start - first, min(stop, end) - first
             start, shard = end, shard + 1
-        return np.concatenate(pieces)
 
     def batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens and targets (B, seq_len), int64, of window numbers (B,).

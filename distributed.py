@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
 import socket
 import time
 from collections import deque
@@ -174,10 +175,41 @@ def init_distributed(config: Config) -> World:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         dump = resolve_path(config.train.out_dir) / "logs" / "flight_recorder_"
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump))
-    alone = {} if given else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=STARTUP_TIMEOUT, **alone)
+    store = _meeting_point(rank) if given else dist.HashStore()
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=STARTUP_TIMEOUT
+    )
     dtype = compute_dtype(config.train.dtype, device)
     return World(rank, size, local_rank, local_size, device, dtype)
+
+
+def _meeting_point(rank: int) -> dist.Store:
+    """A store that is this attempt's alone, served by rank 0.
+
+    torchrun's own outlives --max-restarts (torch 2.13): ranks that start again would find the
+    addresses of dead ones there. It only carries the port of the new store, and a rank that finds
+    the port of a dead one looks again.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    options = {"timeout": STARTUP_TIMEOUT, "wait_for_workers": False}
+    agents = dist.TCPStore(host, port, is_master=False, **options)
+    if rank == 0:
+        store = dist.TCPStore(host, 0, is_master=True, **options)
+        agents.set("rocket/port", str(store.port))
+        return store
+    deadline = time.monotonic() + STARTUP_TIMEOUT.total_seconds()
+    while True:
+        port = int(agents.get("rocket/port"))
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rank {rank} can't reach rank 0 at {host}:{port}: {error}"
+                ) from None
+            time.sleep(0.2)
+        else:
+            return dist.TCPStore(host, port, is_master=False, **options)
 
 
 def set_timeout(model: nn.Module, seconds: float) -> None:
@@ -195,9 +227,11 @@ def explain_lost_rank(error: Exception) -> UserError | None:
     text = str(error).partition("\n")[0]
     if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
         return None
+    text = re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # without source files and advice
     return UserError(
-        f"rank {dist.get_rank()} on {socket.gethostname()} lost contact with another rank, which"
-        f" died or hangs: {text}. What was saved is intact: run the same command again to go on"
+        f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()} lost contact with another"
+        f" rank, which died or hangs: {text}. What was saved is intact: run the same command again"
+        " to go on"
     )
 
 

@@ -1,12 +1,16 @@
-"""python prepare.py [CONFIG] [--section.key=value …] [--force] [--verify]
+"""python prepare.py [CONFIG] [--section.key=value …] [--force]
+python prepare.py [CONFIG] [--section.key=value …] --task=I/N | --verify | --bad-steps
 
 Tokenizes the sources of CONFIG into the packed dataset `data.dir`, on all cores. A killed run goes
-on where it was; a finished one says "up to date".
+on where it was; a finished one says "up to date". On several machines: N tasks of a job array with
+--task=I/N, and when they have ended, a run without it, which does what is missing and publishes.
 """
 
-# How: the corpus falls into parts (corpus.py). Workers write a part's tokens to `parts/` and then
-# its report, so a part with a report is done for good. When all are, their files become the shards,
-# numbered in the order of the parts, and the manifest, written last, makes them a dataset.
+# How: the corpus falls into parts (corpus.py). Workers write a part's tokens to `parts/IDENTITY/`
+# and then its report, so a part with a report is done for good. When all are, their files become
+# the shards, numbered in the order of the parts, and the manifest, written last, makes them a
+# dataset. Files get their names when they are whole, and IDENTITY is a digest of all that decides
+# their content, so that programs that write the same file, on any machines, write the same bytes.
 
 from __future__ import annotations
 
@@ -18,22 +22,27 @@ import json
 import multiprocessing
 import os
 import re
+import secrets
 import signal
 import sys
+import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 import corpus
 from config import (
     DATASET_VERSION,
+    Config,
+    ConfigError,
     DataConfig,
     UserError,
     available_cores,
@@ -53,52 +62,95 @@ SHORT_DOCUMENT = 64  # tokens; a median below it suggests lines where documents 
 PROGRESS_SECONDS = 30  # between progress lines where there is no terminal for a bar
 FLAGS = {
     "--force": "prepare anew, replacing a dataset that exists",
+    "--task=I/N": "tokenize every Nth part, from part I on (0 to N - 1), and publish nothing",
     "--verify": "read a prepared dataset whole and check it against its manifest",
+    "--bad-steps": "print the texts of the training steps that the run in train.out_dir skipped",
 }
 Json = dict[str, Any]
+
+
+class Task(NamedTuple):
+    """One of `count` tasks that share the parts."""
+
+    index: int
+    count: int
 
 
 def main(arguments: list[str]) -> None:
     config, flags = load_config(
         arguments, usage=__doc__, sections=("tokenizer", "data"), flags=FLAGS
     )
-    directory = resolve_path(config.data.dir)
+    directory, task = resolve_path(config.data.dir), read_task(flags)
     if "--verify" in flags:
         verify(directory)
+        return
+    if "--bad-steps" in flags:
+        show_bad_steps(config)
         return
     tokenizer = configured_tokenizer(config.tokenizer)
     recipe = describe_recipe(config.data, tokenizer)
     try:
         if (directory / "manifest.json").exists() and "--force" not in flags:
             check_existing(directory, recipe)
-            discard_work(directory / "parts")  # a kill may have left it
+            if not task:
+                discard_work(directory)  # a kill may have left it
             say(f"{directory}: up to date")
         else:
-            prepare(config.data, tokenizer, recipe, directory)
+            prepare(config.data, tokenizer, recipe, directory, task)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"can't write {directory}: {error.strerror or error}{where}") from None
 
 
-def prepare(data: DataConfig, tokenizer: Tokenizer, recipe: Json, directory: Path) -> None:
-    """Writes the dataset. What the directory held before stays whole until all parts are done.
+def read_task(flags: set[str]) -> Task | None:
+    """The task that the flags name; ConfigError if there is none such, or another flag with it."""
+    texts = [flag.partition("=")[2] for flag in flags if flag.startswith("--task=")]
+    if not texts:
+        return None
+    if len(flags) > 1:
+        raise ConfigError(f"--task goes alone, not {' '.join(sorted(flags))}")
+    match = re.fullmatch("([0-9]+)/([0-9]+)", texts[0])
+    if not match or int(match[1]) >= int(match[2]):
+        raise ConfigError(
+            f"--task is I/N with I from 0 to N - 1, such as 0/4, not {texts[0]!r}; in a job array"
+            " from 0: --task=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+        )
+    return Task(int(match[1]), int(match[2]))
+
+
+def prepare(
+    data: DataConfig, tokenizer: Tokenizer, recipe: Json, directory: Path, task: Task | None
+) -> None:
+    """Writes the dataset, or a task's share of its parts.
+
+    What the directory held before stays whole until all parts are done.
 
     Raises:
         UserError: a document that can't be read, a worker that died, an empty split.
         OSError: the directory can't be written.
     """
     parts = corpus.plan(data)
-    reports = open_work(directory, recipe, parts)
+    work, reports = open_work(directory, recipe, parts, task)
     if reports:
         say(f"{directory}: {len(reports)} of {len(parts)} parts are done already")
-    tokenize(parts, reports, data, tokenizer, directory / "parts")
+    share = parts[task.index :: task.count] if task else parts
+    tokenize(share, reports, data, tokenizer, work)
+    if task:
+        name = f"task {task.index}/{task.count}"
+        say(f"{directory}: {name} is done, {len(share)} of {len(parts)} parts")
+        return
     ordered = [reports[part.index] for part in parts]
     try:
         check_splits(data, ordered)
-        manifest = publish(directory, recipe, ordered)
+        manifest = publish(directory, work, recipe, ordered)
     except UserError:  # running again would only find the same
-        discard_work(directory / "parts")
+        discard_work(directory)
         raise
+    describe_result(directory, manifest, ordered)
+
+
+def describe_result(directory: Path, manifest: Json, reports: list[Json]) -> None:
+    """Says what a new dataset holds, and warns where that is hardly what was meant."""
     for name, split in manifest["splits"].items():
         say(
             f"{name}: {split['tokens']:,} tokens in {split['documents']:,} documents,"
@@ -107,7 +159,7 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, recipe: Json, directory: Pat
     counts = manifest["counts"]
     if counts["dropped"]["empty"]:
         say(f"dropped: {counts['dropped']['empty']:,} empty documents")
-    if 2 * sum(report["short"] for report in ordered) > counts["written"]:
+    if 2 * sum(report["short"] for report in reports) > counts["written"]:
         say(
             f"warning: the median document has under {SHORT_DOCUMENT} tokens; if these are lines of"
             ' larger texts, set data.document to file, blank_line or {starts = "regex"}'
@@ -191,35 +243,49 @@ def check_shards(directory: Path, splits: Json) -> None:
             raise UserError(f"{path}: {size} bytes instead of {wanted}; --force prepares anew")
 
 
-def open_work(directory: Path, recipe: Json, parts: list[Part]) -> dict[int, Json]:
-    """Makes the directory of parts ready; the reports of parts that an earlier run finished."""
-    work = directory / "parts"
-    identity = hashlib.sha256(json.dumps([recipe, parts]).encode()).hexdigest().encode()
-    plan = work / "plan"
-    if plan.exists() and plan.read_bytes() == identity:
-        paths = work.glob("part-*.json")
-        reports = {int(path.stem[5:]): json.loads(path.read_bytes()) for path in paths}
-        if len(reports) == len(parts) and not (directory / "manifest.json").exists():
-            return reports  # publishing had begun: some files may be shards already
-        return {
+def open_work(
+    directory: Path, recipe: Json, parts: list[Part], task: Task | None
+) -> tuple[Path, dict[int, Json]]:
+    """The directory of the parts, made ready, and the reports of those that are finished.
+
+    Raises:
+        UserError: there are parts of another recipe, which a task must not discard.
+    """
+    identity = hashlib.sha256(json.dumps([recipe, parts]).encode()).hexdigest()
+    work = directory / "parts" / identity[:16]
+    if others := [path for path in work.parent.glob("*") if path != work]:
+        left = f"{others[0]}: left by a run with other sources or settings"
+        if task:
+            raise UserError(f"{left}; run prepare.py once without --task, or remove {work.parent}")
+        say(f"{left}; starting over")
+        discard_work(directory, work)
+    work.mkdir(parents=True, exist_ok=True)
+    paths = work.glob("part-*.json")
+    reports = {int(path.stem[5:]): json.loads(path.read_bytes()) for path in paths}
+    if len(reports) < len(parts) or (directory / "manifest.json").exists():
+        reports = {
             index: report
             for index, report in reports.items()
             if all(part_file(work, index, split).exists() for split in report["splits"])
-        }
-    if plan.exists():
-        say(f"{work}: left by a run with other sources or settings; starting over")
-    discard_work(work)
-    work.mkdir(parents=True)
-    write_atomically(plan, identity)
-    return {}
+        }  # else publishing had begun: some files may be shards already
+    return work, reports
 
 
-def discard_work(work: Path) -> None:
-    """Removes the directory of parts; OSError if it holds what prepare.py did not write."""
-    for path in [*work.glob("part-*"), *work.glob("plan*")]:
-        path.unlink()
-    if work.exists():
-        work.rmdir()
+def discard_work(directory: Path, kept: Path | None = None) -> None:
+    """Removes all parts, or all but those `kept`; OSError for what prepare.py did not write."""
+    root = directory / "parts"
+    for work in [path for path in root.glob("*") if path != kept]:
+        while work.exists():  # again if a task that still lives has added to it
+            ours = [*work.glob("part-*")]
+            for path in ours:
+                path.unlink(missing_ok=True)
+            try:
+                work.rmdir()
+            except OSError:
+                if not ours:
+                    raise
+    if root.exists() and not kept:
+        root.rmdir()
 
 
 def part_file(work: Path, index: int, split: str) -> Path:
@@ -229,7 +295,7 @@ def part_file(work: Path, index: int, split: str) -> Path:
 def tokenize(
     parts: list[Part], reports: dict[int, Json], data: DataConfig, tokenizer: Tokenizer, work: Path
 ) -> None:
-    """Tokenizes the parts that have no report yet, on all cores, and adds their reports.
+    """Tokenizes those of the parts that have no report yet, on all cores, and adds their reports.
 
     Raises:
         UserError: the first mistake that a worker meets, or a worker that was killed. All others
@@ -238,18 +304,18 @@ def tokenize(
     if not (todo := [part for part in parts if part.index not in reports]):
         return
     # Bytes read of each part. It has no lock, so a worker that is killed can't keep one.
-    done = RawArray("Q", [part.bytes * (part.index in reports) for part in parts])
-    total, before, documents = sum(part.bytes for part in parts), sum(done), 0
-    start, printed = time.monotonic(), 0.0
+    done = RawArray("Q", todo[-1].index + 1)
+    total, end, documents = sum(part.bytes for part in parts), len(reports) + len(todo), 0
+    before = total - sum(part.bytes for part in todo)
+    start, printed, run = time.monotonic(), 0.0, secrets.token_hex(8)
     count = min(data.workers or available_cores(), len(todo))
-    job = functools.partial(tokenize_part, data=data, tokenizer=tokenizer, work=work, done=done)
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(count, context, start_worker, (os.getpid(), job))
+    job = functools.partial(tokenize_part, data, tokenizer, work, run, done)
+    bar = tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None)
     waiting = iter(todo)
     running: dict[Future, Part] = {}
     try:
-        with tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None) as bar:
-            while len(reports) < len(parts):
+        with start_workers(count, job) as pool, bar:
+            while len(reports) < end:
                 for part in itertools.islice(waiting, 2 * count - len(running)):
                     running[pool.submit(run_job, part)] = part
                 wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
@@ -257,13 +323,13 @@ def tokenize(
                     report = future.result()
                     reports[running.pop(future).index] = report
                     documents += report["read"]
-                seconds, megabytes = time.monotonic() - start, (sum(done) - before) / 1e6
+                seconds, megabytes = time.monotonic() - start, sum(done) / 1e6
                 speed = f"{megabytes:.1f} MB in {seconds:.1f} s, {megabytes / seconds:.1f} MB/s"
                 bar.set_postfix_str(f"{documents:,} documents", refresh=False)
-                bar.update(sum(done) - bar.n)
+                bar.update(before + sum(done) - bar.n)
                 if bar.disable and seconds > printed + PROGRESS_SECONDS:
                     printed = seconds
-                    say(f"{sum(done) / total:.0%}: {documents:,} documents, {speed}")
+                    say(f"{(before + sum(done)) / total:.0%}: {documents:,} documents, {speed}")
     except BrokenProcessPool:
         files = sorted({part.pieces[0].path for part in running.values()})
         raise UserError(
@@ -271,14 +337,22 @@ def tokenize(
             " fewer data.workers; a new run goes on from here"
         ) from None
     finally:
-        workers = multiprocessing.active_children()
-        for worker in workers:
+        for path in work.glob(f"part-*.{run}.tmp"):  # what they had begun
+            path.unlink(missing_ok=True)
+    say(f"tokenized {documents:,} documents, {speed}")
+
+
+@contextlib.contextmanager
+def start_workers(count: int, job: Callable[[Part], Json]) -> Iterator[ProcessPoolExecutor]:
+    """Worker processes that have a job; on leaving, all are killed at once."""
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(count, context, start_worker, (os.getpid(), job))
+    try:
+        yield pool
+    finally:
+        for worker in multiprocessing.active_children():
             worker.kill()
         pool.shutdown()
-        for worker in workers:  # what they had begun
-            for path in work.glob(f"part-*.{worker.pid}.tmp"):
-                path.unlink()
-    say(f"tokenized {documents:,} documents, {speed}")
 
 
 def start_worker(parent: int, job: Callable[[Part], Json]) -> None:
@@ -300,9 +374,11 @@ def run_job(part: Part) -> Json:
 
 
 def tokenize_part(
-    part: Part, data: DataConfig, tokenizer: Tokenizer, work: Path, done: Sequence[int]
+    data: DataConfig, tokenizer: Tokenizer, work: Path, run: str, done: Sequence[int], part: Part
 ) -> Json:
     """Writes the tokens of a part's documents, a file a split, and then its report.
+
+    `run` tells this program's temporary files from those of others that write the same part.
 
     Raises:
         UserError: a document that can't be read.
@@ -326,18 +402,39 @@ def tokenize_part(
             short += len(ids) < SHORT_DOCUMENT
             split = part.split or corpus.split_of(document.text, data)
             if split not in shards:
-                path = work / f"part-{part.index:06d}.{split}.{os.getpid()}.tmp"
-                files.callback(path.unlink, missing_ok=True)  # unless it is whole and renamed
-                shards[split] = Shard(files.enter_context(open(path, "wb", 1 << 20)))
+                path = part_file(work, part.index, split)
+                shards[split] = Shard(files.enter_context(new_file(path, run)))
             shards[split].add(bos + ids.astype("<u2").tobytes() + eos, size)
         splits = {
             split: shard.finish(part_file(work, part.index, split))
             for split, shard in sorted(shards.items())
         }
     report = {"splits": splits, "read": read, "empty": empty, "short": short}
-    write_atomically(work / f"part-{part.index:06d}.json", json.dumps(report).encode())
+    path = work / f"part-{part.index:06d}.json"
+    with new_file(path, run) as file:
+        file.write(json.dumps(report).encode())
+        name_file(file, path)
     done[part.index] = part.bytes
     return report
+
+
+@contextlib.contextmanager
+def new_file(path: Path, run: str) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name; unless `name_file` gives it its own, it goes."""
+    temporary = path.with_name(f"{path.name}.{run}.tmp")
+    try:
+        with open(temporary, "wb", 1 << 20) as file:
+            yield file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def name_file(file: BinaryIO, path: Path) -> None:
+    """Makes a file durable and gives it its name, where an equal one may stand."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
+    sync_directory(path.parent)
 
 
 class Shard:
@@ -357,9 +454,7 @@ class Shard:
 
     def finish(self, path: Path) -> Json:
         """Makes the file durable and gives it its name; what a manifest says of it."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        os.replace(self.file.name, path)
+        name_file(self.file, path)
         counts = {name: getattr(self, name) for name in COUNTS}
         return counts | {"sha256": self.digest.hexdigest()}
 
@@ -380,12 +475,12 @@ def check_splits(data: DataConfig, reports: list[Json]) -> None:
             )
 
 
-def publish(directory: Path, recipe: Json, reports: list[Json]) -> Json:
+def publish(directory: Path, work: Path, recipe: Json, reports: list[Json]) -> Json:
     """Turns the files of finished parts into shards; the manifest, written last, which it returns.
 
     A kill in between leaves no manifest, and the next run publishes the rest.
     """
-    work, splits = directory / "parts", {}
+    splits = {}
     (directory / "manifest.json").unlink(missing_ok=True)
     for split in SPLITS:
         shards = []
@@ -408,8 +503,67 @@ def publish(directory: Path, recipe: Json, reports: list[Json]) -> Json:
     manifest = {**recipe, "splits": splits, "counts": counts}
     sync_directory(directory)
     write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1).encode())
-    discard_work(work)
+    discard_work(directory)
     return manifest
+
+
+def show_bad_steps(config: Config) -> None:
+    """Prints the texts of the training steps that a run skipped.
+
+    Raises:
+        UserError: a damaged record, or a dataset that is no longer what it names.
+    """
+    path = resolve_path(config.train.out_dir) / "bad_steps.jsonl"
+    if not path.exists():
+        say(f"{path.parent}: no step was skipped")
+        return
+    tokenizer = configured_tokenizer(config.tokenizer)
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            step = json.loads(line)
+            loss, norm = (
+                "not finite" if step[name] is None else f"{step[name]:.4g}"
+                for name in ("loss", "grad_norm")
+            )
+            say(f"step {step['step']}: {step['reason']}, loss {loss}, gradient norm {norm}")
+            show_windows(resolve_path(step["dataset"]), step["windows"], tokenizer)
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number}: damaged") from None
+
+
+def show_windows(directory: Path, windows: list[Json], tokenizer: Tokenizer) -> None:
+    """Prints where windows lie and their texts; UserError if the dataset does not hold them."""
+    from dataset import read_manifest  # here, as it loads torch, which nothing else needs
+
+    read_manifest(directory, tokenizer.sha256)
+    for window in windows:
+        pieces = window["pieces"]
+        places = [f"{p['tokens']} tokens of {p['shard']} from {p['offset']}" for p in pieces]
+        say(f"window {window['window']} in {directory}: {', '.join(places)}")
+        ids = np.concatenate([read_tokens(directory / p["shard"], p) for p in pieces])
+        text = visible_text(ids, tokenizer)
+        say(textwrap.indent(text, "  | ", lambda line: True))
+
+
+def read_tokens(path: Path, piece: Json) -> np.ndarray:
+    """The token ids of a piece of a shard; UserError if the shard does not hold them."""
+    offset, count = piece["offset"], piece["tokens"]
+    ids = np.fromfile(path, "<u2", count, offset=2 * offset) if path.exists() else []
+    if len(ids) < count:
+        raise UserError(f"{path}: no {count} tokens from {offset} on; was it prepared anew since?")
+    return ids
+
+
+def visible_text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    """The text of ids with special tokens by name, and as escapes what does not print."""
+    runs = itertools.groupby(ids.tolist(), tokenizer.processor.is_control)
+    text = "".join(
+        "".join(tokenizer.processor.id_to_piece(list(run)))
+        if special
+        else tokenizer.decode(list(run))
+        for special, run in runs
+    )
+    return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
 
 
 if __name__ == "__main__":

@@ -103,8 +103,8 @@ def main(arguments: list[str]) -> None:
     signals = Signals()
     signals.install()
     config, flags = load_config(arguments, usage=__doc__, flags=FLAGS)
-    world = init_distributed(config)
     try:
+        world = init_distributed(config)
         train(config, ACCEPT_CHANGES in flags, signals, world)
     except AgreedError:  # all ranks are here; after any other error some may wait for this one
         shut_down()

@@ -148,7 +148,8 @@ LIBRARIES = {
     "optimizer": {"config"},
     "distributed": {"config"},
     "checkpoint": {"config", "distributed"},
-    "run": {"checkpoint", "config", "dataset", "distributed", "tokenizer"},
+    "job": {"config"},
+    "run": {"checkpoint", "config", "dataset", "distributed", "job", "tokenizer"},
 }
 
 

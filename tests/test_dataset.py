@@ -66,6 +66,22 @@ def test_windows_cross_shards_and_cover_all_tokens_once(bins):
         assert data.window(index).tolist() == list(range(8 * index, 8 * index + 9))
 
 
+def test_places_say_where_a_window_lies(bins):
+    data = open_bins(bins)
+    assert data.places(6) == [  # tokens 48 to 56, across a shard of three
+        {"shard": "train-00000.bin", "offset": 48, "tokens": 2},
+        {"shard": "train-00001.bin", "offset": 0, "tokens": 3},
+        {"shard": "train-00002.bin", "offset": 0, "tokens": 4},
+    ]
+    assert data.places(7) == [{"shard": "train-00002.bin", "offset": 3, "tokens": 9}]
+    for window in range(data.windows):
+        read = [
+            np.fromfile(bins / place["shard"], "<u2", place["tokens"], offset=2 * place["offset"])
+            for place in data.places(window)
+        ]
+        assert np.concatenate(read).tolist() == data.window(window).tolist()
+
+
 def test_targets_are_the_next_tokens_and_fillers_train_nothing(bins):
     tokens, targets = open_bins(bins).batch(np.array([3, -1]))
     assert tokens[0].tolist() == list(range(24, 32))

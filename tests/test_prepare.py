@@ -1,8 +1,8 @@
 """prepare.py makes the same bytes however it is run, and never takes half a dataset for one.
 
 Protected here, through the real command line: the bins and the manifest as DESIGN states them;
-equal shards for any number of workers and after a kill; what exists stays until its replacement is
-whole; each mistake is one line on stderr that names the place.
+equal shards for any number of workers and tasks and after a kill; what exists stays until its
+replacement is whole; each mistake is one line on stderr that names the place. Also --bad-steps.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ import pytest
 from conftest import ROOT
 
 import corpus
-from config import DataConfig
+from config import DataConfig, UserError
 from tokenizer import Tokenizer
 
 VOCAB_SIZE = 600
@@ -180,14 +180,14 @@ def test_a_killed_run_goes_on_and_gives_the_same_shards(project):
     prepared(project, f"--data.dir={project}/straight")
     parts = project / "data" / "parts"
     process = subprocess.Popen(command(project), stdout=subprocess.DEVNULL)
-    wait_until(lambda: len(list(parts.glob("part-*.json"))) > 2, process)
+    wait_until(lambda: len(list(parts.glob("*/part-*.json"))) > 2, process)
     workers = workers_of(process)
     process.kill()
     process.wait()
     assert not (project / "data" / "manifest.json").exists()
     wait_for_end(workers)
-    finished = [path.stem for path in parts.glob("part-*.json")]
-    bins = [path for name in finished for path in parts.glob(f"{name}.*.bin")]
+    finished = [path.stem for path in parts.glob("*/part-*.json")]
+    bins = [path for name in finished for path in parts.glob(f"*/{name}.*.bin")]
     done = {path.name: path.stat().st_mtime_ns for path in bins}
     assert len(done) > 2
     assert "parts are done already" in prepared(project)
@@ -238,7 +238,7 @@ def test_a_dead_worker_ends_the_run(project):
         command(project), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     parts = project / "data" / "parts"
-    wait_until(lambda: list(parts.glob("part-*.json")), process)
+    wait_until(lambda: list(parts.glob("*/part-*.json")), process)
     workers = workers_of(process)
     os.kill(workers[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=30)
@@ -254,17 +254,100 @@ def test_ctrl_c_is_quiet(project):
     process = subprocess.Popen(
         command(project), stderr=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
     )
-    wait_until(lambda: list((project / "data" / "parts").glob("part-*.json")), process)
+    wait_until(lambda: list((project / "data" / "parts").glob("*/part-*.json")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
     _, stderr = process.communicate(timeout=30)
     assert (process.returncode, stderr) == (130, b"")
+
+
+def at_once(project, *tasks):
+    """Starts tasks at the same moment; what each of them printed."""
+    processes = [
+        subprocess.Popen(
+            command(project, f"--task={task}"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for task in tasks
+    ]
+    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(tasks), outputs
+    return outputs
+
+
+def test_tasks_at_once_give_the_same_shards(project):
+    prepared(project, f"--data.dir={project}/straight")
+    again = ["1/2", "0/2", "0/2", "1/2"]  # a job that was started twice: two write each part
+    for tasks in (["0/1"], again, ["0/3", "1/3", "2/3"]):
+        outputs = at_once(project, *tasks)
+        for task, output in zip(tasks, outputs, strict=True):
+            assert f"task {task} is done" in output
+        assert [path.name for path in (project / "data").iterdir()] == ["parts"]
+        output = prepared(project)
+        assert "parts are done already" in output
+        assert "tokenized" not in output
+        assert digests(project / "data") == digests(project / "straight")
+        shutil.rmtree(project / "data")
+
+
+def test_a_task_of_a_finished_dataset_has_nothing_to_do(project):
+    prepared(project)
+    assert prepared(project, "--task=1/2") == f"{project}/data: up to date\n"
+    assert "holds another dataset" in refused(project, "--task=1/2", "--data.split_seed=1")
+    assert not (project / "data" / "parts").exists()
+
+
+def test_a_task_leaves_work_of_another_recipe_alone(project):
+    prepared(project, "--task=0/2")
+    before = digests(next((project / "data" / "parts").iterdir()))
+    line = refused(project, "--task=1/2", "--data.split_seed=1")
+    assert "other sources or settings; run prepare.py once without --task, or remove" in line
+    (work,) = (project / "data" / "parts").iterdir()
+    assert digests(work) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_goes_on_where_a_killed_task_was(project):
+    grow_corpus(project)
+    prepared(project, f"--data.dir={project}/straight")
+    at_once(project, "1/2")
+    parts = project / "data" / "parts"
+    reports = len(list(parts.glob("*/part-*.json")))
+    process = subprocess.Popen(command(project, "--task=0/2"), stdout=subprocess.DEVNULL)
+    wait_until(lambda: len(list(parts.glob("*/part-*.json"))) > reports, process)
+    workers = workers_of(process)
+    process.kill()
+    process.wait()
+    wait_for_end(workers)
+    (work,) = parts.iterdir()
+    (work / "part-000000.train.bin.0123456789abcdef.tmp").write_text("of a task killed elsewhere")
+    output = prepared(project)
+    assert "parts are done already" in output
+    assert "tokenized" in output
+    assert digests(project / "data") == digests(project / "straight")
+
+
+def test_a_run_with_other_settings_takes_nothing_from_a_live_task(project):
+    grow_corpus(project)
+    task = subprocess.Popen(
+        command(project, "--task=0/1", "--data.workers=1"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: list((project / "data" / "parts").glob("*/part-*.json")), task)
+    assert "starting over" in prepared(project, "--data.split_seed=1")
+    assert len(task.communicate(timeout=30)[1].splitlines()) <= 1
+    assert manifest(project / "data")["split"]["seed"] == 1
+    prepared(project, "--verify")
 
 
 def test_other_settings_start_over(project):
     bad = project / "corpus.jsonl"
     bad.write_text(bad.read_text() + "{\n")
     refused(project)
-    assert list((project / "data" / "parts").glob("part-*.json"))
+    assert list((project / "data" / "parts").glob("*/part-*.json"))
     bad.write_text(bad.read_text().removesuffix("{\n"))
     assert "starting over" in prepared(project, "--data.split_seed=1")
     assert manifest(project / "data")["split"]["seed"] == 1
@@ -336,6 +419,11 @@ def mistakes(project):
             [f"--tokenizer.path={project}/bad.model"],
             "not a SentencePiece model",
         ),
+        "task too high": ({}, ["--task=4/4"], "I from 0 to N - 1, such as 0/4, not '4/4'"),
+        "no task": ({}, ["--task=x"], "I from 0 to N - 1, such as 0/4, not 'x'"),
+        "task alone": ({}, ["--task"], "unknown option --task; did you mean --task=I/N?"),
+        "two tasks": ({}, ["--task=0/2", "--task=1/2"], "--task goes alone"),
+        "forced task": ({}, ["--task=0/2", "--force"], "goes alone, not --force --task=0/2"),
         "typo": ({}, ["--data.worker=2"], "did you mean data.workers?"),
         "unwritable": ({}, ["--data.dir=/proc/nothing/data"], "can't write /proc/nothing/data"),
         "not ours": ({"data/parts/mine.txt": "mine"}, [], "can't write"),
@@ -409,3 +497,57 @@ def test_verify_finds_one_flipped_byte(project):
     assert str(shard) in refused(project, "--verify")
     (shard.parent / "manifest.json").unlink()
     assert "run prepare.py" in refused(project, "--verify")
+
+
+def skipped(project, **changed):
+    """A record of a skipped step whose one window lies across two shards."""
+    first, second = manifest(project / "data")["splits"]["train"]["shards"][:2]
+    pieces = [
+        {"shard": first["file"], "offset": first["tokens"] - 40, "tokens": 40},
+        {"shard": second["file"], "offset": 0, "tokens": 25},
+    ]
+    step = {"step": 12, "reason": "spike", "loss": 5.25, "grad_norm": 1234.5}
+    step |= {"windows": [{"window": 3, "pieces": pieces}], "dataset": f"{project}/data"}
+    return json.dumps(step | changed) + "\n"
+
+
+def test_bad_steps_are_printed_with_their_texts(project, tiny_tokenizer):
+    run = project / "run"
+    arguments = ["--bad-steps", f"--train.out_dir={run}"]
+    assert prepared(project, *arguments) == f"{run}: no step was skipped\n"
+    prepared(project)
+    run.mkdir()
+    failed = skipped(project, step=13, reason="non_finite", loss=None, grad_norm=None, windows=[])
+    (run / "bad_steps.jsonl").write_text(skipped(project) + failed)
+    lines = prepared(project, *arguments).split("\n")
+    assert lines[0] == "step 12: spike, loss 5.25, gradient norm 1234"
+    assert lines[-2] == "step 13: non_finite, loss not finite, gradient norm not finite"
+    bins = [np.fromfile(project / "data" / f"train-0000{i}.bin", "<u2") for i in (0, 1)]
+    places = [f"40 tokens of train-00000.bin from {len(bins[0]) - 40}", "25 tokens of train-00001"]
+    assert lines[1].startswith(f"window 3 in {project}/data: {', '.join(places)}.bin from 0")
+    decode = Tokenizer(tiny_tokenizer).decode
+    text = decode(bins[0][-40:-1]) + "</s><s>" + decode(bins[1][1:25])
+    assert "\r\n\t" in text
+    assert lines[2:-2] == ["  | " + line for line in text.replace("\r", "\\r").split("\n")]
+
+
+def test_bad_steps_that_do_not_fit_are_named(project):
+    import prepare as program
+
+    prepared(project)
+    (project / "run").mkdir()
+    record = project / "run" / "bad_steps.jsonl"
+    piece = {"shard": "train-00000.bin", "offset": 10**6, "tokens": 5}
+    records = {
+        "bad_steps.jsonl, line 2: damaged": skipped(project) + '{"step": 1',
+        "train-00000.bin: no 5 tokens from 1000000 on; was it prepared anew": skipped(
+            project, windows=[{"window": 3, "pieces": [piece]}]
+        ),
+        "elsewhere: no dataset here": skipped(project, dataset=f"{project}/elsewhere"),
+    }
+    for message, text in records.items():
+        record.write_text(text)
+        with pytest.raises(UserError, match=message):
+            program.main(
+                [f"{project}/config.toml", "--bad-steps", f"--train.out_dir={project}/run"]
+            )

@@ -336,10 +336,10 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 1.5 MB."""
+    """A file system of 2 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(disk)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk
