@@ -1,6 +1,7 @@
 # make            the whole path on the embedded default: environment, tokenizer, dataset, training
 #                 (interrupted and resumed), sampling
 # make test       the fast tests; make test-all: the long proofs too; make lint: style
+# make torture    kills training 100 times, mostly while it saves, and proves that nothing is lost
 # make clean      removes what the path wrote (data/tiny, out/tiny), never anything else
 #
 # An active virtual or conda environment that satisfies pyproject.toml is used as it is; else VENV
@@ -19,7 +20,7 @@ endif
 
 CONFIG := config/tiny.toml
 .DEFAULT_GOAL := path
-.PHONY: path test test-all lint clean
+.PHONY: path test test-all torture lint clean
 
 path: $(READY)
 	$(PY) train_tokenizer.py $(CONFIG)
@@ -38,6 +39,9 @@ test: $(READY)
 
 test-all: $(READY)
 	$(PY) -m pytest -m ""
+
+torture: $(READY)
+	$(PY) tests/torture.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -174,18 +174,18 @@ class Claim:
     def take(self) -> None:
         """Claims the run and keeps the claim alive; UserError if another job holds it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.check()
-        if (holder := self._holder()) is not None:
+        with contextlib.suppress(FileNotFoundError):  # another job is removing it too
+            judged = self.path.stat()
+            self.check()
             # Renaming has one winner. Whoever finds that it took away another's fresh claim puts
             # it back and leaves.
             aside = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.tmp")
-            with contextlib.suppress(FileNotFoundError):  # another job was faster
-                self.path.rename(aside)
-                taken = _read_json(aside)
-                if taken != holder:
-                    aside.rename(self.path)
-                    self.check()
-                aside.unlink()
+            self.path.rename(aside)
+            taken = aside.stat()
+            if (taken.st_ino, taken.st_mtime_ns) != (judged.st_ino, judged.st_mtime_ns):
+                aside.rename(self.path)
+                self.check()
+            aside.unlink()
         self.mine = {
             "host": socket.gethostname(),
             "pid": os.getpid(),

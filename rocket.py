@@ -126,7 +126,8 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
     claim = Claim(directory)
     world.once(claim.check)
-    log = RunLog(directory, world, max_steps, flops)
+    tokens_a_step = config.train.global_batch_size * data.seq_len
+    log = RunLog(directory, world, max_steps, tokens_a_step, flops)
     progress, started_at = Progress(), 0
     try:
         checkpoint = find_resumable(directory, world)
@@ -201,7 +202,7 @@ def train_steps(run: Run, progress: Progress) -> str:
         nonlocal reason, save_due
         for (step, rate), values, done_at in outcomes:
             outcome = Outcome(*values)
-            log.count(batch_size * data.seq_len, done_at)
+            log.count(done_at)
             skipped = SKIPPED.get(round(outcome.skipped))
             if step == max_steps or due(step, config.train.log_interval):
                 log.training_row(step, outcome.loss, rate, outcome.grad_norm, skipped)

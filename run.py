@@ -240,8 +240,10 @@ class RunLog:
 
     FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
 
-    def __init__(self, directory: Path, world: World, max_steps: int, flops: float) -> None:
-        self.directory = directory
+    def __init__(
+        self, directory: Path, world: World, max_steps: int, tokens_a_step: int, flops: float
+    ) -> None:
+        self.directory, self.tokens_a_step = directory, tokens_a_step
         self.enabled = world.rank == 0
         self.device = world.device
         self.max_steps = max_steps
@@ -270,14 +272,12 @@ class RunLog:
 
     def restart_clock(self) -> None:
         """Leaves what came before (logging, evaluation, saving) out of the throughput."""
-        self.mark, self.tokens, self.steps = time.monotonic(), 0, 0
+        self.mark, self.steps = time.monotonic(), 0
 
-    def count(self, tokens: int, time: float) -> None:
-        """Counts a step that was done at a time (time.monotonic) and its tokens."""
-        self.tokens += tokens
+    def count(self, done_at: float) -> None:
+        """Counts a step that was done at a time, by time.monotonic()."""
         self.steps += 1
-        self.done_at = time
-        self.tokens_a_step = tokens
+        self.done_at = done_at
         self.bar.update()
 
     def training_row(
@@ -289,7 +289,7 @@ class RunLog:
             "loss": finite(loss),
             "learning_rate": rate,
             "grad_norm": finite(grad_norm),
-            "tokens_per_second": self.tokens / elapsed,
+            "tokens_per_second": self.steps * self.tokens_a_step / elapsed,
         }
         if skipped:
             row["skipped"] = skipped
@@ -304,7 +304,7 @@ class RunLog:
             + f" | {row['memory_gb']:.2f} GB"
             f" | {describe_seconds(elapsed / self.steps * (self.max_steps - step))} left"
         )
-        self.mark, self.tokens, self.steps = self.done_at, 0, 0
+        self.mark, self.steps = self.done_at, 0
 
     def evaluation_row(self, step: int, scores: dict[str, float]) -> None:
         """Writes and prints the row of an evaluation."""

@@ -55,3 +55,15 @@ def dataset(tiny_tokenizer, tmp_path_factory) -> Path:
     program = [sys.executable, str(ROOT / "prepare.py"), *arguments]
     subprocess.run(program, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
     return directory
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

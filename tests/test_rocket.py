@@ -20,13 +20,16 @@ from training import (
     rocket,
     rows,
     run_many,
+    started,
     status,
     steps_kept,
     tensors,
+    until,
 )
 
-from checkpoint import Checkpoint, _drop_optimizer
-from config import build_config, read_toml
+from checkpoint import Checkpoint, _drop_optimizer, _write_manifest, find_checkpoint
+from config import build_config, file_sha256, read_toml
+from dataset import TokenDataset, step_windows
 from tokenizer import Tokenizer
 
 
@@ -280,6 +283,147 @@ def test_init_from_accepts_a_grown_tokenizer(run, dataset, finished, tmp_path, t
             assert np.allclose(new[600:], old.mean(axis=0), atol=1e-6)
 
 
+@pytest.fixture
+def poisoned(run, finished, dataset, tmp_path):
+    """Arguments of a run in which two steps are bad: (arguments, bad steps, token).
+
+    It starts from weights in which the embedding of one token, that these two steps alone contain,
+    is not a number.
+    """
+    source = tmp_path / "poison"
+    shutil.copytree(finished, source)
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    data = TokenDataset(dataset, manifest, "train", 32)
+    steps_of: dict[int, list[int]] = {}
+    for step in range(20):
+        windows = step_windows(1337, step, 10, data.windows)
+        for token in np.unique([data.window(int(w))[:-1] for w in windows]):
+            steps_of.setdefault(int(token), []).append(step + 1)
+    token, bad = next((t, s) for t, s in steps_of.items() if len(s) == 2 and s[1] - s[0] > 1)
+    checkpoint = find_checkpoint(source)
+    file = next(f for f in checkpoint.manifest["files"] if f["group"] == "model")
+    weights = np.memmap(checkpoint.path / file["name"], "<f4", mode="r+")
+    assert checkpoint.manifest["tensors"]["model"][0] == ["model.embed_tokens.weight", [600, 32]]
+    weights[token * 32 : (token + 1) * 32] = np.nan
+    weights.flush()
+    file["sha256"] = file_sha256(checkpoint.path / file["name"])
+    _write_manifest(checkpoint.path / "manifest.json", checkpoint.manifest)
+    arguments = run(train__init_from=checkpoint.path, train__eval_interval=0, data__val_fraction=0)
+    return arguments, bad, token
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_steps_that_are_not_finite_are_skipped(ranks, poisoned, tmp_path, dataset):
+    """On all ranks, nothing else is lost, and the file says exactly which text they had."""
+    arguments, bad, token = poisoned
+    out = tmp_path / "run"
+    done = rocket([*arguments, "--train.stop_at_step=19", "--parallel.strategy=fsdp"], ranks)
+    assert done.returncode == 0, done.stderr
+    skipped = [json.loads(line) for line in (out / "bad_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == bad
+    assert {row["reason"] for row in skipped} == {"non_finite"}
+    for row in rows(out):
+        assert (row["loss"] is None) == (row["step"] in bad) == ("skipped" in row)
+    windows = [window for row in skipped for window in row["windows"]]
+    assert len(windows) == 20
+    guilty = 0
+    for window in windows:
+        ids = [
+            np.memmap(dataset / piece["shard"], "<u2")[piece["offset"] :][: piece["tokens"]]
+            for piece in window["pieces"]
+        ]
+        guilty += token in np.concatenate(ids)[:-1]
+    assert guilty >= 2
+    program = [sys.executable, str(ROOT / "prepare.py"), str(out / "config.toml"), "--bad-steps"]
+    shown = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    assert f"step {bad[1]}: non_finite" in shown.stdout
+    weights = {name: value for name, value in tensors(out).items() if "embed" not in name}
+    assert all(np.isfinite(value).all() for value in weights.values())
+    steps = tensors(out)["optimizer:lm_head.weight/step"]
+    assert steps.item() == 17  # of 19
+
+
+def test_resuming_after_skipped_steps_is_bit_identical(poisoned, tmp_path):
+    """A checkpoint between a bad step and the next: counts, running mean and rows go on."""
+    arguments, bad, _ = poisoned
+    stop = f"--train.stop_at_step={bad[0]}"
+    straight = [*arguments, f"--train.out_dir={tmp_path / 'straight'}", "--train.stop_at_step=19"]
+    assert rocket(straight).returncode == 0
+    assert rocket([*arguments, stop]).returncode == 0
+    assert find_checkpoint(tmp_path / "run").state["bad_steps"] == 1
+    assert rocket([*arguments, "--train.stop_at_step=19"]).returncode == 0
+    ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "straight")
+    assert all(np.array_equal(ours[name], theirs[name], equal_nan=True) for name in theirs)
+    for file in ("bad_steps.jsonl",):
+        assert (tmp_path / "run" / file).read_text() == (tmp_path / "straight" / file).read_text()
+    assert rows(tmp_path / "run") == rows(tmp_path / "straight")
+    states = [find_checkpoint(tmp_path / name).state for name in ("run", "straight")]
+    assert states[0]["norms"] == states[1]["norms"]
+
+
+def test_spikes_are_skipped(run, tmp_path):
+    """With a factor below 1 nearly every step is a spike once the running mean is known."""
+    out = tmp_path / "run"
+    options = {"train__max_steps": 40, "train__spike_factor": 0.5, "train__max_bad_steps": 15}
+    done = rocket(run(**options), ranks=2)
+    assert "15 steps in a row were skipped" in error_of(done)
+    skipped = [json.loads(line) for line in (out / "bad_steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in skipped] == [*range(21, 36)]
+    assert {row["reason"] for row in skipped} == {"spike"}
+    assert status(out)["reason"] == "non_finite"
+    tensors(out)
+
+
+def test_a_failure_at_the_same_step_does_not_come_back(run, tmp_path):
+    options = {"optimizer__learning_rate": 1e30, "optimizer__grad_clip": 0, "train__max_steps": 60}
+    first = rocket(run(**options))
+    assert "steps in a row were skipped" in error_of(first)
+    assert status(tmp_path / "run")["requeue"]
+    error_of(rocket(run(**options)))
+    assert not status(tmp_path / "run")["requeue"]
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "fsdp")])
+def test_saving_in_the_background_changes_nothing(ranks, strategy, run, finished, tmp_path):
+    """The same checkpoints, to the bit, best ones included, and a resume from one of them."""
+    options = {"checkpoint__interval": 2, "parallel__strategy": strategy}
+    background = {**options, "checkpoint__asynchronous": "true"}
+    done = run_many(
+        [
+            run("plain", **options),
+            run("background", **background, train__stop_at_step=11),
+            run("background", **background),
+        ],
+        ranks,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "run " not in done.stderr, done.stderr
+    assert_identical(tmp_path / "plain", tmp_path / "background")
+    assert steps_kept(tmp_path / "plain") == steps_kept(tmp_path / "background")
+    assert not list((tmp_path / "background" / "checkpoints").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("asynchronous", ["false", "true"])
+def test_a_run_directory_that_turns_read_only(asynchronous, run, small_disk):
+    """While it trains: all ranks stop with one line, and the first checkpoint stays loadable."""
+    out = small_disk / "run"
+    options = {"train__max_steps": 10**6, "train__eval_interval": 0, "checkpoint__keep_last": 1}
+    options |= {"checkpoint__interval": 30, "checkpoint__asynchronous": asynchronous}
+    options |= {"train__log_interval": 10**6, "train__out_dir": out}
+    with started(run(**options), ranks=2) as launched:
+        until(lambda: (out / "checkpoints" / "step_00000030").exists())
+        remount = ["mount", "-o", "remount,ro", str(small_disk)]
+        until(lambda: subprocess.run(remount, capture_output=True).returncode == 0)
+        assert launched.wait(60) == 1
+        subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+        message = [line for line in launched.said().splitlines() if "rocket.py: error" in line]
+    assert len(message) == 1, launched.said()
+    assert str(out) in message[0]
+    assert "Read-only" in message[0]
+    assert "Traceback" not in launched.said().partition("torch/distributed/elastic")[0]
+    tensors(out)
+
+
 def test_a_loss_that_is_not_finite_stops_all_ranks(run, tmp_path):
     options = {"optimizer__learning_rate": 1e30, "optimizer__grad_clip": 0, "train__max_steps": 60}
     done = rocket(run(**options), ranks=2)
@@ -332,18 +476,6 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
             assert BAD_INPUTS[case] in said[0], case
     assert BAD_INPUTS["cut bin"] in error_of(rocket(cases["cut bin"], ranks=2))
     assert not list(tmp_path.glob("[a-h]/checkpoints"))
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_a_full_disk_while_saving_keeps_what_was_saved(run, small_disk):

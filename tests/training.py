@@ -1,9 +1,14 @@
 """Real training runs for the tests: small configurations, launched as users launch them."""
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,13 +64,72 @@ def run_many(
     program = [str(ROOT / "tests" / "launch.py"), json.dumps(runs)]
     if len(runs) == 1:
         program = [str(ROOT / "rocket.py"), *runs[0]]
-    launcher = [sys.executable]
-    if ranks > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        launcher = [*torchrun, f"--nproc_per_node={ranks}"]
-    return subprocess.run(
-        [*launcher, *program], capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT
-    )
+    launch = [*launcher(ranks), *program]
+    return subprocess.run(launch, capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT)
+
+
+def launcher(ranks: int, restarts: int = 0) -> list[str]:
+    """What starts a program on so many ranks."""
+    if ranks == 1:
+        return [sys.executable]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
+
+
+class Launched:
+    """A training run in the background, in a session of its own."""
+
+    def __init__(self, arguments: list[str], ranks: int, restarts: int) -> None:
+        self.files = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [*launcher(ranks, restarts), str(ROOT / "rocket.py"), *arguments],
+            env=ENVIRONMENT,
+            stdout=self.files[0],
+            stderr=self.files[1],
+            start_new_session=True,
+        )
+        self.pid = self.process.pid
+
+    def said(self) -> str:
+        """Its output and errors so far."""
+        for file in self.files:
+            file.seek(0)
+        return "".join(file.read() for file in self.files)
+
+    def workers(self) -> list[int]:
+        """The pids of the ranks that torchrun started, in the order of ranks."""
+        found = {}
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text()
+        for pid in children.split():
+            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            found |= {name[5:]: int(pid) for name in environment if name.startswith("RANK=")}
+        return [found[rank] for rank in sorted(found)]
+
+    def wait(self, timeout: float = 60) -> int:
+        return self.process.wait(timeout)
+
+
+@contextlib.contextmanager
+def started(arguments: list[str], ranks: int = 1, restarts: int = 0) -> Iterator[Launched]:
+    """Starts rocket.py and goes on; whatever is left of it at the end is killed."""
+    launched = Launched(arguments, ranks, restarts)
+    try:
+        yield launched
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # torchrun puts ranks in their own sessions
+            for pid in launched.workers():
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launched.pid, signal.SIGKILL)
+        launched.process.wait()
+
+
+def until(holds: Callable[[], object], timeout: float = 60) -> None:
+    """Waits for something to hold; fails if it takes too long."""
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.001)
 
 
 def rows(out: Path, timings: bool = False) -> list[dict]:

@@ -1,0 +1,368 @@
+"""Protects runs from what befalls jobs: signals, deadlines, the STOP file, a second job on the
+run, edited code, dead and hung ranks, ranks that differ. Real processes throughout."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from training import (
+    ENVIRONMENT,
+    ROOT,
+    assert_identical,
+    error_of,
+    launcher,
+    overrides,
+    rocket,
+    rows,
+    started,
+    status,
+    steps_kept,
+    until,
+)
+
+import job
+from checkpoint import find_checkpoint
+from config import UserError
+from job import Claim
+
+LONG = {"train__max_steps": 100_000, "train__eval_interval": 0, "checkpoint__interval": 0}
+
+
+@pytest.fixture
+def run(dataset, tiny_tokenizer, tmp_path):
+    """The arguments of a run in a directory of its own; keywords change keys."""
+
+    def arguments(name="run", **values):
+        return overrides(dataset, tiny_tokenizer, tmp_path / name, **values)
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tiny_tokenizer, tmp_path_factory):
+    """A finished run of 20 steps; copy it before changing it."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    done = rocket(overrides(dataset, tiny_tokenizer, out))
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def trains(out):
+    """Whether the run has come to its fifth row."""
+    file = out / "metrics.jsonl"
+    return file.exists() and file.read_bytes().count(b"\n") >= 5
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"),
+    [("SIGTERM", 2), ("SIGUSR1", 2), ("SIGINT", 1), ("SIGHUP", 1), ("SIGUSR2", 1)],
+)
+def test_a_signal_to_one_rank_stops_all_at_one_step(name, ranks, run, tmp_path):
+    """Whichever rank hears it: a checkpoint of the last step, exit code 0, and a requeue."""
+    out = tmp_path / "run"
+    with started(run(**LONG), ranks) as launched:
+        until(lambda: trains(out))
+        rank = launched.workers()[1] if ranks == 2 else launched.pid
+        os.kill(rank, getattr(signal, name))
+        assert launched.wait(60) == 0, launched.said()
+    assert status(out)["state"] == "stopped"
+    assert status(out)["reason"] == "signal"
+    assert status(out)["requeue"]
+    assert [*steps_kept(out)] == [status(out)["step"]] == [rows(out)[-1]["step"]]
+
+
+def test_a_stopped_run_ends_in_the_same_bits(run, tmp_path):
+    """Stopped by signals wherever they fall, evaluation and saving included, and resumed."""
+    out = tmp_path / "run"
+    options = {"checkpoint__interval": 2, "train__eval_interval": 3, "train__max_steps": 100}
+    moments = [lambda: trains(out), lambda: any(out.glob("checkpoints/*.tmp"))]
+    reference = rocket(run("reference", **options))
+    assert reference.returncode == 0, reference.stderr
+    for moment in moments:
+        with started(run(**options)) as launched:
+            until(moment)
+            launched.process.send_signal(signal.SIGTERM)
+            assert launched.wait(60) == 0, launched.said()
+    done = rocket(run(**options))
+    assert done.returncode == 0, done.stderr
+    assert_identical(tmp_path / "reference", out)
+
+
+def test_an_interrupted_evaluation_is_made_by_the_next_job(run, tmp_path):
+    """Signalled inside a long one: it ends early, leaves no row, and is not missing after."""
+    options = {"train__max_steps": 4, "train__eval_interval": 2, "train__eval_sequences": 300}
+    slow = {**options, "train__micro_batch_size": 1}
+    assert rocket(run("reference", **slow)).returncode == 0
+    out = tmp_path / "run"
+    with started(run(**slow)) as launched:
+        until(lambda: (out / "metrics.jsonl").exists() and len(rows(out)) == 2)
+        launched.process.send_signal(signal.SIGUSR1)
+        assert launched.wait(60) == 0, launched.said()
+    assert status(out)["step"] == 2
+    assert not any("val_loss" in row for row in rows(out))
+    assert find_checkpoint(out).state["val_loss"] is None
+    assert rocket([*run(**slow), "--train.stop_at_step=2"]).returncode == 0
+    assert find_checkpoint(out).state["val_loss"] == rows(out)[-1]["val_loss"]
+    assert rocket(run(**slow)).returncode == 0
+    assert_identical(tmp_path / "reference", out)
+
+
+def test_a_signal_during_start_up_stops_before_the_first_step(run, tmp_path):
+    out = tmp_path / "run"
+    with started(run(**LONG)) as launched:
+        until(lambda: (out / "claim.json").exists())
+        launched.process.send_signal(signal.SIGTERM)
+        assert launched.wait(60) == 0, launched.said()
+    assert status(out)["reason"] == "signal"
+    assert status(out)["step"] <= 2
+
+
+def test_a_second_interrupt_stops_at_once(run, tmp_path):
+    out = tmp_path / "run"
+    slow = {"data__seq_len": 512, "model__max_seq_len": 512, "train__global_batch_size": 60}
+    with started(run(**LONG, **slow)) as launched:
+        until(lambda: (out / "metrics.jsonl").exists() and rows(out))
+        launched.process.send_signal(signal.SIGINT)
+        time.sleep(1)  # people need as long, and half a second is taken for an echo
+        launched.process.send_signal(signal.SIGINT)
+        assert launched.wait(20) == 130
+    assert status(out)["state"] == "failed"
+    assert status(out)["reason"] == "signal"
+    assert not status(out)["requeue"]
+    assert not steps_kept(out)
+
+
+def test_the_stop_file_stops_and_goes(run, tmp_path):
+    out = tmp_path / "run"
+    with started(run(**LONG), ranks=2) as launched:
+        until(lambda: trains(out))
+        (out / "STOP").touch()
+        assert launched.wait(60) == 0, launched.said()
+    assert not (out / "STOP").exists()
+    assert (status(out)["reason"], status(out)["requeue"]) == ("stop_file", False)
+    assert [*steps_kept(out)] == [status(out)["step"]]
+
+
+def test_the_run_stops_before_its_time_is_over(run, tmp_path):
+    """Twenty seconds from its start to the end of its job: it has saved and left by then."""
+    out, start = tmp_path / "run", time.monotonic()
+    done = rocket(run(**LONG, train__max_hours=20 / 3600), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - start < 26  # imports come before the clock starts
+    assert (status(out)["reason"], status(out)["requeue"]) == ("deadline", True)
+    assert [*steps_kept(out)] == [status(out)["step"]]
+
+
+def test_a_second_job_on_a_live_run_leaves(run, tmp_path):
+    """It names the first one and touches nothing; once that one is dead, the run is free."""
+    out = tmp_path / "run"
+    with started(run(**LONG)) as launched:
+        until(lambda: trains(out))
+        message = error_of(rocket(run(**LONG), ranks=2))
+        assert f"process {launched.pid} on {socket.gethostname()}" in message
+        launched.process.kill()
+        launched.wait()
+    assert (out / "claim.json").exists()
+    done = rocket([*run(**LONG), "--train.stop_at_step=3"])
+    assert done.returncode == 0, done.stderr
+    assert not (out / "claim.json").exists()
+
+
+def claim_of(directory, **values):
+    """A claim as another job's process would have left it."""
+    holder = {"host": "elsewhere", "pid": 1, "started": "1", "job_id": None, "time": "", **values}
+    (directory / "claim.json").write_text(json.dumps(holder))
+
+
+def test_claims_of_other_hosts_expire(tmp_path, monkeypatch):
+    claim_of(tmp_path, job_id="7")
+    with pytest.raises(UserError, match="job 7, process 1 on elsewhere"):
+        Claim(tmp_path).take()
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # our own job, requeued on another host
+    own = Claim(tmp_path)
+    own.take()
+    own.release()
+    monkeypatch.delenv("SLURM_JOB_ID")
+    claim_of(tmp_path)
+    old = time.time() - job.EXPIRY_SECONDS - 5
+    os.utime(tmp_path / "claim.json", (old, old))
+    Claim(tmp_path).take()
+
+
+def test_a_process_number_used_again_is_not_the_holder(tmp_path):
+    claim_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), started="0")
+    Claim(tmp_path).take()
+    alive = job.process_start(os.getppid())
+    claim_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), started=alive)
+    with pytest.raises(UserError, match="is being trained"):
+        Claim(tmp_path).take()
+
+
+@pytest.mark.parametrize("left", ["nothing", "a dead job's claim", "a torn claim"])
+def test_of_jobs_that_come_at_once_one_gets_the_run(left, tmp_path):
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from config import UserError; from job import Claim\n"
+        "claim = Claim(Path(sys.argv[1]))\n"
+        "sys.stdin.readline()\n"
+        "try: claim.take()\n"
+        "except UserError: print('left', flush=True)\n"
+        "else: print('took', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    for attempt in range(5):
+        directory = tmp_path / str(attempt)
+        directory.mkdir()
+        if left == "a dead job's claim":
+            claim_of(directory, host=socket.gethostname(), pid=2**22 + 1)
+        elif left == "a torn claim":
+            (directory / "claim.json").write_text('{"host": "else')
+            os.utime(directory / "claim.json", (0, 0))
+        jobs = [
+            subprocess.Popen(
+                [sys.executable, "-c", program, str(directory)],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for _ in range(4)
+        ]
+        for each in jobs:
+            each.stdin.write("go\n")
+            each.stdin.flush()
+        said = [each.stdout.readline().strip() for each in jobs]
+        for each in jobs:
+            each.communicate("end\n")
+        assert sorted(said) == ["left", "left", "left", "took"]
+
+
+def test_a_run_taken_over_is_left_alone(run, tmp_path, monkeypatch):
+    """A job that was taken for dead and wakes up sees the other's claim, and saves nothing."""
+    monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
+    claim = Claim(tmp_path)
+    claim.take()
+    claim_of(tmp_path, job_id="8")
+    until(lambda: claim.lost)
+    claim.release()
+    assert json.loads((tmp_path / "claim.json").read_text())["job_id"] == "8"
+
+
+def test_a_heartbeat_keeps_the_claim(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
+    claim = Claim(tmp_path)
+    claim.take()
+    os.utime(claim.path, (0, 0))
+    until(lambda: claim.path.stat().st_mtime > time.time() - 60)
+    claim.path.unlink()  # by whatever cleans up scratch
+    until(claim.path.exists)
+    assert not claim.lost
+    claim.release()
+
+
+def test_other_code_needs_consent(run, tmp_path):
+    """By hand the difference is printed and needs the flag; the run's own copy needs none."""
+    repository, out = tmp_path / "repository", tmp_path / "run"
+    repository.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, repository)
+    shutil.copytree(ROOT / "config", repository / "config")
+
+    def start(program, *arguments, **variables):
+        return subprocess.run(
+            [sys.executable, str(program), *arguments],
+            env={**ENVIRONMENT, **variables},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
+    program = repository / "rocket.py"
+    first = start(program, *run(), "--train.stop_at_step=5")
+    assert first.returncode == 0, first.stderr
+    (repository / "sample.py").write_text("# no part of training\n")
+    model = repository / "model.py"
+    model.write_text(model.read_text() + "\nEDITED = True\n")
+    refused = start(program, *run(), "--train.stop_at_step=6")
+    assert "model.py" in error_of(refused)
+    assert "+EDITED = True" in refused.stdout
+    assert "sample.py" not in refused.stdout + refused.stderr
+    snapshot = [out / "code" / "rocket.py", out / "config.toml", "--train.stop_at_step=7"]
+    requeued = start(*map(str, snapshot), ROCKET_ROOT=str(repository))
+    assert requeued.returncode == 0, requeued.stderr
+    assert not (out / "code" / "model.py").read_text().endswith("EDITED = True\n")
+    accepted = start(program, *run(), "--accept-changes")
+    assert accepted.returncode == 0, accepted.stderr
+    assert "accepted: other code in model.py" in accepted.stdout
+    assert (out / "code" / "model.py").read_text().endswith("EDITED = True\n")
+
+
+def test_ranks_that_see_different_things_are_named(run, tmp_path):
+    """Rank 1 alone is given another learning rate."""
+    program = 'exec "$0" "$@" $([ "$RANK" = 0 ] || echo --optimizer.learning_rate=0.1)'
+    rank = [sys.executable, str(ROOT / "rocket.py"), *run()]
+    done = subprocess.run(
+        [*launcher(2), "--no-python", "bash", "-c", program, *rank],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    message = error_of(done)
+    assert "rank 1 on" in message
+    assert "does not have the same configuration as rank 0" in message
+
+
+def test_a_disk_too_small_for_two_checkpoints_is_said_at_the_start(run, small_disk):
+    options = {"model__dim": 64, "model__ffn_dim": 128}
+    message = error_of(rocket(run(train__out_dir=small_disk / "run", **options)))
+    assert "the next checkpoints need" in message
+    assert str(small_disk / "run") in message
+
+
+def test_a_killed_rank_ends_the_job_at_once(run, tmp_path):
+    out = tmp_path / "run"
+    with started(run(**LONG), ranks=2) as launched:
+        until(lambda: trains(out))
+        os.kill(launched.workers()[1], signal.SIGKILL)
+        killed_at = time.monotonic()
+        assert launched.wait(60) == 1
+        assert time.monotonic() - killed_at < 20
+        said = launched.said()
+    assert "rocket.py: error: rank 0 on" in said
+    assert "lost contact with another rank" in said
+    assert "Traceback" not in said.partition("torch/distributed/elastic")[0]
+    assert status(out)["state"] == "failed"
+    assert status(out)["requeue"]  # it had made progress
+
+
+def test_torchrun_restarts_from_the_last_checkpoint(run, finished, tmp_path):
+    out = tmp_path / "run"
+    options = {"train__max_steps": 60, "checkpoint__interval": 10}
+    reference = rocket(run("reference", **options), ranks=2)
+    assert reference.returncode == 0, reference.stderr
+    with started(run(**options), ranks=2, restarts=3) as launched:
+        until(lambda: (out / "checkpoints" / "step_00000010").exists())
+        os.kill(launched.workers()[0], signal.SIGKILL)
+        assert launched.wait(120) == 0, launched.said()
+        assert "resuming from step" in launched.said()
+    assert_identical(tmp_path / "reference", out)
+
+
+def test_a_hung_rank_is_an_error_and_not_a_hang(run, tmp_path):
+    out = tmp_path / "run"
+    with started(run(**LONG, parallel__timeout_seconds=3), ranks=2) as launched:
+        until(lambda: trains(out))
+        hung = launched.workers()[1]
+        os.kill(hung, signal.SIGSTOP)
+        until(lambda: "rocket.py: error" in launched.said())
+        os.kill(hung, signal.SIGKILL)
+        assert launched.wait(60) == 1
+        assert "Timed out" in launched.said()
+    assert status(out)["state"] == "failed"
