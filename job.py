@@ -199,10 +199,13 @@ class Claim:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
-        """Gives the run free."""
+        """Gives the run free; where that fails, this process' end does."""
         self._released.set()
-        if self.mine and _read_json(self.path) == self.mine:
-            self.path.unlink()
+        try:
+            if self.mine and _read_json(self.path) == self.mine:
+                self.path.unlink()
+        except OSError as error:
+            print(f"{self.path} stays: {error.strerror}", file=sys.stderr)
 
     def _create(self) -> bool:
         try:

@@ -304,7 +304,7 @@ def skip_reason(loss: Tensor, grad_norm: Tensor, norms: Tensor, spike_factor: fl
     zero = torch.zeros_like(grad_norm)
     skipped = torch.where((loss + grad_norm).isfinite(), zero, 1.0)
     if spike_factor:
-        known = norms[1] > 1 - NORM_DECAY**NORM_STEPS
+        known = norms[1] > 1 - NORM_DECAY ** (NORM_STEPS - 0.5)  # NORM_STEPS good ones or more
         spike = known & (grad_norm * norms[1] > spike_factor * norms[0])
         skipped = torch.where(spike & (skipped == 0), 2.0, skipped)
     taken = torch.stack((grad_norm, zero + 1))
