@@ -175,10 +175,12 @@ def init_distributed(config: Config) -> World:
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
         dump = resolve_path(config.train.out_dir) / "logs" / "flight_recorder_"
         os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump))
-    store = _meeting_point(rank) if given else dist.HashStore()
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=size, timeout=STARTUP_TIMEOUT
-    )
+    meeting: dict[str, Any] = {"rank": rank, "world_size": size}
+    if not given:
+        meeting["store"] = dist.HashStore()
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        meeting["store"] = _meeting_point(rank)
+    dist.init_process_group(backend, timeout=STARTUP_TIMEOUT, **meeting)
     dtype = compute_dtype(config.train.dtype, device)
     return World(rank, size, local_rank, local_size, device, dtype)
 
@@ -187,29 +189,27 @@ def _meeting_point(rank: int) -> dist.Store:
     """A store that is this attempt's alone, served by rank 0.
 
     torchrun's own outlives --max-restarts (torch 2.13): ranks that start again would find the
-    addresses of dead ones there. It only carries the port of the new store, and a rank that finds
-    the port of a dead one looks again.
+    addresses of dead ones there. It only carries where the new store is, and a rank that finds
+    where a dead one was looks again.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options = {"timeout": STARTUP_TIMEOUT, "wait_for_workers": False}
     agents = dist.TCPStore(host, port, is_master=False, **options)
     if rank == 0:
         store = dist.TCPStore(host, 0, is_master=True, **options)
-        agents.set("rocket/port", str(store.port))
+        agents.set("rocket", f"{host} {store.port}")
         return store
     deadline = time.monotonic() + STARTUP_TIMEOUT.total_seconds()
     while True:
-        port = int(agents.get("rocket/port"))
+        host, port = agents.get("rocket").decode().split()
         try:
-            socket.create_connection((host, port), timeout=5).close()
+            socket.create_connection((host, int(port)), timeout=5).close()
         except OSError as error:
             if time.monotonic() > deadline:
-                raise UserError(
-                    f"rank {rank} can't reach rank 0 at {host}:{port}: {error}"
-                ) from None
+                raise UserError(f"rank {rank} can't reach rank 0 at {host}: {error}") from None
             time.sleep(0.2)
         else:
-            return dist.TCPStore(host, port, is_master=False, **options)
+            return dist.TCPStore(host, int(port), is_master=False, **options)
 
 
 def set_timeout(model: nn.Module, seconds: float) -> None:

@@ -101,10 +101,10 @@ class Outcome(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     signals = Signals()
-    signals.install()
     config, flags = load_config(arguments, usage=__doc__, flags=FLAGS)
     try:
         world = init_distributed(config)
+        signals.install()  # until here there is nothing to end in order, and ranks may wait in vain
         train(config, ACCEPT_CHANGES in flags, signals, world)
     except AgreedError:  # all ranks are here; after any other error some may wait for this one
         shut_down()

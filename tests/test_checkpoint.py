@@ -1,9 +1,8 @@
-"""Protects checkpoints: one flipped or missing byte is refused, saving is all or nothing, pruning
-keeps what it must, and no file of one is ever executed."""
+"""Protects checkpoints: one flipped or missing byte is refused, saving is all or nothing, in
+the background too, and pruning keeps what it must."""
 
 import json
 import os
-import pickle
 import random
 import shutil
 
@@ -14,15 +13,16 @@ from torch import nn
 import checkpoint
 from checkpoint import (
     Checkpoint,
+    Saver,
     checkpoint_paths,
     find_checkpoint,
+    find_resumable,
     load_optimizer,
     load_weights,
     prune_checkpoints,
     remove_leftovers,
-    save_checkpoint,
 )
-from config import CheckpointConfig, TrainConfig, UserError
+from config import CheckpointConfig, Config, UserError
 from distributed import init_distributed, shut_down
 
 
@@ -30,7 +30,9 @@ from distributed import init_distributed, shut_down
 def world():
     """A world of one, as plain python makes it."""
     os.environ.pop("RANK", None)
-    yield init_distributed(TrainConfig(device="cpu"))
+    config = Config()
+    config.train.device = "cpu"
+    yield init_distributed(config)
     shut_down()
 
 
@@ -44,10 +46,16 @@ def trained(seed=0, width=6):
     return model, optimizer
 
 
-def save(run, step, world, seed=0, val_loss=None):
+def saver_of(run, world, seed=0, **options):
     model, optimizer = trained(seed)
-    save_checkpoint(run, step, model, optimizer, {"state": {"val_loss": val_loss}}, world)
-    return model, optimizer
+    config = CheckpointConfig(keep_last=100, keep_best=100, **options)
+    return Saver(run, model, optimizer, config, world)
+
+
+def save(run, step, world, seed=0, val_loss=None):
+    saver = saver_of(run, world, seed)
+    saver.save(step, {"state": {"val_loss": val_loss}})
+    return saver.model, saver.optimizer
 
 
 def test_a_round_trip_is_exact(tmp_path, world):
@@ -70,8 +78,9 @@ def test_rows_are_cut_from_the_middle(tmp_path, world):
 
 
 def test_every_byte_counts(tmp_path, world):
-    """A random flipped byte, or a random cut, in each file: never accepted."""
-    save(tmp_path / "run", 1, world)
+    """A random flipped byte, or a random cut, in each file: never accepted, the one before is."""
+    for step in (1, 2):
+        save(tmp_path / "run", step, world)
     original = checkpoint_paths(tmp_path / "run")[0]
     generator, trials = random.Random(0), 0
     for file in sorted(original.iterdir()):
@@ -86,10 +95,11 @@ def test_every_byte_counts(tmp_path, world):
             file.write_bytes(damaged)
             with pytest.raises(UserError, match=file.name):
                 Checkpoint(original).verify()
+            assert find_resumable(tmp_path / "run", world).step == 1
             trials += 1
         file.write_bytes(content)
     assert trials == 210
-    Checkpoint(original).verify()
+    assert find_resumable(tmp_path / "run", world).step == 2
 
 
 def test_the_newest_that_verifies_is_found(tmp_path, world, capsys):
@@ -167,25 +177,44 @@ def test_weights_of_another_shape_are_refused(tmp_path, world):
         load_weights(trained(width=7)[0], find_checkpoint(tmp_path))
 
 
-class Planted:
-    """Unpickling this makes a file."""
+def test_the_background_saves_what_was_when_it_began(tmp_path, world):
+    """Training goes on while it writes; the next save waits for it."""
+    saver = saver_of(tmp_path, world, asynchronous=True)
+    for step in (1, 2, 3):
+        before = saver.model[0].weight.clone()
+        saver.save(step, {"state": {"val_loss": None}})
+        with torch.no_grad():
+            saver.model[0].weight.add_(1)
+        saver.wait()
+        assert torch.equal(find_checkpoint(tmp_path).tensor("model", "0.weight"), before)
 
-    def __init__(self, path):
-        self.path = path
 
-    def __reduce__(self):
-        return (os.mkdir, (str(self.path),))
+def test_a_save_that_fails_in_the_background_is_heard_of(tmp_path, world, monkeypatch):
+    saver = saver_of(tmp_path, world, asynchronous=True)
+    saver.save(1, {"state": {"val_loss": None}})
+    saver.wait()
+
+    def fail(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    saver.save(2, {"state": {"val_loss": None}})
+    with pytest.raises(UserError, match=r"step_00000002.*No space left"):
+        saver.wait()
+    monkeypatch.undo()
+    assert find_checkpoint(tmp_path).step == 1
+    saver.save(3, {"state": {"val_loss": None}})
+    saver.wait()
+    assert find_checkpoint(tmp_path).step == 3
 
 
-def test_a_planted_pickle_is_never_executed(tmp_path, world):
-    save(tmp_path / "run", 1, world)
-    for file in sorted(checkpoint_paths(tmp_path / "run")[0].iterdir()):
-        content = file.read_bytes()
-        file.write_bytes(pickle.dumps(Planted(tmp_path / "executed")))
-        with pytest.raises(UserError):
-            Checkpoint(checkpoint_paths(tmp_path / "run")[0]).verify()
-        file.write_bytes(content)
-    assert not (tmp_path / "executed").exists()
+def test_a_later_evaluation_amends_the_newest(tmp_path, world):
+    saver = saver_of(tmp_path, world)
+    saver.save(1, {"state": {"val_loss": None}})
+    saver.amend(1, {"val_loss": 2.5})
+    found = find_checkpoint(tmp_path)
+    found.verify()
+    assert found.val_loss == 2.5
 
 
 def test_the_manifest_is_plain_json(tmp_path, world):
