@@ -99,9 +99,10 @@ def main(arguments: list[str]) -> None:
             if pair:  # the first pair warms up
                 ratios.append(seconds[full_block] / seconds[bare_block])
         low, middle, high = statistics.quantiles(ratios, n=4)
+        low, middle, high = (f"{100 * (ratio - 1):+.2f}%" for ratio in (low, middle, high))
         print(
             f"{PAIRS} pairs of {STEPS} steps, {1000 * seconds[bare_block] / STEPS:.1f} ms a step:"
-            f" {100 * (middle - 1):+.2f}% (quartiles {100 * (low - 1):+.2f}, {100 * (high - 1):+.2f})"
+            f" {middle} (quartiles {low}, {high})"
         )
     shut_down()
 
