@@ -534,10 +534,14 @@ def file_sha256(path: Path) -> str:
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which on a shared node are fewer than there are."""
+    """Cores that this process may use, which on a shared node are fewer than there are.
+
+    A Slurm that does not bind jobs to their cores still says how many they have.
+    """
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    return min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", cores)))
 
 
 def sync_directory(path: Path) -> None:

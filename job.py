@@ -57,6 +57,8 @@ def job_end(max_hours: float) -> float:
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return end
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # one of its tasks has the id of all
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     told = os.environ.get("SLURM_JOB_END_TIME", "")
     if not told:  # older than Slurm 23.02
         command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]

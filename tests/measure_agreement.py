@@ -52,6 +52,7 @@ def main(arguments: list[str]) -> None:
         inputs = check_inputs(run_directory, config, False)
         data, val_data = rocket.open_datasets(config, inputs)
         log = RunLog(run_directory, world, 10**9, 1, 1)
+        log.restart_clock()
         model, optimizer = rocket.build(config, inputs, None, log, world)
         saver = Saver(run_directory, model, optimizer, config.checkpoint, world)
         claim, end = Claim(run_directory), job_end(config.train.max_hours)

@@ -1,0 +1,201 @@
+#!/usr/bin/env bash
+# Trains CONFIG on one node or many, and comes back until the run is finished.
+#
+#   slurm/train.sh CONFIG [--section.key=value …]                     submits itself
+#   sbatch [--nodes=4 …] slurm/train.sh CONFIG [--section.key=value …]
+#
+# Arguments behind a lone -- are tasks of a job array (see sweep.sh): each is a string of overrides.
+# Workers a node: NPROC_PER_NODE, else the GPUs that the job has there, else its tasks there, else 1.
+#
+#SBATCH --job-name=train
+#SBATCH --nodes=1
+#SBATCH --time=12:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@180
+##SBATCH --gpus-per-node=8
+##SBATCH --cpus-per-gpu=8
+set -euo pipefail
+
+# Signals stop the run in good order. Slurm sends USR1 to this shell alone; srun relays it to the
+# agents, they to the workers. TERM it sends to all by itself: at preemption, scancel or the limit.
+stopping='' srun=''
+stop() {
+    stopping=$1
+    [ "$1" = TERM ] || [ -z "$srun" ] || kill -USR1 "$srun" 2>/dev/null || true
+}
+trap 'stop USR1' USR1
+trap 'stop TERM' TERM
+
+script=train here=$(dirname "$0")
+[ -f "$here/common.sh" ] || here=${ROCKET_ROOT:-${SLURM_SUBMIT_DIR:-}}/slurm # $0 is Slurm's copy
+[ -f "$here/common.sh" ] || { echo "train.sh: submit from the repository or set ROCKET_ROOT" >&2; exit 1; }
+. "$here/common.sh"
+
+if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node, where a mistake shows at once
+    run=$(python "$ROCKET_ROOT/config.py" "$@")
+    say "trains $run"
+    submit "$0" "$@"
+    exit
+fi
+
+arguments=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do arguments+=("$1"); shift; done
+if [ $# -gt 0 ]; then
+    shift "$((SLURM_ARRAY_TASK_ID + 1))"
+    read -ra overrides <<<"$1"
+    arguments+=("${overrides[@]}")
+fi
+
+# The name by which Slurm's commands know this job. The SLURM_JOB_ID of one task of an array is the
+# whole array's: requeueing that would bring finished tasks back.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+restarts=${SLURM_RESTART_COUNT:-0}
+
+# The job's comment keeps the run directory, so that an edit of CONFIG does not send a job that
+# comes back to another one. A successor is submitted with it.
+comment=$(squeue -h -j "$job" -o %k) || true
+if [[ $comment == run=* ]]; then
+    run=${comment#run=} returning=yes
+else
+    run=$(python "$ROCKET_ROOT/config.py" "${arguments[@]}") returning=''
+    [ "$restarts" = 0 ] || returning=yes
+    scontrol update JobId="$job" Comment="run=$run" || say "no comment: CONFIG must not change now"
+fi
+
+# --output is fixed before this script runs, so what it prints is copied to the run.
+mkdir -p "$run/logs"
+exec > >(trap '' TERM INT HUP USR1 USR2; exec tee -a "$run/logs/$script-$job.log") 2>&1
+tee=$!
+trap 'exec >&- 2>&-; wait "$tee" || true' EXIT # Slurm kills what is left when this shell ends
+say "job $job, restart $restarts, on ${SLURM_JOB_NODELIST:-}: $run"
+
+# A new checkpoint is a new name or, where a damaged one was replaced, a new inode.
+checkpoints() {
+    find "$run" -path '*/checkpoints/step_*' -prune ! -name '*.tmp' -printf '%f %i\n' | sort
+}
+progress_since() { [ -n "$(comm -13 <(echo "$1") <(checkpoints))" ]; }
+
+# Prints `job restart requeue state reason` of status.json, and nothing where there is none.
+read_status() {
+    python -c 'import json, sys
+s = json.load(open(sys.argv[1]))
+print(s["job_id"], s["restart_count"], s["requeue"], s["state"], s["reason"])' "$run/status.json" 2>/dev/null || true
+}
+
+# What the next attempt runs. One that comes back runs the code and the configuration with which the
+# run began, so that nobody's edit changes a job that waits; the configuration only if this job
+# got so far as to write it, else its overrides would be lost.
+choose_program() {
+    program=$ROCKET_ROOT/rocket.py
+    [ -z "$returning" ] || [ ! -f "$run/code/rocket.py" ] || program=$run/code/rocket.py
+    if [ -n "$returning" ] && [[ $(read_status) == "$SLURM_JOB_ID "* ]]; then
+        arguments=("$run/config.toml")
+    fi
+}
+
+# Trains until srun ends. torchrun gets no --max-restarts: it would try a bad configuration N times,
+# where this script knows from status.json what is worth trying again.
+attempt() {
+    local nodes=$SLURM_JOB_NUM_NODES hosts workers
+    hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    workers=$((${SLURM_NTASKS:-$nodes} / nodes))
+    workers=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$workers}}
+    local torchrun=(
+        --nnodes="$nodes" --nproc-per-node="$((workers > 0 ? workers : 1))"
+        --rdzv-backend=c10d --rdzv-id="$job-$restarts-$attempt"
+        --rdzv-endpoint="${hosts%%$'\n'*}:$((10000 + SLURM_JOB_ID % 20000))"
+        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
+        --shutdown-timeout=150 # of the 180 s between USR1 and the limit
+    )
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun sets it, with a long warning
+    # --wait, not --kill-on-bad-exit: the first agent to go must not end those that still save.
+    # USR1 is ignored until torchrun has its handlers, or it would kill the agent.
+    # shellcheck disable=SC2016 # the variables are the task's
+    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
+        --kill-on-bad-exit=0 --wait=60 \
+        bash -c 'trap "" USR1
+            exec torchrun --rdzv-conf=is_host=$((SLURM_NODEID == 0)) --local-addr="$SLURMD_NODENAME" "$@"' \
+        torchrun "${torchrun[@]}" "$program" "${arguments[@]}" &
+    srun=$!
+    while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap ends wait early
+    srun=''
+}
+
+# STATE REASON of this job.
+job_state() {
+    local tries
+    for tries in 1 2 3 4 5 6; do # the controller may be restarting
+        squeue -h -j "$job" -o '%T %r' && return
+        sleep "$((tries * 2))"
+    done
+}
+
+# Sends this job back to the queue, and exits: at once, since Slurm is about to kill it.
+come_back() {
+    # scontrol requeue would bring back what scancel is ending, too. At the time limit Slurm says
+    # why it ends the job, and one that got on may have another.
+    local state
+    state=$(job_state)
+    case $state in
+        RUNNING*) ;;
+        'COMPLETING TimeLimit') progress_since "$at_start" || fail "no progress within the time limit" ;;
+        *) fail "not requeued, the job is ${state:-gone}: $1" ;;
+    esac
+    say "comes back: $1"
+    scontrol requeue "$job" && exit 0
+    succeed
+}
+
+# Where requeueing is forbidden: submits a job like this one, to start when this one has ended.
+succeed() {
+    local flags=(job-name partition account qos time nodes mem constraint reservation gres)
+    local values options i name
+    options=(
+        ${SLURM_NTASKS:+--ntasks="$SLURM_NTASKS"}
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
+        ${SLURM_MEM_PER_CPU:+--mem-per-cpu="$SLURM_MEM_PER_CPU"}
+    )
+    IFS='|' read -ra values < <(squeue -h -j "$job" -o '%j|%P|%a|%q|%l|%D|%m|%f|%v|%b')
+    for i in "${!flags[@]}"; do
+        case ${values[i]} in
+            '(null)' | N/A | 0 | [0-9]*[KMGT]c) ;; # not asked for, or memory a CPU
+            *) options+=(--"${flags[i]}=${values[i]#gres[:/]}") ;;
+        esac
+    done
+    returning=yes
+    choose_program
+    for name in "${!SLURM_@}"; do # sbatch would hand them on: a restart count, for one
+        [ "$name" = SLURM_CONF ] || unset "$name"
+    done
+    unset SBATCH_GRES SBATCH_GPUS_PER_NODE # the flags above say it
+    submit --dependency=afterany:"$job" --comment="run=$run" "${options[@]}" \
+        "$ROCKET_ROOT/slurm/train.sh" "${arguments[@]}"
+    exit
+}
+
+at_start=$(checkpoints)
+for ((attempt = 1; ; attempt++)); do
+    [ -z "$stopping" ] || come_back "$stopping came before training began"
+    before=$(checkpoints)
+    choose_program
+    attempt
+    read -r owner count requeue state reason < <(read_status) || true
+    [ "$owner $count" = "$SLURM_JOB_ID $restarts" ] || state=absent requeue='' # another job's
+    [ "$requeue" != True ] || come_back "$state, $reason"
+    case $state in
+        finished | stopped) exit 0 ;;
+        failed) fail "failed, $reason; not requeued: it would only fail again" ;;
+        running) # it was killed without a word
+            if [ -z "$stopping" ] && progress_since "$before" && [[ $(job_state) == RUNNING* ]]; then
+                say "killed after a new checkpoint: another attempt"
+                returning=yes
+                continue
+            fi
+            ! progress_since "$at_start" || come_back "killed, without progress in this attempt"
+            ;;
+    esac
+    [ -z "$stopping" ] || come_back "$stopping came before the first checkpoint"
+    fail "ended before any new checkpoint (status: $state); not requeued, the reason is above"
+done
