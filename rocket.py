@@ -67,7 +67,6 @@ from tokenizer import Tokenizer
 FLAGS = {ACCEPT_CHANGES: "resume although keys whose rule on resume is consent have changed"}
 
 
-SKIPPED = {1: "non_finite", 2: "spike"}  # why a step changes nothing
 NORM_DECAY, NORM_STEPS = 0.98, 20  # of the running mean of gradient norms; steps until it counts
 WRITE_RATE = 100e6  # bytes a second and rank, by which the first save is estimated
 
@@ -82,21 +81,28 @@ class Progress:
     evaluations_since_best: int = 0
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
     bad_steps: int = 0  # skipped steps in a row, up to this one
-    norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # see skip_reason
+    norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # see does_damage
 
 
 class Outcome(NamedTuple):
     """What all ranks come to know of a step, LAG steps later: global values and added-up votes."""
 
-    loss: float
-    grad_norm: float
-    skipped: float
-    claim_lost: float
-    save_failed: float
-    stop_file: float
-    signal: float
-    deadline: float
-    save_due: float
+    loss: float = 0.0
+    claim_lost: float = 0.0
+    save_failed: float = 0.0
+    stop_file: float = 0.0
+    signal: float = 0.0
+    deadline: float = 0.0
+    save_due: float = 0.0
+    grad_norm: float = 0.0
+    damage: float = 0.0
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the step changed nothing, or None if it was a good one."""
+        if not self.damage:
+            return None
+        return "spike" if math.isfinite(self.loss + self.grad_norm) else "non_finite"
 
 
 def main(arguments: list[str]) -> None:
@@ -203,10 +209,9 @@ def train_steps(run: Run, progress: Progress) -> str:
         for (step, rate), values, done_at in outcomes:
             outcome = Outcome(*values)
             log.count(done_at)
-            skipped = SKIPPED.get(round(outcome.skipped))
             if step == max_steps or due(step, config.train.log_interval):
-                log.training_row(step, outcome.loss, rate, outcome.grad_norm, skipped)
-            note_skipped(run, progress, step, outcome, skipped)
+                log.training_row(step, outcome.loss, rate, outcome.grad_norm, outcome.skipped)
+            note_skipped(run, progress, step, outcome)
             reason = reason or stop_reason(run, outcome)
             save_due = save_due or outcome.save_due > 0
 
@@ -268,7 +273,7 @@ def train_step(
 
     Args:
         votes: this rank's, to be added up over the ranks along with the loss.
-        norms: see skip_reason; brought up to date.
+        norms: see does_damage; brought up to date.
 
     Returns:
         The numbers of an Outcome: global, and still on the device. The loss is in nats a token, the
@@ -284,51 +289,48 @@ def train_step(
         loss += share.detach()
     agreed = world.sum(torch.cat((loss[None], votes)))
     grad_norm = clip_gradients(model, config.optimizer.grad_clip)
-    skipped = skip_reason(agreed[0], grad_norm, norms, config.train.spike_factor)
+    damage = does_damage(agreed[0], grad_norm, norms, config.train.spike_factor)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    # What mixed precision tells fused optimizers of overflow: where it is not 0, nothing changes,
+    # How mixed precision tells fused optimizers of an overflow: where it is 1, nothing changes,
     # their own step counts included, and nobody waits to hear of it.
-    optimizer.grad_scale, optimizer.found_inf = None, skipped.clamp(max=1.0)
+    optimizer.grad_scale, optimizer.found_inf = None, damage
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat((agreed[:1], torch.stack((grad_norm, skipped)), agreed[1:]))
+    return torch.cat((agreed, grad_norm[None], damage[None]))
 
 
-def skip_reason(loss: Tensor, grad_norm: Tensor, norms: Tensor, spike_factor: float) -> Tensor:
-    """1 if loss or gradient is not finite, 2 if the gradient spikes, else 0; on the device.
+def does_damage(loss: Tensor, grad_norm: Tensor, norms: Tensor, spike_factor: float) -> Tensor:
+    """1.0 if loss or gradient is not finite or the gradient spikes, else 0.0; on the device.
 
     norms (2,) holds the decaying sums of good steps' norms and of their weights: their quotient is
-    the running mean. It takes in this step's norm if that is good.
+    the running mean. Where spikes count, it takes in this step's norm if that is good.
     """
-    zero = torch.zeros_like(grad_norm)
-    skipped = torch.where((loss + grad_norm).isfinite(), zero, 1.0)
+    damage = (loss + grad_norm).isfinite().logical_not()
     if spike_factor:
         known = norms[1] > 1 - NORM_DECAY ** (NORM_STEPS - 0.5)  # NORM_STEPS good ones or more
-        spike = known & (grad_norm * norms[1] > spike_factor * norms[0])
-        skipped = torch.where(spike & (skipped == 0), 2.0, skipped)
-    taken = torch.stack((grad_norm, zero + 1))
-    norms.copy_(torch.where(skipped > 0, norms, norms.lerp(taken, 1 - NORM_DECAY)))
-    return skipped
+        damage = damage | (known & (grad_norm * norms[1] > spike_factor * norms[0]))
+        taken = torch.stack((grad_norm, torch.ones_like(grad_norm)))
+        norms.lerp_(torch.where(damage, norms, taken), 1 - NORM_DECAY)
+    return damage.float()
 
 
-def note_skipped(
-    run: Run, progress: Progress, step: int, outcome: Outcome, skipped: str | None
-) -> None:
+def note_skipped(run: Run, progress: Progress, step: int, outcome: Outcome) -> None:
     """Counts skipped steps in a row, and writes down exactly which windows they had.
 
     Raises:
         NotFiniteError: there were train.max_bad_steps of them.
     """
-    progress.bad_steps = progress.bad_steps + 1 if skipped else 0
-    if not skipped:
+    if not outcome.damage:
+        progress.bad_steps = 0
         return
+    progress.bad_steps += 1
     config = run.config
     batch_size = config.train.global_batch_size
     windows = step_windows(config.train.seed, step - 1, batch_size, run.data.windows).tolist()
     row = {
         "step": step,
-        "reason": skipped,
+        "reason": outcome.skipped,
         "loss": finite(outcome.loss),
         "grad_norm": finite(outcome.grad_norm),
         "dataset": config.data.dir,
@@ -336,7 +338,7 @@ def note_skipped(
     }
     run.log.row(row, "bad_steps.jsonl")
     told = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}"
-    run.log.say(f"step {step} skipped ({skipped}): {told}")
+    run.log.say(f"step {step} skipped ({outcome.skipped}): {told}")
     if progress.bad_steps >= config.train.max_bad_steps:
         raise NotFiniteError(
             f"step {step}: {progress.bad_steps} steps in a row were skipped, this one for {told};"
@@ -348,16 +350,16 @@ def note_skipped(
 def cast_votes(run: Run, steps: int = 0, evaluation: bool = False) -> Tensor:
     """This rank's votes (6,), given what lies ahead before ranks can stop again."""
     ahead = run.lookout.steps_ahead(steps, evaluation)
-    votes = torch.tensor(run.lookout.votes(run.world.rank, run.saver.failed, ahead))
-    if run.world.device.type == "cuda":
-        votes = votes.pin_memory().to(run.world.device, non_blocking=True)
-    return votes
+    votes = run.lookout.votes(run.world.rank, run.saver.failed, ahead)
+    if not any(votes):  # nearly always, and then nothing has to be copied to the device
+        return torch.zeros(len(votes), device=run.world.device)
+    return torch.tensor(votes, device=run.world.device)
 
 
 def agree(run: Run) -> str | None:
     """Why to stop, asked where ranks wait for each other anyway."""
     votes = run.world.sum(cast_votes(run, steps=2))
-    return stop_reason(run, Outcome(0.0, 0.0, 0.0, *votes.tolist()))
+    return stop_reason(run, Outcome(0.0, *votes.tolist()))
 
 
 def stop_reason(run: Run, outcome: Outcome) -> str | None:
@@ -416,7 +418,7 @@ def evaluate(run: Run, model: nn.Module) -> dict[str, float] | None:
         sums[1] += trained.numel()
         sums[2] += bytes_of[trained].sum()
         for _, votes, _ in lagged.push(None, world.sum(cast_votes(run))):
-            if stop_reason(run, Outcome(0.0, 0.0, 0.0, *votes)):
+            if stop_reason(run, Outcome(0.0, *votes)):
                 return None
     nats, count, size = world.sum(sums).tolist()
     loss = nats / count
@@ -558,8 +560,8 @@ def evaluation_due(progress: Progress, max_steps: int, config: Config) -> bool:
 
 def evaluation_near(progress: Progress, max_steps: int, config: Config) -> bool:
     """Whether one of the next two steps is to be evaluated."""
-    after = [replace(progress, step=progress.step + n, val_loss=None) for n in (1, 2)]
-    return any(evaluation_due(at, max_steps, config) for at in after)
+    after = (progress.step + 1, progress.step + 2)
+    return max_steps in after or any(due(step, config.train.eval_interval) for step in after)
 
 
 def end_reason(

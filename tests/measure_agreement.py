@@ -2,8 +2,8 @@
 
     python tests/measure_agreement.py [CONFIG] [--section.key=value …]
 
-Blocks of steps of either kind alternate in one process, on the real dataset and model; the figure
-is the median over pairs of blocks. CONFIG's dataset must have been prepared.
+Steps of either kind alternate in one process, on the real dataset and model; the figure compares
+their medians. CONFIG's dataset must have been prepared.
 """
 
 import statistics
@@ -19,28 +19,48 @@ from torch import Tensor
 
 import rocket
 from checkpoint import Saver
-from config import load_config, run_program
+from config import Config, load_config, run_program
 from dataset import step_windows
-from distributed import Lagged, clip_gradients, init_distributed, replicate, shut_down
+from distributed import (
+    Lagged,
+    World,
+    autocast,
+    clip_gradients,
+    gradient_sync,
+    init_distributed,
+    replicate,
+    shut_down,
+)
 from job import Claim, Lookout, Signals, job_end
 from model import IGNORE
 from run import RunLog, check_inputs
 
-PAIRS, STEPS = 30, 40
+STEPS, WARM_UP = 1050, 50
 
 
-def bare_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batches: list, grad_clip):
-    """A training step that can't stop, skip or hear of others."""
-    trained = sum((targets != IGNORE).sum() for _, targets in batches)
-    loss = torch.zeros(())
-    for tokens, targets in batches:
-        share = model(tokens, targets) / trained
-        share.backward()
+def bare_step(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: list[tuple[Tensor, Tensor]],
+    config: Config,
+    world: World,
+) -> Tensor:
+    """rocket.train_step without votes and without skipping."""
+    trained = world.sum(sum((targets != IGNORE).sum() for _, targets in batches))
+    loss = torch.zeros((), device=world.device)
+    for index, (tokens, targets) in enumerate(batches):
+        with gradient_sync(model, index == len(batches) - 1):
+            with autocast(model, world):
+                share = model(tokens, targets) / trained
+            (share * world.size).backward()
         loss += share.detach()
-    clip_gradients(model, grad_clip)
+    clip_gradients(model, config.optimizer.grad_clip)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
+    optimizer.found_inf = None
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss
+    return world.sum(loss)
 
 
 def main(arguments: list[str]) -> None:
@@ -68,42 +88,33 @@ def main(arguments: list[str]) -> None:
             windows = step_windows(config.train.seed, step, size, data.windows)
             return list(rocket.load_batches(data, windows, config.train.micro_batch_size, world))
 
-        def full_block(start: int) -> None:
-            for step in range(start, start + STEPS):
-                near = rocket.evaluation_near(progress, 10**9, config)
-                votes = rocket.cast_votes(run, steps=2, evaluation=near)
-                outcome = rocket.train_step(
-                    called, optimizer, batches(step), 1e-4, votes, norms, config, world
-                )
-                progress.step += 1
-                for _, values, done_at in lagged.push((step, 0.0), outcome):
-                    log.count(done_at)
-                    known = rocket.Outcome(*values)
-                    rocket.note_skipped(run, progress, step, known, None)
-                    assert rocket.stop_reason(run, known) is None
-                lookout.step_done()
+        def full(step: int) -> None:
+            near = rocket.evaluation_near(progress, 10**9, config)
+            votes = rocket.cast_votes(run, steps=2, evaluation=near)
+            rows = batches(step)
+            outcome = rocket.train_step(called, optimizer, rows, 1e-4, votes, norms, config, world)
+            progress.step += 1
+            for _, values, done_at in lagged.push((step, 0.0), outcome):
+                log.count(done_at)
+                known = rocket.Outcome(*values)
+                rocket.note_skipped(run, progress, step, known)
+                assert rocket.stop_reason(run, known) is None
+            lookout.step_done()
 
-        def bare_block(start: int) -> None:
-            optimizer.found_inf = None
-            for step in range(start, start + STEPS):
-                loss = bare_step(called, optimizer, batches(step), config.optimizer.grad_clip)
-                world.sum(loss)
+        def bare(step: int) -> None:
+            bare_step(called, optimizer, batches(step), config, world)
 
-        ratios, step = [], 0
-        for pair in range(PAIRS + 1):
-            seconds = {}
-            for block in (full_block, bare_block) if pair % 2 else (bare_block, full_block):
+        seconds = {full: [], bare: []}
+        for step in range(STEPS):
+            kinds = (full, bare) if step % 2 else (bare, full)
+            for kind in kinds:
                 start = time.perf_counter()
-                block(step)
-                seconds[block] = time.perf_counter() - start
-                step += STEPS
-            if pair:  # the first pair warms up
-                ratios.append(seconds[full_block] / seconds[bare_block])
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        low, middle, high = (f"{100 * (ratio - 1):+.2f}%" for ratio in (low, middle, high))
+                kind(step)
+                seconds[kind].append(time.perf_counter() - start)
+        with_all, without = (statistics.median(seconds[kind][WARM_UP:]) for kind in (full, bare))
         print(
-            f"{PAIRS} pairs of {STEPS} steps, {1000 * seconds[bare_block] / STEPS:.1f} ms a step:"
-            f" {middle} (quartiles {low}, {high})"
+            f"median of {STEPS - WARM_UP} steps: {1000 * with_all:.2f} ms with,"
+            f" {1000 * without:.2f} ms without: {100 * (with_all / without - 1):+.2f}%"
         )
     shut_down()
 
