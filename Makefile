@@ -9,6 +9,7 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= 2
 ACTIVE := $(shell [ -n "$$VIRTUAL_ENV$$CONDA_PREFIX" ] && python tests/environment.py && echo yes)
 ifeq ($(ACTIVE),yes)
   PY := python
@@ -34,11 +35,13 @@ path: $(READY)
 	$(PY) sample.py out/tiny --prompt="$$(printf 'import os\nimport sys\n\ndef ')" --temperature=0.5
 	$(PY) tests/compare_xz.py out/tiny
 
+# Two tests at a time: most spend their time starting processes. JOBS=1 for one.
 test: $(READY)
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(JOBS) --dist worksteal
 
 test-all: $(READY)
-	$(PY) -m pytest -m ""
+	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slurm"
+	$(PY) -m pytest -m slurm
 
 torture: $(READY)
 	$(PY) tests/torture.py

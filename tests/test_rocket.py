@@ -90,7 +90,10 @@ def test_losses_match_the_single_process(spread, run, tmp_path, finished, finish
         assert ours["val_bits_per_byte"] == pytest.approx(theirs["val_bits_per_byte"], abs=1e-4)
 
 
-@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.long), (2, "fsdp")],
+)
 def test_resumed_training_is_bit_identical(ranks, strategy, run, tmp_path):
     """40 steps straight against 20, a new process, 20 more: weights, optimizer, metrics."""
     options = {"train__max_steps": 40, "parallel__strategy": strategy}
@@ -312,12 +315,11 @@ def poisoned(run, finished, dataset, tmp_path):
     return arguments, bad, token
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_steps_that_are_not_finite_are_skipped(ranks, poisoned, tmp_path, dataset):
+def test_steps_that_are_not_finite_are_skipped(poisoned, tmp_path, dataset):
     """On all ranks, nothing else is lost, and the file says exactly which text they had."""
     arguments, bad, token = poisoned
     out = tmp_path / "run"
-    done = rocket([*arguments, "--train.stop_at_step=19", "--parallel.strategy=fsdp"], ranks)
+    done = rocket([*arguments, "--train.stop_at_step=19", "--parallel.strategy=fsdp"], ranks=2)
     assert done.returncode == 0, done.stderr
     skipped = [json.loads(line) for line in (out / "bad_steps.jsonl").read_text().splitlines()]
     assert [row["step"] for row in skipped] == bad
@@ -493,9 +495,8 @@ def test_a_full_disk_while_saving_keeps_what_was_saved(run, small_disk):
     tensors(small_disk / "run")
 
 
-@pytest.mark.long
-def test_two_nodes_with_hsdp_match_the_single_process(run, finished, tmp_path):
-    """Two torchrun agents with two ranks each: sharded within, replicated across."""
+def on_two_nodes(arguments):
+    """Trains with two torchrun agents of two ranks each, as on two nodes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -505,19 +506,53 @@ def test_two_nodes_with_hsdp_match_the_single_process(run, finished, tmp_path):
                 *(sys.executable, "-m", "torch.distributed.run", "--nnodes=2"),
                 *(f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"),
                 *("--nproc_per_node=2", str(ROOT / "rocket.py")),
-                *run(parallel__strategy="hsdp"),
+                *arguments,
             ],
             env=ENVIRONMENT,
         )
         for node in (0, 1)
     ]
     assert [agent.wait(timeout=240) for agent in agents] == [0, 0]
+
+
+@pytest.mark.long
+def test_two_nodes_with_hsdp_match_the_single_process(run, finished, tmp_path):
+    """Sharded within a node, replicated across."""
+    on_two_nodes(run(parallel__strategy="hsdp"))
     assert np.abs(np.subtract(losses(tmp_path / "run"), losses(finished))).max() < 1e-4
     resumed = rocket(run(train__max_steps=20))  # its sharded checkpoint opens on one process
     assert "finished at step 20" in resumed.stdout
     ours, theirs = tensors(tmp_path / "run"), tensors(finished)
     assert ours.keys() == theirs.keys()
     assert all(np.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
+
+
+@pytest.mark.long
+def test_a_run_moves_between_all_worlds_and_strategies(run, tmp_path):
+    """DDP, FSDP2 and HSDP on 1 to 4 ranks, each from the checkpoint of the one before."""
+    assert rocket(run("reference", train__max_steps=80)).returncode == 0
+    moves = [
+        (1, "ddp"),
+        (4, "hsdp"),
+        (3, "fsdp"),
+        (2, "ddp"),
+        (4, "hsdp"),
+        (1, "ddp"),
+        (4, "ddp"),
+        (2, "fsdp"),
+    ]
+    for index, (ranks, strategy) in enumerate(moves, 1):
+        options = {"parallel__strategy": strategy, "train__stop_at_step": 10 * index}
+        arguments = run("moving", train__max_steps=80, **options)
+        if strategy == "hsdp":
+            on_two_nodes(arguments)
+        else:
+            done = rocket(arguments, ranks)
+            assert done.returncode == 0, done.stderr
+    assert status(tmp_path / "moving")["state"] == "finished"
+    differences = np.subtract(losses(tmp_path / "moving"), losses(tmp_path / "reference"))
+    assert len(differences) == 80
+    assert np.abs(differences).max() < 1e-4
 
 
 def test_half_of_torchruns_environment_is_refused(run, tmp_path):
