@@ -147,7 +147,7 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
             size = sum(12 * parameter.numel() for parameter in model.parameters())
             preflight(directory, config, checkpoint, size, world)
             describe_start(config, model, data, checkpoint, log, world)
-            log.start(progress.step, progress.hours)
+            log.start(progress.step, progress.hours, progress.val_loss is not None)
             saver = Saver(directory, model, optimizer, config.checkpoint, world)
             save_seconds = size / world.size / WRITE_RATE + 1
             minutes = config.checkpoint.interval_minutes

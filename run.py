@@ -253,13 +253,13 @@ class RunLog:
         self.bar = tqdm(disable=True)
         self.failed_at = self._failed_at() if self.enabled else None
 
-    def start(self, step: int, hours: float) -> None:
-        """Opens the files, cut to what came before step, and starts the clocks."""
+    def start(self, step: int, hours: float, evaluated: bool) -> None:
+        """Opens the files, cut to what the checkpoint of a step knows, and starts the clocks."""
         self.started = time.monotonic() - 3600 * hours
         self.restart_clock()
         if self.enabled:
             for name in self.FILES:
-                cut_rows(self.directory / name, step)
+                cut_rows(self.directory / name, step, evaluated)
                 self.files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
@@ -404,15 +404,20 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def cut_rows(path: Path, step: int) -> None:
-    """Cuts a file of rows behind the last whole one whose step is not above step."""
+def cut_rows(path: Path, step: int, evaluated: bool) -> None:
+    """Cuts a file of rows behind the last whole one up to a step.
+
+    If that step was not evaluated yet, rows of an evaluation that a job before began are cut too.
+    """
     if not path.exists():
         return
     keep = 0
     with open(path, "rb+") as file:
         for line in file:
             try:
-                inside = line.endswith(b"\n") and json.loads(line)["step"] <= step
+                row = json.loads(line)
+                known = evaluated or "loss" in row
+                inside = line.endswith(b"\n") and row["step"] < step + known
             except (ValueError, KeyError, TypeError):  # torn by a crash
                 inside = False
             if not inside:

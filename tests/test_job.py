@@ -98,6 +98,9 @@ def test_an_interrupted_evaluation_is_made_by_the_next_job(run, tmp_path):
     assert status(out)["step"] == 2
     assert not any("val_loss" in row for row in rows(out))
     assert find_checkpoint(out).state["val_loss"] is None
+    for name in ("metrics.jsonl", "samples.jsonl"):  # a job that was killed after its evaluation
+        with open(out / name, "a") as file:
+            file.write('{"step": 2, "val_loss": 9.0}\n')
     assert rocket([*run(**slow), "--train.stop_at_step=2"]).returncode == 0
     assert find_checkpoint(out).state["val_loss"] == rows(out)[-1]["val_loss"]
     assert rocket(run(**slow)).returncode == 0
