@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -204,8 +205,14 @@ class Saver:
     ) -> None:
         self.run, self.model, self.optimizer, self.config = run, model, optimizer, config
         self.world = world.aside()
+        self.seconds = 0.0  # that the last save took, from copies to commit
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is under way in the background."""
+        return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
@@ -278,7 +285,9 @@ class Saver:
             self._error = error
 
     def _work(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
+        start = time.monotonic()
         _write_checkpoint(self.run, manifest, pieces, self.world)
+        self.seconds = time.monotonic() - start
 
         def prune() -> None:
             try:

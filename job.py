@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from checkpoint import Saver
 from config import UserError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -89,13 +90,14 @@ class Lookout:
         directory: Path,
         signals: Signals,
         claim: Claim,
+        saver: Saver,
         end: float,
         save_seconds: float,
         save_minutes: float,
     ) -> None:
         """The first save is estimated at save_seconds; the rest is measured."""
         self.stop_file = directory / "STOP"
-        self.signals, self.claim, self.end = signals, claim, end
+        self.signals, self.claim, self.saver, self.end = signals, claim, saver, end
         self.margin = min(30.0, 0.05 * (end - time.time()))
         self.seconds = {"step": 0.0, "evaluation": 0.0, "save": save_seconds}
         self.save_minutes = save_minutes
@@ -119,34 +121,32 @@ class Lookout:
         if what == "save":
             self.saved_at = self.stepped_at
 
-    def votes(self, rank: int, save_failed: bool, ahead: float) -> list[float]:
+    def votes(self, rank: int, steps: int, evaluation: bool) -> list[float]:
         """This rank's votes in the order of VOTES.
 
         Args:
-            save_failed: a save in the background did not succeed.
-            ahead: seconds of work until the next chance to stop.
+            steps: that come before the next chance to stop.
+            evaluation: whether one of them is evaluated.
         """
         now = time.monotonic()
         late = save_due = False
         if rank == 0:  # one clock, and one process that asks the file system
             if now - self.looked_at >= self.FILE_SECONDS:
                 self.looked_at, self.stop_file_seen = now, self.stop_file.exists()
-            needed = ahead + 1.5 * self.seconds["save"] + self.margin
+            save = 1.5 * max(self.seconds["save"], self.saver.seconds)
+            needed = save + self.saver.busy * save + self.margin + steps * self.seconds["step"]
+            needed += evaluation * self.seconds["evaluation"]
             late = self.end - time.time() < needed
             save_due = 0 < 60 * self.save_minutes <= now - self.saved_at
         found = (
             self.claim.lost,
-            save_failed,
+            self.saver.failed,
             self.stop_file_seen,
             self.signals.received,
             late,
             save_due,
         )
         return [float(vote) for vote in found]
-
-    def steps_ahead(self, steps: int, evaluation: bool) -> float:
-        """Seconds that the next steps take, with an evaluation among them or not."""
-        return steps * self.seconds["step"] + evaluation * self.seconds["evaluation"]
 
 
 class Claim:

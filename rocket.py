@@ -66,7 +66,6 @@ from tokenizer import Tokenizer
 
 FLAGS = {ACCEPT_CHANGES: "resume although keys whose rule on resume is consent have changed"}
 
-
 NORM_DECAY, NORM_STEPS = 0.98, 20  # of the running mean of gradient norms; steps until it counts
 WRITE_RATE = 100e6  # bytes a second and rank, by which the first save is estimated
 
@@ -151,7 +150,7 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
             saver = Saver(directory, model, optimizer, config.checkpoint, world)
             save_seconds = size / world.size / WRITE_RATE + 1
             minutes = config.checkpoint.interval_minutes
-            lookout = Lookout(directory, signals, claim, end, save_seconds, minutes)
+            lookout = Lookout(directory, signals, claim, saver, end, save_seconds, minutes)
             run = Run(config, inputs, data, val_data, model, optimizer, saver, lookout, log, world)
             reason = train_steps(run, progress)
     except BaseException as error:
@@ -348,9 +347,8 @@ def note_skipped(run: Run, progress: Progress, step: int, outcome: Outcome) -> N
 
 
 def cast_votes(run: Run, steps: int = 0, evaluation: bool = False) -> Tensor:
-    """This rank's votes (6,), given what lies ahead before ranks can stop again."""
-    ahead = run.lookout.steps_ahead(steps, evaluation)
-    votes = run.lookout.votes(run.world.rank, run.saver.failed, ahead)
+    """This rank's votes (6,), given what comes before ranks can stop again."""
+    votes = run.lookout.votes(run.world.rank, steps, evaluation)
     if not any(votes):  # nearly always, and then nothing has to be copied to the device
         return torch.zeros(len(votes), device=run.world.device)
     return torch.tensor(votes, device=run.world.device)

@@ -76,7 +76,7 @@ def main(arguments: list[str]) -> None:
         model, optimizer = rocket.build(config, inputs, None, log, world)
         saver = Saver(run_directory, model, optimizer, config.checkpoint, world)
         claim, end = Claim(run_directory), job_end(config.train.max_hours)
-        lookout = Lookout(run_directory, Signals(), claim, end, 1.0, 60.0)
+        lookout = Lookout(run_directory, Signals(), claim, saver, end, 1.0, 60.0)
         run = rocket.Run(
             config, inputs, data, val_data, model, optimizer, saver, lookout, log, world
         )

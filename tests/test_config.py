@@ -148,7 +148,7 @@ LIBRARIES = {
     "optimizer": {"config"},
     "distributed": {"config"},
     "checkpoint": {"config", "distributed"},
-    "job": {"config"},
+    "job": {"checkpoint", "config"},
     "run": {"checkpoint", "config", "dataset", "distributed", "job", "tokenizer"},
 }
 
