@@ -20,7 +20,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,10 +201,13 @@ class Saver:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         config: CheckpointConfig,
+        still_ours: Callable[[], None],
         world: World,
     ) -> None:
+        """still_ours raises a UserError when the run belongs to another job by now."""
         self.run, self.model, self.optimizer, self.config = run, model, optimizer, config
-        self.world = world.aside()
+        self.still_ours, self.world = still_ours, world.aside()
+        self.saved_step = -1
         self.seconds = 0.0  # that the last save took, from copies to commit
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -267,6 +270,14 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
+    def finish(self) -> None:
+        """Waits for a save in the background when training has failed; says if that failed too."""
+        try:
+            self.wait()
+        except UserError as error:
+            if self.world.rank == 0:
+                print(error, file=sys.stderr)
+
     def amend(self, step: int, state: dict[str, Any]) -> None:
         """Replaces the state that the newest checkpoint holds: its step was evaluated later."""
         self.wait()
@@ -274,9 +285,11 @@ class Saver:
         def rewrite() -> None:
             checkpoint = Checkpoint(_step_path(self.run, step))
             checkpoint.manifest["state"] = state
+            self.still_ours()
             _write_manifest(checkpoint.path / "manifest.json", checkpoint.manifest)
 
-        self.world.once(rewrite)
+        path = _step_path(self.run, step)
+        self.world.once(lambda: _explained(rewrite, path, 0))
 
     def _work_aside(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
         try:
@@ -286,8 +299,8 @@ class Saver:
 
     def _work(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
         start = time.monotonic()
-        _write_checkpoint(self.run, manifest, pieces, self.world)
-        self.seconds = time.monotonic() - start
+        _write_checkpoint(self.run, manifest, pieces, self.still_ours, self.world)
+        self.saved_step, self.seconds = manifest["step"], time.monotonic() - start
 
         def prune() -> None:
             try:
@@ -326,13 +339,18 @@ def _own_pieces(tensors: list[Tensor], copied: bool, world: World) -> list[Piece
 
 
 def _write_checkpoint(
-    run: Path, manifest: dict[str, Any], pieces: dict[str, list[Piece]], world: World
+    run: Path,
+    manifest: dict[str, Any],
+    pieces: dict[str, list[Piece]],
+    still_ours: Callable[[], None],
+    world: World,
 ) -> None:
     """The commit protocol: written aside by all ranks, and renamed once everything is durable."""
     final = _step_path(run, manifest["step"])
     temporary = final.with_suffix(".tmp")
 
     def begin() -> None:
+        still_ours()
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
@@ -344,6 +362,7 @@ def _write_checkpoint(
         ]
 
     def commit() -> None:
+        still_ours()
         manifest["files"] = [file for of_rank in files for file in of_rank]
         _write_manifest(temporary / "manifest.json", manifest)
         replaced = final.exists()  # did not verify, or weights alone: this run passed it over
@@ -401,10 +420,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`parameter/state` to tensor, in the order of the parameters."""
+    """`parameter/state` to tensor, in the order of the parameters, all of which have some."""
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == {n for n, p in parameters.items() if p in optimizer.state}
     return {
         f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
+        for name, parameter in parameters.items()
         for key, value in sorted(optimizer.state[parameter].items())
     }
 
@@ -440,8 +461,15 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, new_rows: int = 0) ->
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
 ) -> None:
-    """Restores the optimizer's state, each rank reading only the rows that it holds."""
+    """Restores the optimizer's state, each rank reading only the rows that it holds.
+
+    Raises:
+        UserError: the state of a parameter is missing.
+    """
     parameters = dict(model.named_parameters())
+    saved = {name.rpartition("/")[0] for name in checkpoint.shapes("optimizer")}
+    if missing := parameters.keys() ^ saved:
+        raise UserError(f"{checkpoint.path}: no optimizer state fits {min(missing)}")
     for name, shape in checkpoint.shapes("optimizer").items():
         owner, _, key = name.rpartition("/")
         parameter = parameters[owner]

@@ -56,7 +56,9 @@ class World:
         return replace(self, group=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
 
     def once(self, function: Callable[[], T]) -> T:
-        """The result of a function that rank 0 alone runs; its UserError is raised by every rank.
+        """The result of a function that rank 0 alone runs; its failure is raised by every rank.
+
+        That is, a UserError, or an OSError of the files that it works with.
 
         What reads shared files goes through here: 512 ranks reading one manifest is a storm.
         """
@@ -64,7 +66,7 @@ class World:
         if self.rank == 0:
             try:
                 box[0] = function()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 box[1] = str(error)
         dist.broadcast_object_list(box, group=self.group)
         if box[1] is not None:
@@ -74,12 +76,12 @@ class World:
     def each(self, function: Callable[[], T]) -> list[T] | None:
         """Runs a function on all ranks; rank 0 gets the results, by rank, the others None.
 
-        If one raises a UserError, all do. Only the messages travel to everyone.
+        If one raises a UserError or an OSError, all do. Only the messages travel to everyone.
         """
         result, message = None, None
         try:
             result = function()
-        except UserError as error:
+        except (UserError, OSError) as error:
             message = str(error)
         messages: list[str | None] = [None] * self.size
         dist.all_gather_object(messages, message, group=self.group)
@@ -300,6 +302,13 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
         return model
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def reshard(model: nn.Module) -> None:
+    """Frees what FSDP2 gathered and has kept for a backward pass that does not come."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @contextlib.contextmanager

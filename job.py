@@ -40,16 +40,23 @@ class Signals:
         self._interrupted = -INSIST_SECONDS[1]
 
     def install(self) -> None:
-        """Takes over the signals that schedulers, launchers and people send."""
+        """Takes over the signals that schedulers, launchers and people send.
+
+        One that is ignored stays so: nohup lets a terminal go.
+        """
         for number in SIGNALS:
-            signal.signal(number, self._note)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
-        if number == signal.SIGINT:
-            since, self._interrupted = time.monotonic() - self._interrupted, time.monotonic()
-            if INSIST_SECONDS[0] < since < INSIST_SECONDS[1]:
+        since = time.monotonic() - self._interrupted
+        # torchrun turns the second Ctrl-C into TERM
+        if number in (signal.SIGINT, signal.SIGTERM) and INSIST_SECONDS[0] < since:
+            if since < INSIST_SECONDS[1]:
                 raise KeyboardInterrupt
+            if number == signal.SIGINT:
+                self._interrupted = time.monotonic()
 
 
 def job_end(max_hours: float) -> float:
@@ -164,14 +171,28 @@ class Claim:
 
     def check(self) -> None:
         """UserError if another job trains the run; writes nothing."""
-        if (holder := self._holder()) and not self._is_free(holder):
-            age = time.time() - self.path.stat().st_mtime
-            job = f"job {holder['job_id']}, " if holder.get("job_id") else ""
-            raise UserError(
-                f"{self.path.parent} is being trained by {job}process {holder.get('pid')} on"
-                f" {holder.get('host')} (last heartbeat {age:.0f} s ago); stop that one first"
-                f" (touch {self.path.parent}/STOP), or set another train.out_dir"
-            )
+        holder = _read_json(self.path)
+        if holder is not None and not self._is_free(holder):
+            raise self._refusal(holder)
+
+    def _refusal(self, holder: dict[str, Any]) -> UserError:
+        job = f"job {holder['job_id']}, " if holder.get("job_id") else ""
+        return UserError(
+            f"{self.path.parent} is being trained by {job}process {holder.get('pid')} on"
+            f" {holder.get('host')}; stop that one first (touch {self.path.parent}/STOP), or set"
+            " another train.out_dir"
+        )
+
+    def verify(self) -> None:
+        """UserError if another job has taken the run; called before what must not collide."""
+        if not self.is_ours:
+            self.lost = True
+            raise UserError(f"{self.path.parent} was taken over by another job; it is left alone")
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody else holds the run."""
+        return not self.lost and _read_json(self.path) in (None, self.mine)
 
     def take(self) -> None:
         """Claims the run and keeps the claim alive; UserError if another job holds it."""
@@ -197,7 +218,7 @@ class Claim:
         }
         if not self._create():
             self.mine = None
-            self.check()
+            raise self._refusal(_read_json(self.path) or {})
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
@@ -210,16 +231,16 @@ class Claim:
             print(f"{self.path} stays: {error.strerror}", file=sys.stderr)
 
     def _create(self) -> bool:
+        """Makes the claim, whole from its first moment; False if there is one."""
+        fresh = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.new")
+        fresh.write_text(json.dumps(self.mine))
         try:
-            with open(self.path, "x") as file:
-                json.dump(self.mine, file)
+            os.link(fresh, self.path)
         except FileExistsError:
             return False
+        finally:
+            fresh.unlink()
         return True
-
-    def _holder(self) -> dict[str, Any] | None:
-        """Who holds the claim; {} for a claim that can't be read (yet), None for none."""
-        return _read_json(self.path)
 
     def _is_free(self, holder: dict[str, Any]) -> bool:
         if holder.get("host") == socket.gethostname():
@@ -238,15 +259,13 @@ class Claim:
             return True
 
     def _beat(self) -> None:
-        while not self._released.wait(HEARTBEAT_SECONDS):
+        while not self.lost and not self._released.wait(HEARTBEAT_SECONDS):
             try:
-                holder = self._holder()
-                if holder is None:
-                    self.lost = not self._create()
-                elif holder != self.mine:
-                    self.lost = True
-                else:
+                holder = _read_json(self.path)
+                if holder == self.mine:
                     os.utime(self.path)
+                else:
+                    self.lost = holder is not None or not self._create()
             except OSError as error:  # the file system may be back at the next beat
                 print(f"{self.path}: no heartbeat: {error.strerror}", file=sys.stderr)
 
@@ -310,12 +329,16 @@ def snapshot_code(directory: Path) -> None:
     )
     if now == then:
         return
-    shutil.rmtree(fresh, ignore_errors=True)
+    aside = directory / "code.old.tmp"
+    for path in (fresh, aside):
+        shutil.rmtree(path, ignore_errors=True)
     fresh.mkdir()
     for name, content in now.items():
         (fresh / name).write_bytes(content)
-    shutil.rmtree(code, ignore_errors=True)
+    if code.exists():
+        code.rename(aside)
     fresh.rename(code)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def print_diff(changed: dict[str, list[str]], say: Callable[[str], None] = print) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from checkpoint import (
     Checkpoint,
     Saver,
+    checkpoint_paths,
     find_checkpoint,
     find_resumable,
     load_optimizer,
@@ -55,11 +56,12 @@ from distributed import (
     local_part,
     parallelize,
     replicate,
+    reshard,
     set_timeout,
     shut_down,
 )
 from job import Claim, Lookout, Signals, job_end
-from model import IGNORE, Llama, flops_per_token, initial_weight
+from model import IGNORE, Llama, flops_per_token, initial_weight, parameter_count
 from optimizer import build_optimizer, learning_rate
 from run import ACCEPT_CHANGES, Inputs, RunLog, check_inputs, finite, open_run, preflight
 from tokenizer import Tokenizer
@@ -67,7 +69,6 @@ from tokenizer import Tokenizer
 FLAGS = {ACCEPT_CHANGES: "resume although keys whose rule on resume is consent have changed"}
 
 NORM_DECAY, NORM_STEPS = 0.98, 20  # of the running mean of gradient norms; steps until it counts
-WRITE_RATE = 100e6  # bytes a second and rank, by which the first save is estimated
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Progress:
     val_loss: float | None = None  # of the evaluation at this very step, if there was one
     bad_steps: int = 0  # skipped steps in a row, up to this one
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # see does_damage
+    save_seconds: float = 0.0  # that the longest save so far took
 
 
 class Outcome(NamedTuple):
@@ -93,8 +95,8 @@ class Outcome(NamedTuple):
     signal: float = 0.0
     deadline: float = 0.0
     save_due: float = 0.0
-    grad_norm: float = 0.0
     damage: float = 0.0
+    grad_norm: float = 0.0
 
     @property
     def skipped(self) -> str | None:
@@ -128,47 +130,56 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
     inputs = world.once(lambda: check_inputs(directory, config, accept_changes))
     data, val_data = open_datasets(config, inputs)
     max_steps = run_length(config, data)
-    flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
-    claim = Claim(directory)
-    world.once(claim.check)
     tokens_a_step = config.train.global_batch_size * data.seq_len
+    flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
     log = RunLog(directory, world, max_steps, tokens_a_step, flops)
-    progress, started_at = Progress(), 0
+    claim = Claim(directory)
+    progress, start, saver = Progress(), Progress(), None
     try:
+        world.once(claim.check)
+        seen = world.once(lambda: checkpoint_paths(directory))
         checkpoint = find_resumable(directory, world)
         if checkpoint:
             progress = Progress(**checkpoint.state)
-            started_at = progress.step
+            start = replace(progress)
         reason = end_reason(progress, max_steps, config, val_data)
         if not reason:
-            world.once(lambda: open_run(directory, config, claim))
-            model, optimizer = build(config, inputs, checkpoint, log, world)
-            size = sum(12 * parameter.numel() for parameter in model.parameters())
+            size = 12 * parameter_count(config.model, inputs.vocab_size)
             preflight(directory, config, checkpoint, size, world)
+            world.once(lambda: open_run(directory, config, claim, seen))
+            model, optimizer = build(config, inputs, checkpoint, log, world)
             describe_start(config, model, data, checkpoint, log, world)
             log.start(progress.step, progress.hours, progress.val_loss is not None)
-            saver = Saver(directory, model, optimizer, config.checkpoint, world)
-            save_seconds = size / world.size / WRITE_RATE + 1
+            saver = Saver(directory, model, optimizer, config.checkpoint, claim.verify, world)
+            seconds = progress.save_seconds or 1 + max(size / world.size / 100e6, size / 2e9)
             minutes = config.checkpoint.interval_minutes
-            lookout = Lookout(directory, signals, claim, saver, end, save_seconds, minutes)
+            lookout = Lookout(directory, signals, claim, saver, end, seconds, minutes)
             run = Run(config, inputs, data, val_data, model, optimizer, saver, lookout, log, world)
             reason = train_steps(run, progress)
+        advanced = (progress.step, progress.val_loss) != (start.step, start.val_loss)
+        log.end(reason, progress.step, advanced)
     except BaseException as error:
-        # A failure that would only repeat does not come back by itself.
-        if isinstance(error, NotFiniteError):
-            log.failed("non_finite", progress.step, requeue=log.failed_at != progress.step)
-        elif isinstance(error, KeyboardInterrupt):
-            log.failed("signal", progress.step, requeue=False)
-        elif not claim.lost:
-            advanced = progress.step > started_at and not isinstance(error, UserError)
-            log.failed("error", progress.step, requeue=advanced)
+        if saver and isinstance(error, AgreedError):  # all ranks are here
+            saver.finish()
+        if claim.is_ours:
+            reason, step, may_pass = explain_failure(error, progress, start, saver)
+            log.failed(reason, step, may_pass)
         raise
     finally:
         claim.release()
         log.close()
-    if reason == "stop_file":
-        world.once(lambda: lookout.stop_file.unlink(missing_ok=True))
-    log.end(reason, progress.step)
+
+
+def explain_failure(
+    error: BaseException, progress: Progress, start: Progress, saver: Saver | None
+) -> tuple[str, int, bool]:
+    """Reason and step of a failure for status.json, and whether another try may succeed."""
+    if isinstance(error, NotFiniteError):
+        return "non_finite", error.step, True
+    if isinstance(error, KeyboardInterrupt):
+        return "signal", progress.step, False
+    saved = saver is not None and saver.saved_step > start.step
+    return "error", progress.step, saved and not isinstance(error, UserError)
 
 
 @dataclass
@@ -217,6 +228,7 @@ def train_steps(run: Run, progress: Progress) -> str:
     def save() -> None:
         nonlocal saved, save_due, reason
         progress.hours, progress.norms = log.hours, norms.tolist()
+        progress.save_seconds = max(progress.save_seconds, run.saver.seconds)
         log.sync()
         with lookout.timed("save"):
             if progress.step == saved.step:
@@ -233,13 +245,16 @@ def train_steps(run: Run, progress: Progress) -> str:
             settle(lagged.drain())
             worth_keeping = not reason and validate(run, replicated, progress)
             reason = reason or agree(run)
-        reason = reason or end_reason(progress, max_steps, config, run.val_data)
+            if not reason and progress.val_loss is None:
+                continue  # what had interrupted it was taken back
+        reason = end_reason(progress, max_steps, config, run.val_data) or reason
         if reason or worth_keeping or save_due or due(progress.step, config.checkpoint.interval):
             settle(lagged.drain())
             if (progress.step, progress.val_loss) != (saved.step, saved.val_loss):
                 save()
         if reason:
             run.saver.wait()
+            world.once(lambda: lookout.stop_file.unlink(missing_ok=True))
             return reason
 
         windows = step_windows(config.train.seed, progress.step, batch_size, data.windows)
@@ -272,7 +287,7 @@ def train_step(
 
     Args:
         votes: this rank's, to be added up over the ranks along with the loss.
-        norms: see does_damage; brought up to date.
+        norms: see does_damage; where spikes count, takes in the norm of a good step.
 
     Returns:
         The numbers of an Outcome: global, and still on the device. The loss is in nats a token, the
@@ -286,9 +301,13 @@ def train_step(
                 share = model(tokens, targets) / trained
             (share * world.size).backward()
         loss += share.detach()
-    agreed = world.sum(torch.cat((loss[None], votes)))
     grad_norm = clip_gradients(model, config.optimizer.grad_clip)
-    damage = does_damage(agreed[0], grad_norm, norms, config.train.spike_factor)
+    damage = does_damage(loss, grad_norm, norms, config.train.spike_factor)
+    agreed = world.sum(torch.cat((loss[None], votes, damage[None])))
+    damage = agreed[-1].clamp(max=1.0)  # for one rank is for all, whatever their last bits say
+    if config.train.spike_factor:
+        taken = torch.stack((grad_norm, torch.ones_like(grad_norm)))
+        norms.lerp_(torch.where(damage > 0, norms, taken), 1 - NORM_DECAY)
     for group in optimizer.param_groups:
         group["lr"] = rate
     # How mixed precision tells fused optimizers of an overflow: where it is 1, nothing changes,
@@ -296,21 +315,19 @@ def train_step(
     optimizer.grad_scale, optimizer.found_inf = None, damage
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat((agreed, grad_norm[None], damage[None]))
+    return torch.cat((agreed, grad_norm[None]))
 
 
 def does_damage(loss: Tensor, grad_norm: Tensor, norms: Tensor, spike_factor: float) -> Tensor:
     """1.0 if loss or gradient is not finite or the gradient spikes, else 0.0; on the device.
 
     norms (2,) holds the decaying sums of good steps' norms and of their weights: their quotient is
-    the running mean. Where spikes count, it takes in this step's norm if that is good.
+    the running mean.
     """
     damage = (loss + grad_norm).isfinite().logical_not()
     if spike_factor:
         known = norms[1] > 1 - NORM_DECAY ** (NORM_STEPS - 0.5)  # NORM_STEPS good ones or more
         damage = damage | (known & (grad_norm * norms[1] > spike_factor * norms[0]))
-        taken = torch.stack((grad_norm, torch.ones_like(grad_norm)))
-        norms.lerp_(torch.where(damage, norms, taken), 1 - NORM_DECAY)
     return damage.float()
 
 
@@ -340,9 +357,10 @@ def note_skipped(run: Run, progress: Progress, step: int, outcome: Outcome) -> N
     run.log.say(f"step {step} skipped ({outcome.skipped}): {told}")
     if progress.bad_steps >= config.train.max_bad_steps:
         raise NotFiniteError(
-            f"step {step}: {progress.bad_steps} steps in a row were skipped, this one for {told};"
-            " the last checkpoint is good; lower optimizer.learning_rate or look at the data:"
-            f" python prepare.py {run.log.directory / 'config.toml'} --bad-steps"
+            step,
+            f"{progress.bad_steps} steps in a row were skipped, this one for {told}; they changed"
+            " nothing, and what was saved is good; lower optimizer.learning_rate or look at the"
+            f" data: python prepare.py {run.log.directory / 'config.toml'} --bad-steps",
         )
 
 
@@ -381,13 +399,16 @@ def validate(run: Run, model: nn.Module, progress: Progress) -> bool:
     config, log, data = run.config, run.log, run.val_data
     with run.lookout.timed("evaluation"):
         scores = evaluate(run, model)
+        reshard(run.model)
         if scores is None:
             return False
         if not math.isfinite(scores["val_loss"]):
-            raise NotFiniteError(f"step {progress.step}: the validation loss is not finite")
+            raise NotFiniteError(progress.step, "the validation loss is not finite")
         progress.val_loss = scores["val_loss"]
         log.evaluation_row(progress.step, scores)
-        for row in predict(model, data, config, run.world):
+        rows = predict(model, data, config, run.world)
+        reshard(run.model)
+        for row in rows:
             log.row({"step": progress.step, **row}, "samples.jsonl")
     log.restart_clock()
     best = progress.best_val_losses
@@ -412,9 +433,9 @@ def evaluate(run: Run, model: nn.Module) -> dict[str, float] | None:
     for tokens, targets in load_batches(data, windows, config.train.micro_batch_size, world):
         with autocast(model, world):
             sums[0] += model(tokens, targets)
-        trained = targets[targets != IGNORE]
-        sums[1] += trained.numel()
-        sums[2] += bytes_of[trained].sum()
+        trained = targets != IGNORE  # as a mask: to gather them would wait for the device
+        sums[1] += trained.sum()
+        sums[2] += (bytes_of[targets.clamp(min=0)] * trained).sum()
         for _, votes, _ in lagged.push(None, world.sum(cast_votes(run))):
             if stop_reason(run, Outcome(0.0, *votes)):
                 return None
@@ -579,6 +600,10 @@ def end_reason(
 
 class NotFiniteError(AgreedError):
     """Too many steps in a row did damage, or the validation loss is not finite."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(f"step {step}: {message}")
+        self.step = step
 
 
 def identity(config: Config, inputs: Inputs) -> dict[str, Any]:

@@ -110,15 +110,20 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
     return Inputs(manifest, tokenizer.vocab_size, tokenizer.sha256, tokenizer.byte_lengths())
 
 
-def open_run(directory: Path, config: Config, claim: Claim) -> None:
+def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) -> None:
     """Makes the run directory ours and ready: configuration, tokenizer and code, no leftovers.
 
+    Args:
+        seen: the checkpoints that there were when this job chose one.
+
     Raises:
-        UserError: another job trains it, or it can't be written.
+        UserError: another job trains it, or did in the meantime; it can't be written.
     """
     tokenizer = resolve_path(config.tokenizer.path)
     try:
         claim.take()
+        if checkpoint_paths(directory) != seen:
+            raise UserError(f"{directory}: another job has just trained this run; start again")
         remove_leftovers(directory)
         (directory / "logs").mkdir(exist_ok=True)
         snapshot_code(directory)
@@ -187,6 +192,8 @@ def preflight(
             "torch": torch.__version__,
             "compute type": str(world.dtype),
         }
+        if config.parallel.strategy == "hsdp":
+            seen["number of ranks on its node"] = str(world.local_size)
         if world.local_rank == 0:
             dataset = resolve_path(config.data.dir) / "manifest.json"
             newest = checkpoint.path / "manifest.json" if checkpoint else None
@@ -206,7 +213,8 @@ def preflight(
                         f" {first['host']}: {seen[name][:12]} and {first[name][:12]}"
                     )
         kept = len(checkpoint_paths(directory))
-        needed, free = max(1, 2 - kept) * size, shutil.disk_usage(directory).free
+        there = next(path for path in (directory, *directory.parents) if path.is_dir())
+        needed, free = max(1, 2 - kept) * size, shutil.disk_usage(there).free
         if free < needed:
             raise UserError(
                 f"{directory}: {free / 1e9:.3f} GB are free, the next checkpoints need"
@@ -364,22 +372,28 @@ class RunLog:
         self._guarded(lambda: write_atomically(self.directory / "status.json", content))
 
     def _failed_at(self) -> int | None:
-        """The step at which the job before this one failed over a loss that is not finite."""
+        """The step at which the job before this one failed, if it did."""
         try:
             status = json.loads((self.directory / "status.json").read_bytes())
-            return status["step"] if status["reason"] == "non_finite" else None
+            return status["step"] if status["state"] == "failed" else None
         except (OSError, ValueError, KeyError, TypeError):  # none yet, or a torn one
             return None
 
-    def failed(self, reason: str, step: int, requeue: bool) -> None:
-        """Records a failure; where even that fails, says so and leaves the first error in view."""
+    def failed(self, reason: str, step: int, may_pass: bool) -> None:
+        """Records a failure; where even that fails, says so and leaves the first error in view.
+
+        The job comes back if the failure may pass, but not twice from the same step.
+        """
         try:
-            self.status("failed", reason, step, requeue)
+            self.status("failed", reason, step, may_pass and self.failed_at != step)
         except UserError as error:
             print(f"no status.json: {error}", file=sys.stderr)
 
-    def end(self, reason: str, step: int) -> None:
-        """Records and says that the run ended in order."""
+    def end(self, reason: str, step: int, advanced: bool) -> None:
+        """Records and says that the run ended in order.
+
+        A job whose time was too short to advance at all does not come back: it would be no longer.
+        """
         told = {
             "max_steps": "finished",
             "early_stop": "finished early, no new best",
@@ -388,7 +402,9 @@ class RunLog:
             "signal": "stopped by a signal",
             "deadline": "stopped before the job's time is over",
         }[reason]
-        requeue = reason in ("signal", "deadline")
+        if reason == "deadline" and not advanced:
+            told += " (too short for any progress: give it more)"
+        requeue = reason == "signal" or (reason == "deadline" and advanced)
         self.status(told.split()[0], None if reason == "max_steps" else reason, step, requeue)
         self.say(f"{told} at step {step}: {self.directory}")
 

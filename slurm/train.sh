@@ -55,9 +55,11 @@ restarts=${SLURM_RESTART_COUNT:-0}
 
 # The job's comment keeps the run directory, so that an edit of CONFIG does not send a job that
 # comes back to another one. A successor is submitted with it.
+successor=''
 comment=$(squeue -h -j "$job" -o %k) || true
 if [[ $comment == run=* ]]; then
     run=${comment#run=} returning=yes
+    [ "$restarts" != 0 ] || successor=yes
 else
     run=$(python "$ROCKET_ROOT/config.py" "${arguments[@]}") returning=''
     [ "$restarts" = 0 ] || returning=yes
@@ -85,13 +87,14 @@ print(s["job_id"], s["restart_count"], s["requeue"], s["state"], s["reason"])' "
 }
 
 # What the next attempt runs. One that comes back runs the code and the configuration with which the
-# run began, so that nobody's edit changes a job that waits; the configuration only if this job
-# got so far as to write it, else its overrides would be lost.
+# run began, so that nobody's edit changes a job that waits; but only if this job got so far as to
+# write them, else its own overrides would be lost.
 choose_program() {
     program=$ROCKET_ROOT/rocket.py
-    [ -z "$returning" ] || [ ! -f "$run/code/rocket.py" ] || program=$run/code/rocket.py
     if [ -n "$returning" ] && [[ $(read_status) == "$SLURM_JOB_ID "* ]]; then
-        arguments=("$run/config.toml")
+        program=$run/code/rocket.py arguments=("$run/config.toml")
+    elif [ -n "$successor" ] && [ -f "$run/code/rocket.py" ]; then
+        program=$run/code/rocket.py # its arguments were chosen by the job before it
     fi
 }
 
@@ -166,6 +169,8 @@ succeed() {
     done
     returning=yes
     choose_program
+    # What was killed left its claim, which other hosts would honour until it expires.
+    ! grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$run/claim.json" || rm -f "$run/claim.json"
     for name in "${!SLURM_@}"; do # sbatch would hand them on: a restart count, for one
         [ "$name" = SLURM_CONF ] || unset "$name"
     done
@@ -183,7 +188,8 @@ for ((attempt = 1; ; attempt++)); do
     attempt
     read -r owner count requeue state reason < <(read_status) || true
     [ "$owner $count" = "$SLURM_JOB_ID $restarts" ] || state=absent requeue='' # another job's
-    [ "$requeue" != True ] || come_back "$state, $reason"
+    [ "$state $reason" != 'failed error' ] || [ "$requeue" != True ] || state=running # some rank died
+    [ "$requeue" != True ] || [ "$state" = running ] || come_back "$state, $reason"
     case $state in
         finished | stopped) exit 0 ;;
         failed) fail "failed, $reason; not requeued: it would only fail again" ;;

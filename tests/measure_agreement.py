@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
         log = RunLog(run_directory, world, 10**9, 1, 1)
         log.restart_clock()
         model, optimizer = rocket.build(config, inputs, None, log, world)
-        saver = Saver(run_directory, model, optimizer, config.checkpoint, world)
+        saver = Saver(run_directory, model, optimizer, config.checkpoint, lambda: None, world)
         claim, end = Claim(run_directory), job_end(config.train.max_hours)
         lookout = Lookout(run_directory, Signals(), claim, saver, end, 1.0, 60.0)
         run = rocket.Run(

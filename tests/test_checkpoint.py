@@ -49,7 +49,7 @@ def trained(seed=0, width=6):
 def saver_of(run, world, seed=0, **options):
     model, optimizer = trained(seed)
     config = CheckpointConfig(keep_last=100, keep_best=100, **options)
-    return Saver(run, model, optimizer, config, world)
+    return Saver(run, model, optimizer, config, lambda: None, world)
 
 
 def save(run, step, world, seed=0, val_loss=None):

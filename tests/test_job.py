@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from training import (
     ENVIRONMENT,
@@ -29,6 +30,7 @@ from training import (
 import job
 from checkpoint import find_checkpoint
 from config import UserError
+from dataset import TokenDataset, step_windows
 from job import Claim
 
 LONG = {"train__max_steps": 100_000, "train__eval_interval": 0, "checkpoint__interval": 0}
@@ -107,6 +109,44 @@ def test_an_interrupted_evaluation_is_made_by_the_next_job(run, tmp_path):
     assert_identical(tmp_path / "reference", out)
 
 
+def test_nohup_keeps_its_word(run, tmp_path):
+    """A hang-up that was to be ignored still is: the run goes on."""
+    out = tmp_path / "run"
+    command = ["nohup", sys.executable, str(ROOT / "rocket.py"), *run(train__max_steps=60)]
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until(lambda: trains(out))
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0
+    assert status(out)["state"] == "finished"
+
+
+def test_a_job_too_short_for_a_step_does_not_come_back(run, tmp_path):
+    done = rocket(run(train__max_hours=0.1 / 3600))
+    assert done.returncode == 0, done.stderr
+    assert "too short" in done.stdout
+    state = status(tmp_path / "run")
+    assert (state["reason"], state["step"], state["requeue"]) == ("deadline", 0, False)
+
+
+def test_a_crash_comes_back_once(run, dataset, tmp_path):
+    """A token beyond the vocabulary, which start-up does not look for, in what step 15 reads."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(dataset, data)
+    manifest = json.loads((data / "manifest.json").read_text())
+    tokens = TokenDataset(data, manifest, "train", 32)
+    window = int(step_windows(1337, 14, 10, tokens.windows)[3])
+    place = tokens.places(window)[0]
+    shard = np.memmap(data / place["shard"], "<u2", mode="r+")
+    shard[place["offset"] + 5] = 60_000
+    shard.flush()
+    for requeue in (True, False):
+        assert rocket(run(data__dir=data)).returncode == 1
+        assert (status(out)["state"], status(out)["reason"]) == ("failed", "error")
+        assert (status(out)["step"], status(out)["requeue"]) == (14, requeue)
+
+
 def test_a_signal_during_start_up_stops_before_the_first_step(run, tmp_path):
     out = tmp_path / "run"
     with started(run(**LONG)) as launched:
@@ -117,15 +157,17 @@ def test_a_signal_during_start_up_stops_before_the_first_step(run, tmp_path):
     assert status(out)["step"] <= 2
 
 
-def test_a_second_interrupt_stops_at_once(run, tmp_path):
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_a_second_interrupt_stops_at_once(ranks, run, tmp_path):
+    """Ctrl-C twice; torchrun turns the second into TERM for its workers."""
     out = tmp_path / "run"
     slow = {"data__seq_len": 512, "model__max_seq_len": 512, "train__global_batch_size": 60}
-    with started(run(**LONG, **slow)) as launched:
+    with started(run(**LONG, **slow), ranks) as launched:
         until(lambda: (out / "metrics.jsonl").exists() and rows(out))
         launched.process.send_signal(signal.SIGINT)
         time.sleep(1)  # people need as long, and half a second is taken for an echo
         launched.process.send_signal(signal.SIGINT)
-        assert launched.wait(20) == 130
+        assert launched.wait(20) == (130 if ranks == 1 else 1)
     assert status(out)["state"] == "failed"
     assert status(out)["reason"] == "signal"
     assert not status(out)["requeue"]
@@ -255,6 +297,8 @@ def test_a_run_taken_over_is_left_alone(run, tmp_path, monkeypatch):
     claim = Claim(tmp_path)
     claim.take()
     claim_of(tmp_path, job_id="8")
+    with pytest.raises(UserError, match="taken over"):  # asked before each save, too
+        claim.verify()
     until(lambda: claim.lost)
     claim.release()
     assert json.loads((tmp_path / "claim.json").read_text())["job_id"] == "8"
@@ -334,7 +378,7 @@ def test_a_disk_too_small_for_two_checkpoints_is_said_at_the_start(run, small_di
 
 def test_a_killed_rank_ends_the_job_at_once(run, tmp_path):
     out = tmp_path / "run"
-    with started(run(**LONG), ranks=2) as launched:
+    with started(run(**{**LONG, "checkpoint__interval": 2}), ranks=2) as launched:
         until(lambda: trains(out))
         os.kill(launched.workers()[1], signal.SIGKILL)
         killed_at = time.monotonic()

@@ -405,6 +405,26 @@ def test_saving_in_the_background_changes_nothing(ranks, strategy, run, finished
     assert not list((tmp_path / "background" / "checkpoints").glob("*.tmp"))
 
 
+def test_saving_after_an_evaluation_that_kept_gathered_weights(run, finished, tmp_path):
+    """FSDP2 that does not reshard after forward: the checkpoint holds all of the state."""
+    options = {"parallel__strategy": "fsdp", "parallel__reshard_after_forward": "false"}
+    stopped = rocket(run(**options, train__stop_at_step=10), ranks=2)
+    assert stopped.returncode == 0, stopped.stderr
+    assert len(find_checkpoint(tmp_path / "run").shapes("optimizer")) == 3 * 21
+    done = rocket(run(**options), ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert np.abs(np.subtract(losses(tmp_path / "run"), losses(finished))).max() < 1e-4
+
+
+def test_a_failure_waits_for_the_save_under_way(run, poisoned, tmp_path):
+    """Bad steps end the run while it saves in the background: that checkpoint is there."""
+    arguments, bad, _ = poisoned
+    options = ["--checkpoint.asynchronous=true", "--train.max_bad_steps=1"]
+    error_of(rocket([*arguments, *options, f"--checkpoint.interval={bad[0] - 1}"]))
+    assert status(tmp_path / "run")["reason"] == "non_finite"
+    assert bad[0] - 1 in steps_kept(tmp_path / "run")
+
+
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_a_run_directory_that_turns_read_only(asynchronous, run, tmp_path):
     """While it trains: all ranks stop with one line, and the last checkpoint stays loadable."""
