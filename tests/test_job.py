@@ -197,9 +197,9 @@ def test_the_run_stops_before_its_time_is_over(run, tmp_path):
 
 
 def test_the_clock_saves_too(run, tmp_path):
-    """Two ranks, no interval in steps: a checkpoint a second, agreed by both."""
+    """No interval in steps: a checkpoint a second."""
     out = tmp_path / "run"
-    with started(run(**LONG, checkpoint__interval_minutes=1 / 60), ranks=2) as launched:
+    with started(run(**LONG, checkpoint__interval_minutes=1 / 60)) as launched:
         until(lambda: list(out.glob("checkpoints/step_" + "[0-9]" * 8)))
         first = steps_kept(out)
         until(lambda: steps_kept(out).keys() != first.keys())
@@ -212,7 +212,7 @@ def test_a_second_job_on_a_live_run_leaves(run, tmp_path):
     out = tmp_path / "run"
     with started(run(**LONG)) as launched:
         until(lambda: trains(out))
-        message = error_of(rocket(run(**LONG), ranks=2))
+        message = error_of(rocket(run(**LONG)))
         assert f"process {launched.pid} on {socket.gethostname()}" in message
         launched.process.kill()
         launched.wait()
