@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoint import Saver
 from config import UserError
@@ -83,13 +83,20 @@ def job_end(max_hours: float) -> float:
     return end  # of a partition without a limit it says N/A
 
 
+class Votes(NamedTuple):
+    """What a rank asks for, 0 or 1 each, or their sums: what any rank asks for, all do at once."""
+
+    claim_lost: float
+    save_failed: float
+    stop_file: float
+    signal: float
+    deadline: float
+    save_due: float
+
+
 class Lookout:
-    """Why this rank would stop or save now, as numbers that the ranks add up.
+    """Why this rank would stop or save now."""
 
-    A vote is 0 or 1; what any rank votes for, all do at the same step.
-    """
-
-    VOTES = ("claim_lost", "save_failed", "stop_file", "signal", "deadline", "save_due")
     FILE_SECONDS = 1.0  # between looks for the STOP file
 
     def __init__(
@@ -128,8 +135,8 @@ class Lookout:
         if what == "save":
             self.saved_at = self.stepped_at
 
-    def votes(self, rank: int, steps: int, evaluation: bool) -> list[float]:
-        """This rank's votes in the order of VOTES.
+    def votes(self, rank: int, steps: int, evaluation: bool) -> Votes:
+        """This rank's votes.
 
         Args:
             steps: that come before the next chance to stop.
@@ -145,15 +152,14 @@ class Lookout:
             needed += evaluation * self.seconds["evaluation"]
             late = self.end - time.time() < needed
             save_due = 0 < 60 * self.save_minutes <= now - self.saved_at
-        found = (
-            self.claim.lost,
-            self.saver.failed,
-            self.stop_file_seen,
-            self.signals.received,
-            late,
-            save_due,
+        return Votes(
+            claim_lost=float(self.claim.lost),
+            save_failed=float(self.saver.failed),
+            stop_file=float(self.stop_file_seen),
+            signal=float(self.signals.received),
+            deadline=float(late),
+            save_due=float(save_due),
         )
-        return [float(vote) for vote in found]
 
 
 class Claim:

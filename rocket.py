@@ -60,7 +60,7 @@ from distributed import (
     set_timeout,
     shut_down,
 )
-from job import Claim, Lookout, Signals, job_end
+from job import Claim, Lookout, Signals, Votes, job_end
 from model import IGNORE, Llama, flops_per_token, initial_weight, parameter_count
 from optimizer import build_optimizer, learning_rate
 from run import ACCEPT_CHANGES, Inputs, RunLog, check_inputs, finite, open_run, preflight
@@ -88,15 +88,10 @@ class Progress:
 class Outcome(NamedTuple):
     """What all ranks come to know of a step, LAG steps later: global values and added-up votes."""
 
-    loss: float = 0.0
-    claim_lost: float = 0.0
-    save_failed: float = 0.0
-    stop_file: float = 0.0
-    signal: float = 0.0
-    deadline: float = 0.0
-    save_due: float = 0.0
-    damage: float = 0.0
-    grad_norm: float = 0.0
+    loss: float
+    votes: Votes
+    damage: float
+    grad_norm: float
 
     @property
     def skipped(self) -> str | None:
@@ -217,13 +212,14 @@ def train_steps(run: Run, progress: Progress) -> str:
         """Rows, skipped steps and reasons to stop or save, of the steps that are known by now."""
         nonlocal reason, save_due
         for (step, rate), values, done_at in outcomes:
-            outcome = Outcome(*values)
+            loss, *votes, damage, grad_norm = values
+            outcome = Outcome(loss, Votes(*votes), damage, grad_norm)
             log.count(done_at)
             if step == max_steps or due(step, config.train.log_interval):
                 log.training_row(step, outcome.loss, rate, outcome.grad_norm, outcome.skipped)
             note_skipped(run, progress, step, outcome)
-            reason = reason or stop_reason(run, outcome)
-            save_due = save_due or outcome.save_due > 0
+            reason = reason or stop_reason(run, outcome.votes)
+            save_due = save_due or outcome.votes.save_due > 0
 
     def save() -> None:
         nonlocal saved, save_due, reason
@@ -290,8 +286,8 @@ def train_step(
         norms: see does_damage; where spikes count, takes in the norm of a good step.
 
     Returns:
-        The numbers of an Outcome: global, and still on the device. The loss is in nats a token, the
-        gradient norm that before clipping.
+        The numbers of an Outcome, in order: global, and still on the device. The loss is in nats a
+        token, the gradient norm that before clipping.
     """
     trained = world.sum(sum((targets != IGNORE).sum() for _, targets in batches))
     loss = torch.zeros((), device=world.device)
@@ -375,20 +371,20 @@ def cast_votes(run: Run, steps: int = 0, evaluation: bool = False) -> Tensor:
 def agree(run: Run) -> str | None:
     """Why to stop, asked where ranks wait for each other anyway."""
     votes = run.world.sum(cast_votes(run, steps=2))
-    return stop_reason(run, Outcome(0.0, *votes.tolist()))
+    return stop_reason(run, Votes(*votes.tolist()))
 
 
-def stop_reason(run: Run, outcome: Outcome) -> str | None:
+def stop_reason(run: Run, votes: Votes) -> str | None:
     """Why to stop, or None.
 
     Raises:
         AgreedError: on every rank: the run belongs to another job, a save failed.
     """
-    if outcome.claim_lost:
+    if votes.claim_lost:
         raise AgreedError(f"{run.log.directory} was taken over by another job; nothing was saved")
-    if outcome.save_failed:
+    if votes.save_failed:
         run.saver.wait()
-    return next((why for why in ("stop_file", "signal", "deadline") if getattr(outcome, why)), None)
+    return next((why for why in ("stop_file", "signal", "deadline") if getattr(votes, why)), None)
 
 
 def validate(run: Run, model: nn.Module, progress: Progress) -> bool:
@@ -437,7 +433,7 @@ def evaluate(run: Run, model: nn.Module) -> dict[str, float] | None:
         sums[1] += trained.sum()
         sums[2] += (bytes_of[targets.clamp(min=0)] * trained).sum()
         for _, votes, _ in lagged.push(None, world.sum(cast_votes(run))):
-            if stop_reason(run, Outcome(0.0, *votes)):
+            if stop_reason(run, Votes(*votes)):
                 return None
     nats, count, size = world.sum(sums).tolist()
     loss = nats / count

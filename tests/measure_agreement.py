@@ -31,7 +31,7 @@ from distributed import (
     replicate,
     shut_down,
 )
-from job import Claim, Lookout, Signals, job_end
+from job import Claim, Lookout, Signals, Votes, job_end
 from model import IGNORE
 from run import RunLog, check_inputs
 
@@ -96,9 +96,10 @@ def main(arguments: list[str]) -> None:
             progress.step += 1
             for _, values, done_at in lagged.push((step, 0.0), outcome):
                 log.count(done_at)
-                known = rocket.Outcome(*values)
+                loss, *votes, damage, norm = values
+                known = rocket.Outcome(loss, Votes(*votes), damage, norm)
                 rocket.note_skipped(run, progress, step, known)
-                assert rocket.stop_reason(run, known) is None
+                assert rocket.stop_reason(run, known.votes) is None
             lookout.step_done()
 
         def bare(step: int) -> None:
