@@ -90,19 +90,61 @@ class TokenizerConfig:
 class DataConfig:
     sources: list[str] = key(
         ["python-stdlib"],
-        "files, directories or globs of text, CSV, JSON lines or Parquet; or python-stdlib",
+        "files, directories or globs of text, CSV, JSON lines or Parquet; hf://datasets/…; or"
+        " python-stdlib",
         resume="free",
     )
     val_sources: list[str] = key([], "sources used as the validation split, whole", resume="free")
     test_sources: list[str] = key([], "sources used as the test split, whole", resume="free")
+    raw_dir: str = key("data/raw", "where prepare.py --download puts hf:// sources", resume="free")
     dir: str = key("data/tiny", "prepared dataset", resume="free")
-    text_column: str = key("text", "column or JSON field that holds the text", resume="free")
-    document: str | dict = key(
-        "auto", 'row, file, line, blank_line or {starts = "regex"}; auto: by format', resume="free"
+    mixture: dict = key(
+        {},
+        'prepared datasets and their weights, instead of dir: {"data/a" = 0.7, "data/b" = 0.3}',
+        resume="free",
     )
-    max_document_bytes: int = key(16_000_000, "a larger document is an error", resume="free", low=1)
+    format: Literal["text", "instruct"] = key(
+        "text", "text: documents; instruct: conversations with a loss mask", resume="free"
+    )
+    text_column: str = key("text", "column or JSON field that holds the text", resume="free")
+    columns: dict = key(
+        {},
+        'instruct: the column of each role, in order: {user = "question", assistant = "answer"}',
+        resume="free",
+    )
+    messages_column: str = key(
+        "messages",
+        "instruct, without columns: the column of lists of {role, content} or {from, value}",
+        resume="free",
+    )
+    template: dict = key(
+        {role: f"<|{role}|>{{content}}<|end|>" for role in ("system", "user", "assistant")},
+        "instruct: how the message of each role is written",
+        resume="free",
+    )
+    train_on: Literal["responses", "all"] = key(
+        "responses", "instruct: tokens that the loss falls on", resume="free"
+    )
+    too_long: Literal["truncate", "drop"] = key(
+        "truncate", "instruct: what to do with a conversation above seq_len tokens", resume="free"
+    )
+    document: str | dict = key(
+        "auto",
+        'row, file, line, blank_line, {starts = "regex"} or {lines = 200}; auto: by format',
+        resume="free",
+    )
+    document_mask: bool = key(False, "attention stays within a document")
+    max_document_bytes: int = key(
+        16_000_000, "a larger document is a bad one, see on_error", resume="free", low=1
+    )
     errors: Literal["strict", "replace"] = key(
-        "strict", "what to do with text that is not UTF-8", resume="free"
+        "strict", "text that is not UTF-8: bad, or read with U+FFFD in its place", resume="free"
+    )
+    on_error: Literal["stop", "skip"] = key(
+        "stop", "at a bad document: stop, or leave it out and list it", resume="free"
+    )
+    deduplicate: bool = key(
+        False, "drop documents of a split that equal an earlier one", resume="free"
     )
     val_fraction: float = key(
         0.01, "share of documents held out for validation", resume="free", low=0
@@ -368,6 +410,7 @@ def _typed(path: str, value: Any, hint: Any) -> Any:
         return value
     if type(value) is not hint:
         names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+        names[dict] = 'a table, such as {a = "b"}'
         raise ConfigError(f"{path} is {names[hint]}, not {value!r}")
     if hint is float and not math.isfinite(value):
         raise ConfigError(f"{path} is a finite number, not {value}")
@@ -437,14 +480,44 @@ def _check_relations(config: Config) -> None:
     for name in ("beta1", "beta2"):
         beta = getattr(config.optimizer, name)
         require(beta < 1, f"optimizer.{name} must be below 1, not {beta}")
-    if isinstance(data.document, dict):
-        if list(data.document) != ["starts"] or not isinstance(data.document["starts"], str):
-            raise ConfigError('data.document as a table is {starts = "regex"}')
-    elif data.document not in ("auto", "row", "file", "line", "blank_line"):
-        raise ConfigError(
-            'data.document is auto, row, file, line, blank_line or {starts = "regex"}'
-            f", not {data.document!r}"
-        )
+    _check_document(data.document)
+    _check_instruct(data)
+    for name, weight in data.mixture.items():
+        number = type(weight) in (int, float) and 0 < weight < math.inf
+        require(number, f"data.mixture: the weight of {name} is a number above 0, not {weight!r}")
+
+
+def _check_document(rule: str | dict) -> None:
+    if rule in ("auto", "row", "file", "line", "blank_line"):
+        return
+    if isinstance(rule, dict) and len(rule) == 1:
+        starts, lines = rule.get("starts"), rule.get("lines")
+        if isinstance(starts, str) or (type(lines) is int and lines > 0):
+            return
+    raise ConfigError(
+        'data.document is auto, row, file, line, blank_line, {starts = "regex"} or {lines = 200},'
+        f" not {rule!r}"
+    )
+
+
+def _check_instruct(data: DataConfig) -> None:
+    """ConfigError for a template or columns that make no conversation."""
+    for role, text in data.template.items():
+        if not isinstance(text, str) or text.count("{content}") != 1:
+            raise ConfigError(f"data.template.{role} is a text with {{content}} once, not {text!r}")
+    for role, column in data.columns.items():
+        if role not in data.template:
+            near = _nearest(role, data.template)
+            raise ConfigError(f"data.columns: data.template has no role {role!r}{near}")
+        if not isinstance(column, str):
+            raise ConfigError(f"data.columns.{role} is the name of a column, not {column!r}")
+    for name, table in (("template", data.template), ("columns", data.columns)):
+        if table and "assistant" not in table:
+            raise ConfigError(f"data.{name} lacks the role assistant, whose words are learnt")
+    if data.format == "instruct" and not data.template:
+        raise ConfigError("data.template is empty: say how the message of each role is written")
+    if data.format == "instruct" and data.document not in ("auto", "row"):
+        raise ConfigError("data.document: with data.format = instruct a document is a row")
 
 
 def tables(config: Config) -> dict[str, dict[str, Any]]:
@@ -592,7 +665,9 @@ def markdown_table() -> str:
     lines = ["| key | default | meaning | on resume |", "|---|---|---|---|"]
     for section in SECTIONS:
         for name, default, help, resume in describe(section):
-            lines.append(f"| `{section}.{name}` | `{default}` | {help} | {resume} |")
+            cells = (f"`{section}.{name}`", f"`{default}`", help, resume)
+            row = (cell.replace("|", "\\|") for cell in cells)  # a bar would end the cell
+            lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
 
