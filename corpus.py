@@ -9,26 +9,34 @@ batch and the largest document. What a document's text is, by `data.document`:
     line        a line without its newline
     blank_line  the lines between blank ones, without the last newline
     {starts=…}  from a line that the regex matches (at its start) to the next one, newlines kept
+    {lines=N}   about N lines: one begins a document if the hash of its bytes is a multiple of N
 
+Whether a line begins a document depends on that line alone, so that any byte range can be cut off.
 Text stands as in the source, byte for byte (but python-stdlib is read as Python reads it, CRLF a
 newline). For all rules but `row`, a table's rows are lines of one larger text, a newline added
 where a row lacks it. A null is an empty text; an empty text is a document, the caller may drop it.
+
+Of instruction data a row is a conversation, its text the JSON of [[role, content], …]; `texts`
+gives its contents. A document that can't be read is bad: `data.on_error` says whether that stops
+the reading. A file that is cut short or damaged always does: it tells not how much is lost.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
+import functools
 import glob
 import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sysconfig
 import tokenize
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
@@ -45,6 +53,9 @@ STDLIB_SKIPPED = {"test", "tests", "site-packages", "dist-packages", "__pycache_
 MIN_PART_BYTES, MAX_PARTS = 1_000_000, 1024  # the default part: small corpora still feed all cores
 BATCH_BYTES = 4_000_000  # of a Parquet column, decoded at a time
 TABLE_LINE_FACTOR = 8  # JSON may take six bytes for one of text, and a line has other fields
+MESSAGES = (("role", "content"), ("from", "value"))  # what a message's fields are called
+ROLES = {"human": "user", "gpt": "assistant"}  # what roles are called where a template lacks them
+STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
 class Source(NamedTuple):
@@ -81,13 +92,22 @@ class Document(NamedTuple):
 
     def place(self) -> str:
         """`file, row N` for messages, N counted from the file's beginning; N = 0: the file."""
-        row = self.row
-        if self.start:  # lines are counted only now: a corpus without a mistake needs no count
-            row += 1  # the one that the byte before `start` belongs to
-            with open(self.file, "rb") as lines:
-                for at in range(0, self.start - 1, BATCH_BYTES):
-                    row += lines.read(min(BATCH_BYTES, self.start - 1 - at)).count(b"\n")
-        return f"{self.file}, row {row}" if row else self.file
+        return _place(self.file, self.row + _rows_before(self.file, self.start))
+
+
+class Bad(NamedTuple):
+    """A document that can't be read: its file, where it is bad (0: the file), and what is wrong."""
+
+    file: str
+    row: int
+    reason: str
+
+    def message(self) -> str:
+        return f"{_place(self.file, self.row)}: {self.reason}"
+
+
+class Unreadable(Exception):
+    """Why a row, or where it concerns all rows a file, can't be read."""
 
 
 def describe_sources(data: DataConfig) -> list[Source]:
@@ -125,15 +145,27 @@ def plan(data: DataConfig) -> list[Part]:
     return parts
 
 
-def read(part: Part, data: DataConfig) -> Iterator[Document]:
-    """The documents that start in the part, in order.
+def read(
+    part: Part, data: DataConfig, skipped: Callable[[Bad], object] = lambda bad: None
+) -> Iterator[Document]:
+    """The documents that start in the part, in order; with data.on_error = skip, but for bad ones.
+
+    Those are not UTF-8 (unless data.errors is replace), above data.max_document_bytes, or rows
+    that break their format or lack what is to be read; each goes to `skipped`, once.
 
     Raises:
-        UserError: names file and row: unreadable or damaged, no such column, a column that is not
-            text, not UTF-8 (unless data.errors is replace), above data.max_document_bytes.
+        UserError: names file and row: a file that is unreadable or damaged, no such column, a
+            column that is not text; with data.on_error = stop, a bad document.
     """
     for piece in part.pieces:
-        yield from Reader(piece, data).documents()
+        yield from Reader(piece, data, skipped).documents()
+
+
+def texts(document: Document, data: DataConfig) -> list[str]:
+    """The texts in a document: the contents of a conversation, else its text."""
+    if data.format == "instruct":
+        return [content for _, content in json.loads(document.text)]
+    return [document.text]
 
 
 def split_of(text: str, data: DataConfig) -> str:
@@ -141,9 +173,7 @@ def split_of(text: str, data: DataConfig) -> str:
 
     A split that has sources of its own takes nothing from the others.
     """
-    key = str(data.split_seed).encode()
-    digest = hashlib.blake2b(text.encode(), digest_size=8, key=key).digest()
-    share = int.from_bytes(digest, "big") / 2**64
+    share = _hash(text, str(data.split_seed).encode()) / 2**64
     val = 0.0 if data.val_sources else data.val_fraction
     test = 0.0 if data.test_sources else data.test_fraction
     return "val" if share < val else "test" if share < val + test else "train"
@@ -199,6 +229,8 @@ def _suffixes(path: str) -> tuple[str, str | None]:
 
 
 def _rule(format: str, data: DataConfig) -> str | dict:
+    if data.format == "instruct":
+        return "row"
     automatic = "file" if format in ("text", "python") else "row"
     return automatic if data.document == "auto" else data.document
 
@@ -207,7 +239,8 @@ def _cut(source: Source, target: int, data: DataConfig) -> Iterator[Source]:
     """The pieces of a source: of about `target` bytes where its format can be cut, else one."""
     rule = _rule(source.format, data)
     if rule == "row" and source.format in ("text", "python"):
-        raise ConfigError(f"data.document = row is for tables, but {source.path} is text")
+        key = "format = instruct" if data.format == "instruct" else "document = row"
+        raise ConfigError(f"data.{key} is for tables, but {source.path} is text")
     whole = rule == "file" or source.format in ("csv", "python") or _suffixes(source.path)[1]
     if whole or source.bytes <= target:
         yield source
@@ -230,14 +263,20 @@ def _cut(source: Source, target: int, data: DataConfig) -> Iterator[Source]:
 class Reader:
     """Reads one piece; `row` is where it stands, so that whatever goes wrong can be placed.
 
-    Each format yields (position, text); a position is in the unit of the piece's start and stop.
+    Each format yields (position, row as it stands in the file); a position is in the unit of the
+    piece's start and stop. `convert` alone makes text of a row, or Bad.
     """
 
-    def __init__(self, piece: Source, data: DataConfig):
-        self.piece, self.data, self.row = piece, data, 0
+    def __init__(self, piece: Source, data: DataConfig, skipped: Callable[[Bad], object]):
+        self.piece, self.data, self.skipped, self.row = piece, data, skipped, 0
         self.rule, self.limit = _rule(piece.format, data), data.max_document_bytes
-        self.is_text = piece.format in ("text", "python")
+        self.is_text, self.errors = piece.format in ("text", "python"), data.errors
         self.origin = piece.start if piece.format in ("text", "jsonl") else 0  # rows count from it
+        self.key, self.columns = "text_column", [data.text_column]  # what is read of a table
+        if data.format == "instruct" and data.columns:
+            self.key, self.columns = "columns", list(data.columns.values())
+        elif data.format == "instruct":
+            self.key, self.columns = "messages_column", [data.messages_column]
 
     def documents(self) -> Iterator[Document]:
         """The documents that start in the piece; UserError with file and row where it fails."""
@@ -248,133 +287,158 @@ class Reader:
                     text = _without_newline(text)
                 elif isinstance(self.rule, dict) and not text.strip():
                     continue  # blank lines before the first match
-                if len(text.encode()) > self.limit:
-                    raise self.too_large(row)
-                yield Document(text, self.piece.path, row, self.origin)
-        except UnicodeError as error:  # bytes, or half of a surrogate pair from JSON's escapes
-            self.row += error.object.count(b"\n", 0, error.start) if self.is_text else 0
-            bad = error.object[error.start : error.start + 1]
-            raise self.error(f"not UTF-8 ({bad!a}); data.errors = replace puts U+FFFD") from None
-        except csv.Error as error:
-            raise self.error(f"not CSV ({error})") from None
-        except (OSError, SyntaxError, pa.ArrowException) as error:
-            raise self.error(_damage(error)) from None
+                if 4 * len(text) > self.limit and len(text.encode()) > self.limit:
+                    self.leave_out(self.too_large(row))
+                else:
+                    yield Document(text, self.piece.path, row, self.origin)
+        except UnicodeError as error:  # Python that is not what it says it is
+            self.leave_out(self.not_utf8(error))
+        except SyntaxError as error:
+            self.leave_out(self.bad(f"can't be read as Python ({error})"))
+        except Unreadable as error:
+            raise UserError(f"{self.piece.path}: {error}") from None
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(self.placed(self.bad(_damage(error))).message()) from None
 
     def groups(self) -> Iterator[tuple[int, list[str]]]:
         """Runs of units, each from a boundary inside the piece to the next, which may lie beyond.
 
         What comes before a file's first boundary is a run of its first piece. Whether a unit is a
-        boundary depends on that unit alone, so neighbouring pieces agree on who owns a run.
+        boundary depends on that unit alone, so neighbouring pieces agree on who owns a run. A bad
+        unit makes its run bad.
         """
         is_boundary = _boundary(self.rule)
-        owned, first, units, size = self.piece.start == 0, 1, [], 0
-        for text, inside in self.units():
-            if is_boundary(text):
+        owned, good, first, units, size = self.piece.start == 0, True, 1, [], 0
+        for unit, inside in self.units():
+            bad = isinstance(unit, Bad)
+            if self.rule in ("row", "line") if bad else is_boundary(unit):
                 if units:
                     yield first, units
-                owned, units, size = inside, [], 0
+                owned, good, units, size = inside, True, [], 0
                 if inside and self.rule == "blank_line":
                     continue
-            if owned:
+            if owned and good:
                 first = first if units else self.row
-                units.append(text)
-                size += len(text)
-                if size > self.limit + 2:  # characters, and a newline that may go
-                    raise self.too_large(first)
-            elif not inside:
+                if not bad:
+                    units.append(unit)
+                    size += len(unit)
+                    if size > self.limit + 2:  # characters, and a newline that may go
+                        bad, unit = True, self.too_large(first)
+                if bad:
+                    self.leave_out(unit)
+                    good, units = False, []
+            elif not owned and not inside:
                 return
-        if units or self.rule == "file":
+        if units or (self.rule == "file" and good):
             yield first, units
 
-    def units(self) -> Iterator[tuple[str, bool]]:
+    def units(self) -> Iterator[tuple[str | Bad, bool]]:
         """Rows for the rule `row`, else lines, each with whether it starts inside the piece."""
-        formats = {"csv": self.csv_rows, "jsonl": self.json_rows, "parquet": self.parquet_rows}
-        for position, text in formats.get(self.piece.format, self.lines)():
-            inside = self.piece.stop is None or position < self.piece.stop
-            if self.is_text or self.rule == "row":
-                yield text, inside
+        formats = {"csv": self.csv_rows, "parquet": self.parquet_rows}
+        stop = math.inf if self.piece.stop is None else self.piece.stop
+        is_unit = self.is_text or self.rule == "row"
+        for position, row in formats.get(self.piece.format, self.lines)():
+            inside = position < stop
+            unit = row if isinstance(row, Bad) else self.convert(row)
+            if unit is None:
+                pass
+            elif is_unit or isinstance(unit, Bad):
+                yield unit, inside
             else:
-                for line in io.StringIO(text if text.endswith("\n") else text + "\n"):
+                for line in io.StringIO(unit if unit.endswith("\n") else unit + "\n"):
                     yield line, inside
+            self.row += 1
 
-    def lines(self) -> Iterator[tuple[int, str]]:
+    def lines(self) -> Iterator[tuple[int, bytes | Bad]]:
         """Lines with their newlines, by the byte where they start; for `file`, a text is one."""
         limit = self.limit + 2 if self.is_text else TABLE_LINE_FACTOR * self.limit
         self.row = 1
         with self.open() as file:
             take = file.read if self.is_text and self.rule == "file" else file.readline
+
+            def skip_line() -> int:
+                """Reads to the end of the line, in blocks; the number of bytes."""
+                size = 0
+                while block := take(BATCH_BYTES):
+                    size += len(block)
+                    if block.endswith(b"\n"):
+                        break
+                return size
+
+            position = 0
             if self.piece.start:  # the line that the byte before it belongs to is another piece's
                 file.seek(self.piece.start - 1)
-                while (tail := file.readline(BATCH_BYTES)) and not tail.endswith(b"\n"):
-                    pass
-            position = file.tell() if self.piece.start else 0
-            while raw := take(limit + 1):
-                if len(raw) > limit:
-                    raise self.too_large(self.row)
-                yield position, raw.decode("utf-8", self.data.errors)
-                position += len(raw)
-                self.row += 1
+                position = self.piece.start - 1 + skip_line()
+            while line := take(limit + 1):
+                yield position, line if len(line) <= limit else self.too_large(self.row)
+                position += len(line)
+                if len(line) > limit and not line.endswith(b"\n"):
+                    position += skip_line()
 
-    def json_rows(self) -> Iterator[tuple[int, str]]:
-        """A JSON object a line; blank lines are none."""
-        column = self.data.text_column
-        for position, line in self.lines():
-            if not line.strip():
-                continue
+    def csv_rows(self) -> Iterator[tuple[int, list[bytes] | Bad]]:
+        """Records below a header of names, numbered from 1; quoted newlines are kept.
+
+        A record that breaks the rules is its first line: one open quote can't swallow the rest.
+        """
+        csv.field_size_limit(TABLE_LINE_FACTOR * self.limit)
+        source = self.lines()
+        record: list[str] = []  # the lines of the record that is being read
+        again: list[str] = []  # lines to read a second time, from the last on
+
+        def lines() -> Iterator[str]:
+            while again:
+                record.append(again.pop())
+                yield record[-1]
+            for _, line in source:
+                if isinstance(line, Bad):
+                    raise Unreadable(line.reason)
+                record.append(line.decode("latin-1"))  # a character a byte, whatever they mean
+                yield record[-1]
+
+        rows = csv.reader(lines(), strict=True)
+        try:
+            names = next(filter(None, rows), None)
+        except csv.Error as error:
+            raise Unreadable(f"the header is not CSV ({error})") from None
+        if names is None:
+            raise Unreadable("empty: a CSV file starts with a header of column names")
+        header = [name.encode("latin-1").decode("utf-8", "replace") for name in names]
+        header[0] = header[0].removeprefix("\ufeff")
+        self.check_columns(header)
+        indices = [header.index(column) for column in self.columns]
+        self.row = 1
+        while True:
+            record.clear()
             try:
-                values = json.loads(line.removeprefix("\ufeff"))
-            except (ValueError, RecursionError) as error:
-                raise self.error(f"not JSON ({error}); one object a line") from None
-            if not isinstance(values, dict):
-                raise self.error('not a JSON object; each line is one, such as {"text": "…"}')
-            self.check_column(values)
-            text = "" if values[column] is None else values[column]
-            if not isinstance(text, str):
-                raise self.error(f"{column!r} is {type(text).__name__}, not text")
-            if self.data.errors == "replace":
-                text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            text.encode()  # raises for half of a surrogate pair
-            yield position, text
+                values = next(rows, None)
+            except (csv.Error, Unreadable) as error:
+                again += reversed(record[1:])
+                rows = csv.reader(lines(), strict=True)
+                reason = f"not CSV ({error})" if isinstance(error, csv.Error) else str(error)
+                yield 0, self.bad(reason)
+                continue
+            if values is None:
+                return
+            if len(values) == len(header):
+                yield 0, [values[index].encode("latin-1") for index in indices]
+            elif values:  # an empty line is no record
+                yield 0, self.bad(f"has {len(values)} fields, the header {len(header)}")
 
-    def csv_rows(self) -> Iterator[tuple[int, str]]:
-        """Records below a header of names, numbered from 1; quoted newlines are kept."""
-        csv.field_size_limit(self.limit)
-        limit, errors = TABLE_LINE_FACTOR * self.limit, self.data.errors
-        with self.open() as file:
-            lines = (raw.decode("utf-8", errors) for raw in iter(lambda: file.readline(limit), b""))
-            rows = filter(None, csv.reader(lines, strict=True))  # an empty line is no record
-            names = next(rows, None)
-            if names is None:
-                raise self.error("empty: a CSV file starts with a header of column names")
-            names[0] = names[0].removeprefix("\ufeff")
-            self.check_column(names)
-            index = names.index(self.data.text_column)
-            self.row = 1
-            for values in rows:
-                if len(values) != len(names):
-                    raise self.error(f"has {len(values)} fields, the header {len(names)}")
-                yield 0, values[index]
-                self.row += 1
-
-    def parquet_rows(self) -> Iterator[tuple[int, str]]:
+    def parquet_rows(self) -> Iterator[tuple[int, tuple[object, ...]]]:
         """Rows from the piece's first row group on, a batch at a time."""
         with _open_parquet(self.piece.path) as file:
-            column = self.data.text_column
-            self.check_column(file.schema_arrow.names)
-            kind = file.schema_arrow.field(column).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if kind not in (pa.string(), pa.large_string()):
-                raise self.error(f"column {column!r} is {kind}, not text; set data.text_column")
+            schema = file.schema_arrow
+            self.check_columns(schema.names)
+            kinds = {name: _parquet_type(schema.field(name), self.key) for name in self.columns}
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             self.row = 1 + sum(group.num_rows for group in groups[: self.piece.start])
             stop = self.piece.stop if self.rule in ("row", "line") else None  # what may cross it
             for i, group in [*enumerate(groups)][self.piece.start : stop]:
                 size = max(1, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
-                for batch in file.iter_batches(size, [i], [column], use_threads=False):
-                    # As bytes, so that text which is not UTF-8 is found here, with its row.
-                    for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
-                        yield i, (raw or b"").decode("utf-8", self.data.errors)
-                        self.row += 1
+                for batch in file.iter_batches(size, [i], list(kinds), use_threads=False):
+                    values = [batch.column(n).cast(kinds[n]).to_pylist() for n in self.columns]
+                    for row in zip(*values, strict=True):
+                        yield i, row
 
     def open(self) -> BinaryIO:
         """The file's bytes, without compression; Python as UTF-8, whatever it is written in."""
@@ -386,34 +450,179 @@ class Reader:
             return io.BufferedReader(pa.input_stream(path, compression=compression))
         return open(path, "rb")
 
-    def check_column(self, names: Iterable[str]) -> None:
-        if (column := self.data.text_column) not in names:
-            message = f"no column {column!r}; set data.text_column to one of: {', '.join(names)}"
-            raise self.error(message)
+    def check_columns(self, names: list[str]) -> None:
+        """Unreadable unless each column that is read is one of the names, once."""
+        for column in self.columns:
+            if (count := names.count(column)) != 1:
+                wrong = f"{count} columns {column!r}" if count else f"no column {column!r}"
+                known = ", ".join(names)
+                raise Unreadable(f"{wrong}; set data.{self.key} to one of: {known}")
 
-    def too_large(self, row: int) -> UserError:
-        self.row = row
-        return self.error(
+    def convert(self, row: bytes | Sequence[object]) -> str | Bad | None:
+        """The text of a line or of a row's columns; None for a blank line of JSON."""
+        try:
+            if self.is_text:
+                return row.decode("utf-8", self.errors)
+            if self.piece.format == "jsonl":
+                if not row.strip():
+                    return None
+                fields = _parse(row.decode("utf-8", self.errors).removeprefix("\ufeff"))
+                if not isinstance(fields, dict):
+                    raise Unreadable('not a JSON object; each line is one, such as {"text": "…"}')
+                try:
+                    row = [fields[column] for column in self.columns]
+                except KeyError:
+                    self.check_columns([*fields])
+            if self.data.format == "instruct":
+                return _conversation(row, self.columns, self.data)
+            return _text(row[0], self.columns[0], self.errors)
+        except UnicodeError as error:  # bytes, or half of a surrogate pair from JSON's escapes
+            return self.not_utf8(error)
+        except Unreadable as error:
+            return self.bad(str(error))
+
+    def leave_out(self, bad: Bad) -> None:
+        """Goes on without a bad document, if data.on_error allows that."""
+        bad = self.placed(bad)
+        if self.data.on_error == "stop":
+            raise UserError(bad.message())
+        self.skipped(bad)
+
+    def too_large(self, row: int) -> Bad:
+        reason = (
             f"a document above data.max_document_bytes ({self.limit:,}); raise it, or cut documents"
             " with data.document"
         )
+        return Bad(self.piece.path, row, reason)
 
-    def error(self, message: str) -> UserError:
-        here = Document("", self.piece.path, self.row, self.origin)
-        return UserError(f"{here.place()}: {message}")
+    def not_utf8(self, error: UnicodeError) -> Bad:
+        letter = error.object[error.start : error.start + 1]
+        bad = self.bad(f"not UTF-8 ({letter!a}); data.errors = replace puts U+FFFD")
+        lines = error.object.count(b"\n", 0, error.start) if self.is_text else 0
+        return bad._replace(row=bad.row + lines)
+
+    def bad(self, reason: str) -> Bad:
+        return Bad(self.piece.path, self.row, reason)
+
+    def placed(self, bad: Bad) -> Bad:
+        """With its row counted from the file's beginning."""
+        return bad._replace(row=bad.row + self.rows_before)
+
+    @functools.cached_property
+    def rows_before(self) -> int:  # counted only now: a corpus without a mistake needs no count
+        return _rows_before(self.piece.path, self.origin)
 
 
 def _boundary(rule: str | dict) -> Callable[[str], bool]:
     """Tells whether a unit begins a document, or for blank_line ends one."""
-    if isinstance(rule, dict):
-        try:
-            match = re.compile(rule["starts"]).match
-        except re.error as error:
-            raise ConfigError(f"data.document: {rule['starts']!r} is no regex: {error}") from None
-        return lambda line: match(_without_newline(line)) is not None
     if rule == "blank_line":
         return lambda line: not line.strip()
-    return lambda unit: rule != "file"
+    if isinstance(rule, str):
+        return lambda unit: rule != "file"
+    if lines := rule.get("lines"):
+        return lambda line: bool(line.strip()) and _hash(_without_newline(line)) % lines == 0
+    try:
+        match = re.compile(rule["starts"]).match
+    except re.error as error:
+        raise ConfigError(f"data.document: {rule['starts']!r} is no regex: {error}") from None
+    return lambda line: match(_without_newline(line)) is not None
+
+
+def _hash(text: str, key: bytes = b"") -> int:
+    """64 bits."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "big")
+
+
+def _place(file: str, row: int) -> str:
+    return f"{file}, row {row}" if row else file
+
+
+def _rows_before(path: str, start: int) -> int:
+    """The lines that begin before byte `start`, where a piece of the file starts."""
+    if not start:
+        return 0
+    rows = 1  # the one that the byte before `start` belongs to
+    with open(path, "rb") as lines:
+        for at in range(0, start - 1, BATCH_BYTES):
+            rows += lines.read(min(BATCH_BYTES, start - 1 - at)).count(b"\n")
+    return rows
+
+
+def _conversation(row: Sequence[object], columns: list[str], data: DataConfig) -> str:
+    """The JSON of [[role, content], …], from the columns of roles or a list of messages."""
+    if data.columns:
+        texts = (_text(*pair, data.errors) for pair in zip(row, columns, strict=True))
+        messages = zip(data.columns, texts, strict=True)
+    else:
+        messages = _messages(row[0], data)
+    found = [[role, text] for role, text in messages if text or role != "system"]
+    return json.dumps(found, ensure_ascii=False)
+
+
+def _messages(value: object, data: DataConfig) -> Iterator[tuple[str, str]]:
+    """The roles and contents of a list of messages, which may be written as JSON."""
+    column = data.messages_column
+    if isinstance(value, str | bytes):
+        value = _parse(_text(value, column, data.errors) or "null")
+    if not isinstance(value, list | None):
+        raise Unreadable(f"{column!r} is {type(value).__name__}, not a list of messages")
+    for i, message in enumerate(value or [], 1):
+        fields = message if isinstance(message, dict) else {}
+        keys = next((keys for keys in MESSAGES if {*keys} <= {*fields}), None)
+        if keys is None:
+            what = f"has {', '.join(fields)}" if fields else f"is {type(message).__name__}"
+            raise Unreadable(
+                f"message {i} of {column!r} {what}, not role and content, or from and value"
+            )
+        role, text = (_text(fields[key], f"{key} of message {i}", data.errors) for key in keys)
+        role = role if role in data.template else ROLES.get(role, role)
+        if role not in data.template:
+            known = ", ".join(data.template)
+            raise Unreadable(f"message {i}: data.template has no role {role!r}, but {known}")
+        yield role, text
+
+
+def _text(value: object, name: str, errors: str) -> str:
+    """A value as text; Unreadable if it is none, UnicodeError where it is not Unicode."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", errors)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise Unreadable(f"{name!r} is {type(value).__name__}, not text")
+    if errors == "replace":
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    value.encode()  # raises for half of a surrogate pair
+    return value
+
+
+def _parquet_type(field: pa.Field, key: str) -> pa.DataType:
+    """The type as which a column is read: with bytes for text, since that may not be UTF-8."""
+
+    def is_text(kind: pa.DataType) -> bool:
+        return (kind.value_type if pa.types.is_dictionary(kind) else kind) in STRINGS
+
+    kind, wanted = field.type, "text"
+    if is_text(kind):
+        return pa.large_binary()
+    if key == "messages_column":
+        wanted = "a list of {role, content} or {from, value}"
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            message = kind.value_type
+            fields = [f.name for f in message] if pa.types.is_struct(message) else []
+            keys = next((keys for keys in MESSAGES if {*keys} <= {*fields}), ())
+            if keys and all(is_text(message.field(name).type) for name in keys):
+                read = [(name, pa.large_binary()) for name in fields if name in keys]
+                return pa.large_list(pa.struct(read))
+    raise Unreadable(f"column {field.name!r} is {kind}, not {wanted}; set data.{key}")
+
+
+def _parse(line: str) -> object:
+    """The value of a JSON text."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise Unreadable(f"not JSON ({error})") from None
 
 
 def _open_parquet(path: str) -> pq.ParquetFile:

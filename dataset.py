@@ -1,4 +1,4 @@
-"""From token bins to batches: the packed dataset, and the order in which a run sees it.
+"""From token bins to batches: packed datasets, mixtures, and the order in which a run sees them.
 
 The order is a pure function of the configuration and the step, so that a run resumes from the step
 number alone on any number of ranks. Nothing here knows of a model or of processes.
@@ -9,7 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +20,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import DATASET_VERSION, ConfigError, UserError
+from config import DATASET_VERSION, ConfigError, DataConfig, UserError
 from model import IGNORE
 
-OPEN_SHARDS = 64  # memory maps kept open: a thousand would exhaust the usual `ulimit -n 1024`
+OPEN_FILES = 64  # memory maps kept open: a thousand would exhaust the usual `ulimit -n 1024`
+WEIGHT_SUM = 2**20  # most that the whole-number weights of a mixture add up to
+INSTRUCT_KEYS = ("format", "seq_len", "template", "train_on", "too_long")  # they decide the masks
 
 
 def read_manifest(directory: Path, tokenizer_sha256: str) -> dict[str, Any]:
     """The manifest of a prepared dataset, checked against its files' sizes and the tokenizer.
 
     Raises:
-        UserError: no dataset, another version or tokenizer, a shard that is missing or cut.
+        UserError: no dataset, another version or tokenizer, a shard or mask that is missing or cut.
     """
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
         version, tokenizer = manifest["version"], manifest["tokenizer"]["sha256"]
-        sizes = {
-            directory / shard["file"]: 2 * shard["tokens"]
-            for split in manifest["splits"].values()
-            for shard in split["shards"]
-        }
+        shards = [s for split in manifest["splits"].values() for s in split["shards"]]
+        sizes = {shard["file"]: 2 * shard["tokens"] for shard in shards}
+        if "seq_len" in manifest:
+            sizes |= {mask_name(shard["file"]): shard["tokens"] for shard in shards}
     except FileNotFoundError:
         raise UserError(
             f"{directory}: no dataset here (manifest.json is missing); run prepare.py"
@@ -53,27 +57,82 @@ def read_manifest(directory: Path, tokenizer_sha256: str) -> dict[str, Any]:
             f"{path}: the dataset was made with another tokenizer (sha256 {tokenizer[:12]}…, not"
             f" {tokenizer_sha256[:12]}…); set tokenizer.path to it, or run prepare.py with --force"
         )
-    for file, expected in sizes.items():
-        size = file.stat().st_size if file.exists() else -1
-        if size != expected:
-            found = "is missing" if size < 0 else f"has {size} bytes instead of {expected}"
-            raise UserError(f"{file} {found}; run prepare.py with --force")
+    # A network file system sends the sizes along with a listing; asked for one by one, ten thousand
+    # shards take as many round trips.
+    with os.scandir(directory) as entries:
+        found = {e.name: e.stat().st_size for e in entries if e.name in sizes and e.is_file()}
+    for name, expected in sizes.items():
+        if (size := found.get(name)) != expected:
+            wrong = "is missing" if size is None else f"has {size} bytes instead of {expected}"
+            raise UserError(f"{directory / name} {wrong}; run prepare.py with --force")
     return manifest
 
 
+def mask_name(shard: str) -> str:
+    """The file beside a shard of instruct data that says which of its tokens are trained on."""
+    return shard.removesuffix(".bin") + ".mask"
+
+
 def fingerprint(manifest: dict[str, Any]) -> str:
-    """The identity of a dataset's content: a digest of its shards' digests and its tokenizer."""
+    """The identity of a dataset's content: a digest of its shards' digests and its tokenizer.
+
+    For instruct data also of the masks' digests and of the keys that decided them.
+    """
     content = {"splits": manifest["splits"], "tokenizer": manifest["tokenizer"]}
+    content |= {name: manifest[name] for name in INSTRUCT_KEYS if name in manifest}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class TokenDataset:
-    """The windows of one split: window i is seq_len + 1 tokens from i · seq_len on.
+def mixture_fingerprint(manifests: dict[str, dict[str, Any]], weights: dict[str, int]) -> str:
+    """The identity of what a run trains on: content, order and weights; of one dataset, its own."""
+    parts = [(fingerprint(manifest), weights[name]) for name, manifest in manifests.items()]
+    if len(parts) == 1:
+        return parts[0][0]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    Memory is O(shards); shards open when they are first read.
+
+def mixture_weights(data: DataConfig) -> dict[str, int]:
+    """Directory to weight, in whole numbers: those of data.mixture, else data.dir alone.
+
+    They stand in the proportion that is written, 0.7 to 0.3 as 7 to 3. Where that takes a sum above
+    WEIGHT_SUM, shares are rounded to multiples of 1 / WEIGHT_SUM, largest remainders up.
 
     Raises:
-        ConfigError: the split is missing or shorter than one window of data.seq_len.
+        ConfigError: a share that is rounded to nothing.
+    """
+    given = {name: Fraction(str(weight)) for name, weight in data.mixture.items()}
+    given = given or {data.dir: Fraction(1)}
+    shares = {name: weight / sum(given.values()) for name, weight in given.items()}
+    total = min(math.lcm(*(share.denominator for share in shares.values())), WEIGHT_SUM)
+    weights = {name: math.floor(share * total) for name, share in shares.items()}
+    by_remainder = sorted(shares, key=lambda name: weights[name] - shares[name] * total)
+    for name in by_remainder[: total - sum(weights.values())]:
+        weights[name] += 1
+    for name, weight in weights.items():
+        if not weight:
+            raise ConfigError(
+                f"data.mixture: {name} is {float(shares[name]):.1e} of the whole, less than the"
+                f" smallest share, 1/{WEIGHT_SUM:,}; leave it out or give it more weight"
+            )
+    return weights
+
+
+@functools.lru_cache(maxsize=OPEN_FILES)  # one limit for all datasets of the process
+def open_file(path: Path, dtype: str) -> np.memmap:
+    """A shard or mask as a memory map, which opens when it is first read."""
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+class TokenDataset:
+    """The windows of one split.
+
+    Of a text dataset, window i is seq_len + 1 tokens from i · seq_len on. Of an instruct dataset it
+    is seq_len tokens that hold whole conversations: the token after them would begin another one.
+    Memory is O(shards).
+
+    Raises:
+        ConfigError: the split is missing, shorter than one window of data.seq_len, packed for
+            another seq_len, or has no token to train on.
     """
 
     def __init__(self, directory: Path, manifest: dict[str, Any], split: str, seq_len: int) -> None:
@@ -81,22 +140,38 @@ class TokenDataset:
         self.files = [directory / shard["file"] for shard in shards]
         self.starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         self.seq_len = seq_len
+        self.packed = "seq_len" in manifest
         self.tokens = int(self.starts[-1])
-        self.windows = max(0, self.tokens - 1) // seq_len
-        self.unused_tokens = self.tokens - self.windows * seq_len - 1
+        last = 0 if self.packed else 1  # tokens of a window beyond its stride
+        self.windows = max(0, self.tokens - last) // seq_len
+        self.unused_tokens = self.tokens - self.windows * seq_len - last
+        self.window_tokens = seq_len + last
+        if self.packed and manifest["seq_len"] != seq_len:
+            raise ConfigError(
+                f"{directory}: conversations were packed into windows of {manifest['seq_len']}"
+                f" tokens, data.seq_len is {seq_len}; set data.seq_len={manifest['seq_len']}, or"
+                " run prepare.py with --force"
+            )
         if not self.windows:
             raise ConfigError(
                 f"{directory}: the {split} split has {self.tokens} tokens, less than one window of"
-                f" data.seq_len + 1 = {seq_len + 1}"
+                f" data.seq_len{' + 1' * last} = {self.window_tokens}"
             )
-        self.shard = functools.lru_cache(maxsize=OPEN_SHARDS)(self._open)
+        if self.packed and not any(shard["trained"] for shard in shards):
+            raise ConfigError(
+                f"{directory}: the {split} split has no token to train on; look at data.train_on"
+                " and data.columns, and run prepare.py with --force"
+            )
 
-    def _open(self, index: int) -> np.memmap:
-        return np.memmap(self.files[index], dtype="<u2", mode="r")
-
-    def window(self, index: int) -> np.ndarray:
-        """The seq_len + 1 token ids of a window, uint16."""
-        return np.concatenate([self.shard(i)[start:stop] for i, start, stop in self._pieces(index)])
+    def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The token ids of a window, uint16, and where they are training targets, boolean."""
+        pieces = [(self.files[i], start, stop) for i, start, stop in self._pieces(index)]
+        ids = np.concatenate([open_file(file, "<u2")[start:stop] for file, start, stop in pieces])
+        if not self.packed:
+            return ids, np.ones(len(ids), dtype=bool)
+        masks = [(file.with_name(mask_name(file.name)), *piece) for file, *piece in pieces]
+        mask = np.concatenate([open_file(file, "u1")[start:stop] for file, start, stop in masks])
+        return ids, mask != 0
 
     def places(self, index: int) -> list[dict[str, Any]]:
         """Where a window lies: file name, first token and number of tokens of each piece."""
@@ -107,36 +182,143 @@ class TokenDataset:
 
     def _pieces(self, index: int) -> Iterator[tuple[int, int, int]]:
         """The pieces of a window as (shard, start, stop), in tokens from the shard's beginning."""
-        start, stop = index * self.seq_len, (index + 1) * self.seq_len + 1
+        start = index * self.seq_len
+        stop = start + self.window_tokens
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
         while start < stop:
             first, end = int(self.starts[shard]), int(self.starts[shard + 1])
             yield shard, start - first, min(stop, end) - first
             start, shard = end, shard + 1
 
+    def order(self, seed: int, positions: np.ndarray) -> np.ndarray:
+        """The windows at positions of the endless order: each epoch is a permutation of its own."""
+        epochs, places = np.divmod(positions, self.windows)
+        order = np.empty_like(positions)
+        for epoch in np.unique(epochs):  # a batch may straddle epochs
+            inside = epochs == epoch
+            order[inside] = permute(seed, int(epoch), places[inside], self.windows)
+        return order
+
+
+class Mixture:
+    """The splits that a run reads, in proportion to their weights; one dataset is a mixture of one.
+
+    Windows are numbered through: those of the first dataset, then those of the second, and so on.
+    """
+
+    def __init__(self, datasets: dict[str, TokenDataset], weights: dict[str, int]) -> None:
+        """Of datasets by their directory, with weights for all of them (see mixture_weights)."""
+        self.names, self.datasets = list(datasets), list(datasets.values())
+        self.weights = [weights[name] for name in self.names]
+        self.shares = [weight / sum(self.weights) for weight in self.weights]
+        self.starts = np.cumsum([0, *(data.windows for data in self.datasets)])
+        self.windows = int(self.starts[-1])
+        self.tokens = sum(data.tokens for data in self.datasets)
+        self.unused_tokens = sum(data.unused_tokens for data in self.datasets)
+        self.seq_len = self.datasets[0].seq_len
+
+    def step_windows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
+        """The windows (batch_size,) of a step: slots step · B … (step + 1) · B - 1 of the run.
+
+        Each dataset's windows come once an epoch of that dataset.
+        """
+        slots = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+        which, positions = interleave(slots, self.weights)
+        order = np.empty_like(slots)
+        for index in np.unique(which):
+            mine = which == index
+            windows = self.datasets[index].order(seed, positions[mine])
+            order[mine] = self.starts[index] + windows
+        return order
+
+    def epochs(self, slots: int) -> dict[str, float]:
+        """Epochs of each dataset that the first slots of a run hold."""
+        counts = slot_counts(slots, self.weights)
+        each = zip(self.names, counts, self.datasets, strict=True)
+        return {name: count / data.windows for name, count, data in each}
+
+    def evenly_spaced(self, count: int) -> list[np.ndarray]:
+        """Window numbers of each dataset, spread over it: its share of count, but at least one.
+
+        All of its windows for 0.
+        """
+        found = []
+        for data, share, start in zip(self.datasets, self.shares, self.starts[:-1], strict=True):
+            own = max(1, round(count * share)) if count else 0
+            found.append(start + evenly_spaced(own, data.windows))
+        return found
+
+    def mean(self, values: dict[str, float]) -> float:
+        """The mean of a number of each dataset, by weight."""
+        return sum(
+            share * values[name] for name, share in zip(self.names, self.shares, strict=True)
+        )
+
+    def place(self, window: int) -> dict[str, Any]:
+        """Where a window lies: its dataset, its number there, and the pieces of it."""
+        index, own = self._find(window)
+        pieces = self.datasets[index].places(own)
+        return {"dataset": self.names[index], "window": own, "pieces": pieces}
+
     def batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens and targets (B, seq_len), int64, of window numbers (B,).
 
-        A number of -1 is a filler: token 0, with no target to train on.
+        Targets are IGNORE where there is nothing to train on. A window of -1 is a filler: token 0,
+        and no target.
         """
         ids = np.zeros((len(windows), self.seq_len + 1), dtype=np.int64)
-        for row, index in zip(ids, windows, strict=True):
-            if index >= 0:
-                row[:] = self.window(int(index))
+        trained = np.zeros(ids.shape, dtype=bool)
+        for row, window in enumerate(windows):
+            if window >= 0:
+                index, own = self._find(int(window))
+                read, mask = self.datasets[index].window(own)
+                ids[row, : len(read)], trained[row, : len(read)] = read, mask
         tokens, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
-        targets[torch.from_numpy(windows < 0)] = IGNORE
+        targets[torch.from_numpy(~trained[:, 1:])] = IGNORE
         return tokens, targets
 
+    def _find(self, window: int) -> tuple[int, int]:
+        index = int(np.searchsorted(self.starts, window, side="right")) - 1
+        return index, window - int(self.starts[index])
 
-def step_windows(seed: int, step: int, batch_size: int, windows: int) -> np.ndarray:
-    """The windows (batch_size,) of a step: slots step · B … (step + 1) · B - 1 of the run."""
-    slots = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-    epochs, positions = np.divmod(slots, windows)
-    order = np.empty_like(slots)
-    for epoch in np.unique(epochs):  # a batch may straddle epochs
-        inside = epochs == epoch
-        order[inside] = permute(seed, int(epoch), positions[inside], windows)
-    return order
+
+def interleave(slots: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which dataset each slot of a run reads, and which of that dataset's own slots it is.
+
+    A balanced binary tree of the datasets: where the left half weighs l of t, slot n goes left if
+    that raises floor(n · l / t), the number of slots that went left before it.
+
+    Of the first n slots, the number that read dataset d differs from n · w_d / t by less than the
+    depth of its leaf, at most ceil(log2 k) for k datasets. Proof: the root gets its due n exactly.
+    If a node gets c slots and misses its due by m, its left child gets floor(c · l / t); that
+    misses c · l / t by less than 1, which misses the child's due by m · l / t: together less than
+    m + 1. The right child gets the rest, and misses c · r / t by just as much.
+
+    Products stay in 64 bits for slots below 2^43, as weights add up to 2^20 at most.
+    """
+    if len(weights) == 1:
+        return np.zeros_like(slots), slots
+    half = len(weights) // 2
+    left, total = sum(weights[:half]), sum(weights)
+    before = slots * left // total
+    goes_left = (slots + 1) * left // total > before
+    which, positions = np.empty_like(slots), np.empty_like(slots)
+    for side, own, first, stop in (
+        (goes_left, before, 0, half),
+        (~goes_left, slots - before, half, None),
+    ):
+        found, positions[side] = interleave(own[side], weights[first:stop])
+        which[side] = first + found
+    return which, positions
+
+
+def slot_counts(slots: int, weights: list[int]) -> list[int]:
+    """How many of the first slots of a run read each dataset, by interleave."""
+    if len(weights) == 1:
+        return [slots]
+    half = len(weights) // 2
+    left = slots * sum(weights[:half]) // sum(weights)
+    return slot_counts(left, weights[:half]) + slot_counts(slots - left, weights[half:])
 
 
 def permute(seed: int, epoch: int, positions: np.ndarray, size: int) -> np.ndarray:

@@ -9,12 +9,15 @@ V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from config import ModelConfig
 
@@ -67,6 +70,43 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+def document_mask(documents: Tensor) -> Tensor | BlockMask:
+    """What a token attends to: itself and those before it in its document.
+
+    Made at each forward pass, once for all layers. On a GPU only the blocks of the square that have
+    something in them are computed; on a CPU, where compiled FlexAttention has no backward pass
+    (torch 2.13), the mask is a boolean tensor (B, 1, T, T).
+
+    Args:
+        documents: number of each token's document (B, T).
+    """
+    B, T = documents.shape
+    if documents.device.type == "cpu":
+        same = documents[:, None, :, None] == documents[:, None, None, :]
+        return same & same.new_ones(T, T).tril()
+
+    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (documents[b, query] == documents[b, key])
+
+    return compiled(create_block_mask)(sees, B, None, T, T, device=documents.device)
+
+
+@functools.cache
+def compiled(function: Callable) -> Callable:
+    """The function compiled: once for all layers and steps, when it is first needed."""
+    return torch.compile(function)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+    """Attention (B, H, T, E) of q over k, v (B, K, S, E); without a mask it is causal."""
+    grouped = q.shape[1] != k.shape[1]
+    if isinstance(mask, BlockMask):
+        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
+    )
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
@@ -77,7 +117,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], context: Context | None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        context: Context | None,
+    ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
@@ -86,14 +132,7 @@ class Attention(nn.Module):
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if context:
             k, v = context.cache.update(self.layer, context.positions, k, v, context.length)
-        y = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=context.mask if context else None,
-            is_causal=context is None,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -117,9 +156,13 @@ class Block(nn.Module):
         self.mlp = FeedForward(config)
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], context: Context | None = None
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        context: Context | None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, context)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -163,6 +206,7 @@ class Llama(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
+        documents: Tensor | None = None,
         *,
         cache: KVCache | None = None,
         positions: Tensor | None = None,
@@ -174,21 +218,26 @@ class Llama(nn.Module):
         Args:
             tokens: ids (B, T).
             targets: ids (B, T), IGNORE where a token is not trained on.
+            documents: number of each token's document (B, T): attention stays within one. Positions
+                run on over documents, as rotary embeddings tell distances alone; without a cache.
             cache: keys and values of earlier tokens; the current ones are added at `positions`.
             positions: place of each token in its sequence (B, T); with a cache only.
             length: cached entries to attend over, above every position; with a cache only.
             only: the one token of each row (B,) whose logits are wanted (B, 1, V): those of a long
                 prompt would take gigabytes.
         """
-        context = None
+        context = mask = None
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+            if documents is not None:
+                mask = document_mask(documents)
         else:
             context = Context(cache, positions, length)
+            mask = context.mask
         rotary = rotary_tables(positions, self.config)
         x = self.model.embed_tokens(tokens)
         for layer in self.model.layers:
-            x = layer(x, rotary, context)
+            x = layer(x, rotary, mask, context)
         if only is not None:
             x = x[torch.arange(len(x), device=x.device), only][:, None]
         logits = self.lm_head(self.model.norm(x))

@@ -1,5 +1,5 @@
 """python prepare.py [CONFIG] [--section.key=value …] [--force]
-python prepare.py [CONFIG] [--section.key=value …] --task=I/N | --verify | --bad-steps
+python prepare.py [CONFIG] [--section.key=value …] --download | --task=I/N | --verify | --inspect
 
 Tokenizes the sources of CONFIG into the packed dataset `data.dir`, on all cores. A killed run goes
 on where it was; a finished one says "up to date". On several machines: N tasks of a job array with
@@ -7,10 +7,11 @@ on where it was; a finished one says "up to date". On several machines: N tasks 
 """
 
 # How: the corpus falls into parts (corpus.py). Workers write a part's tokens to `parts/IDENTITY/`
-# and then its report, so a part with a report is done for good. When all are, their files become
-# the shards, numbered in the order of the parts, and the manifest, written last, makes them a
-# dataset. Files get their names when they are whole, and IDENTITY is a digest of all that decides
-# their content, so that programs that write the same file, on any machines, write the same bytes.
+# and then its report, so a part with a report is done for good. Where documents are compared or
+# packed into windows, workers then arrange each part's files anew (packing.py). When all are done,
+# the files become the shards, numbered in the order of the parts, and the manifest, written last,
+# makes them a dataset. Files get their names when they are whole, and IDENTITY is a digest of all
+# that decides their content, so programs that write the same file, anywhere, write the same bytes.
 
 from __future__ import annotations
 
@@ -23,22 +24,26 @@ import multiprocessing
 import os
 import re
 import secrets
+import shutil
 import signal
 import sys
-import textwrap
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 import corpus
+import hub
+import inspection
+from chat import LEARNT, Template
 from config import (
     DATASET_VERSION,
     Config,
@@ -53,17 +58,38 @@ from config import (
     sync_directory,
     write_atomically,
 )
-from corpus import Part
+from corpus import Bad, Document, Part
+from packing import (
+    COUNTS,
+    MASK_COUNTS,
+    Encoded,
+    Shard,
+    arrange,
+    find_duplicates,
+    name_file,
+    named,
+    new_file,
+)
 from tokenizer import Tokenizer, configured_tokenizer
 
 SPLITS = ("train", "val", "test")
-COUNTS = ("tokens", "documents", "bytes")
 SHORT_DOCUMENT = 64  # tokens; a median below it suggests lines where documents were meant
+ARRANGED = "arranged."  # in the names of a part's files when its documents were compared or packed
+SKIPPED = "skipped.jsonl"
+RULES = {
+    "empty": "empty documents",
+    "bad": "bad documents",
+    "no_response": "conversations without a response",
+    "too_long": "conversations longer than a window",
+    "duplicate": "documents equal to an earlier one",
+}
 PROGRESS_SECONDS = 30  # between progress lines where there is no terminal for a bar
 FLAGS = {
     "--force": "prepare anew, replacing a dataset that exists",
+    "--download": "fetch the hf:// sources into data.raw_dir, and nothing else",
     "--task=I/N": "tokenize every Nth part, from part I on (0 to N - 1), and publish nothing",
     "--verify": "read a prepared dataset whole and check it against its manifest",
+    "--inspect": "describe a prepared dataset: lengths, rates, first documents, a picture",
     "--bad-steps": "print the texts of the training steps that the run in train.out_dir skipped",
 }
 Json = dict[str, Any]
@@ -76,19 +102,42 @@ class Task(NamedTuple):
     count: int
 
 
+class Encoder(NamedTuple):
+    """What a worker needs to tokenize documents."""
+
+    data: DataConfig
+    tokenizer: Tokenizer
+    template: Template | None  # for conversations
+
+
 def main(arguments: list[str]) -> None:
     config, flags = load_config(
         arguments, usage=__doc__, sections=("tokenizer", "data"), flags=FLAGS
     )
-    directory, task = resolve_path(config.data.dir), read_task(flags)
+    task = read_task(flags)
+    if "--download" in flags:
+        hub.download(config.data)
+    elif "--bad-steps" in flags:
+        inspection.show_bad_steps(config)
+    else:
+        for directory in map(resolve_path, config.data.mixture or [config.data.dir]):
+            process(directory, config, task, flags)
+
+
+def process(directory: Path, config: Config, task: Task | None, flags: set[str]) -> None:
+    """Prepares, verifies or describes one dataset; those of a mixture have to be there."""
     if "--verify" in flags:
         verify(directory)
         return
-    if "--bad-steps" in flags:
-        show_bad_steps(config)
-        return
     tokenizer = configured_tokenizer(config.tokenizer)
-    recipe = describe_recipe(config.data, tokenizer)
+    if "--inspect" in flags:
+        inspection.inspect(directory, tokenizer)
+        return
+    if config.data.mixture:
+        check_part_of_mixture(directory, tokenizer)
+        return
+    data = hub.local_sources(config.data)
+    recipe = describe_recipe(data, tokenizer)
     try:
         if (directory / "manifest.json").exists() and "--force" not in flags:
             check_existing(directory, recipe)
@@ -96,7 +145,7 @@ def main(arguments: list[str]) -> None:
                 discard_work(directory)  # a kill may have left it
             say(f"{directory}: up to date")
         else:
-            prepare(config.data, tokenizer, recipe, directory, task)
+            prepare(data, tokenizer, recipe, directory, task, hub.commits(config.data))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"can't write {directory}: {error.strerror or error}{where}") from None
@@ -118,8 +167,21 @@ def read_task(flags: set[str]) -> Task | None:
     return Task(int(match[1]), int(match[2]))
 
 
+def check_part_of_mixture(directory: Path, tokenizer: Tokenizer) -> None:
+    """UserError unless a dataset that data.mixture names is there, whole and of this tokenizer."""
+    from dataset import read_manifest  # here, as it loads torch, which preparing does not need
+
+    read_manifest(directory, tokenizer.sha256)
+    say(f"{directory}: ready (datasets of a mixture are prepared by configurations of their own)")
+
+
 def prepare(
-    data: DataConfig, tokenizer: Tokenizer, recipe: Json, directory: Path, task: Task | None
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    recipe: Json,
+    directory: Path,
+    task: Task | None,
+    commits: dict[str, str],
 ) -> None:
     """Writes the dataset, or a task's share of its parts.
 
@@ -129,40 +191,69 @@ def prepare(
         UserError: a document that can't be read, a worker that died, an empty split.
         OSError: the directory can't be written.
     """
+    template = Template(data.template, tokenizer) if data.format == "instruct" else None
     parts = corpus.plan(data)
     work, reports = open_work(directory, recipe, parts, task)
     if reports:
         say(f"{directory}: {len(reports)} of {len(parts)} parts are done already")
     share = parts[task.index :: task.count] if task else parts
-    tokenize(share, reports, data, tokenizer, work)
+    job = functools.partial(tokenize_part, Encoder(data, tokenizer, template), work)
+    work_through(share, reports, job, data.workers, work, "tokenized")
     if task:
         name = f"task {task.index}/{task.count}"
         say(f"{directory}: {name} is done, {len(share)} of {len(parts)} parts")
         return
-    ordered = [reports[part.index] for part in parts]
+    tokenized = [reports[part.index] for part in parts]
+    counts = add_up(tokenized)
     try:
-        check_splits(data, ordered)
-        manifest = publish(directory, work, recipe, ordered)
+        check_splits(data, tokenized, counts)
+        stage, shards = "", tokenized
+        if record_endings(data):
+            stage, shards = ARRANGED, arrange_parts(data, tokenizer, parts, tokenized, work)
+        manifest = publish(directory, work, stage, recipe, shards, counts, commits)
     except UserError:  # running again would only find the same
         discard_work(directory)
         raise
-    describe_result(directory, manifest, ordered)
+    describe_result(directory, manifest, sum(report["short"] for report in tokenized))
 
 
-def describe_result(directory: Path, manifest: Json, reports: list[Json]) -> None:
+def add_up(reports: list[Json]) -> Json:
+    """What became of the documents of all parts: read = written + dropped."""
+    dropped = sum((Counter(report["dropped"]) for report in reports), Counter())
+    read = sum(report["read"] for report in reports)
+    counts = {"read": read, "written": read - dropped.total(), "dropped": {"empty": 0} | dropped}
+    if truncated := sum(report["truncated"] for report in reports):
+        counts["truncated"] = truncated
+    return counts
+
+
+def describe_result(directory: Path, manifest: Json, short: int) -> None:
     """Says what a new dataset holds, and warns where that is hardly what was meant."""
     for name, split in manifest["splits"].items():
         say(
             f"{name}: {split['tokens']:,} tokens in {split['documents']:,} documents,"
             f" {split['bytes'] / split['tokens']:.2f} bytes a token, {len(split['shards'])} shards"
         )
+        if "filled" in split:
+            text = split["tokens"] - split["filled"]
+            say(
+                f"{name}: {split['tokens'] // manifest['seq_len']:,} windows of"
+                f" {manifest['seq_len']}, {text / split['tokens']:.1%} filled with conversations;"
+                f" {split['trained'] / text:.1%} of their tokens are trained on"
+            )
     counts = manifest["counts"]
-    if counts["dropped"]["empty"]:
-        say(f"dropped: {counts['dropped']['empty']:,} empty documents")
-    if 2 * sum(report["short"] for report in reports) > counts["written"]:
+    for rule, count in counts["dropped"].items():
+        if count:
+            say(f"dropped: {count:,} {RULES[rule]}")
+    if counts["dropped"].get("bad"):
+        say(f"{directory / SKIPPED} lists the bad ones by file and row")
+    if "truncated" in counts:
+        say(f"truncated to {manifest['seq_len']} tokens: {counts['truncated']:,} conversations")
+    if 2 * short > counts["written"]:
         say(
             f"warning: the median document has under {SHORT_DOCUMENT} tokens; if these are lines of"
-            ' larger texts, set data.document to file, blank_line or {starts = "regex"}'
+            ' larger texts, set data.document to file, blank_line, {starts = "regex"} or'
+            " {lines = 200}"
         )
     say(f"{directory}: ready")
 
@@ -193,7 +284,19 @@ def describe_recipe(data: DataConfig, tokenizer: Tokenizer) -> Json:
             "val_fraction": data.val_fraction,
             "test_fraction": data.test_fraction,
         },
+        **{name: getattr(data, name) for name in further_keys(data)},
     }
+
+
+def further_keys(data: DataConfig) -> list[str]:
+    """The keys that decide what a dataset holds only where others are not left alone."""
+    names = ["deduplicate"] if data.deduplicate else []
+    if data.on_error == "skip":
+        names += ["on_error", "max_document_bytes"]
+    if data.format == "instruct":
+        names += ["format", "columns" if data.columns else "messages_column", "template"]
+        names += ["train_on", "too_long", "seq_len"]
+    return names
 
 
 def check_existing(directory: Path, recipe: Json) -> None:
@@ -221,7 +324,12 @@ def verify(directory: Path) -> None:
     try:
         splits = json.loads((directory / "manifest.json").read_bytes())["splits"]
         check_shards(directory, splits)
-        digests = {directory / shard["file"]: shard["sha256"] for shard in all_shards(splits)}
+        digests = {
+            directory / shard_file(shard, ending): shard[digest]
+            for shard in all_shards(splits)
+            for ending, digest in ((".bin", "sha256"), (".mask", "mask_sha256"))
+            if digest in shard
+        }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{directory}: no whole manifest.json here; run prepare.py") from None
     for path, digest in digests.items():
@@ -234,13 +342,23 @@ def all_shards(splits: Json) -> list[Json]:
     return [shard for split in splits.values() for shard in split["shards"]]
 
 
+def shard_file(shard: Json, ending: str) -> str:
+    return shard["file"].removesuffix(".bin") + ending
+
+
 def check_shards(directory: Path, splits: Json) -> None:
     """UserError for the first shard whose size is not as stated."""
     for shard in all_shards(splits):
-        path, wanted = directory / shard["file"], 2 * shard["tokens"]
-        size = path.stat().st_size if path.exists() else "no"
-        if size != wanted:
-            raise UserError(f"{path}: {size} bytes instead of {wanted}; --force prepares anew")
+        wanted = {shard["file"]: 2 * shard["tokens"]}
+        if "mask_sha256" in shard:
+            wanted[shard_file(shard, ".mask")] = shard["tokens"]
+        for name, expected in wanted.items():
+            path = directory / name
+            size = path.stat().st_size if path.exists() else "no"
+            if size != expected:
+                raise UserError(
+                    f"{path}: {size} bytes instead of {expected}; --force prepares anew"
+                )
 
 
 def open_work(
@@ -260,15 +378,23 @@ def open_work(
         say(f"{left}; starting over")
         discard_work(directory, work)
     work.mkdir(parents=True, exist_ok=True)
-    paths = work.glob("part-*.json")
-    reports = {int(path.stem[5:]): json.loads(path.read_bytes()) for path in paths}
-    if len(reports) < len(parts) or (directory / "manifest.json").exists():
+    return work, read_reports(directory, work, "", len(parts))
+
+
+def read_reports(directory: Path, work: Path, stage: str, count: int) -> dict[int, Json]:
+    """The reports of the parts that have come through a stage, and whose files are there."""
+    paths = work.glob(f"part-[0-9]*[0-9].{stage}json")
+    reports = {int(path.name[5:].split(".")[0]): json.loads(path.read_bytes()) for path in paths}
+    if len(reports) < count or (directory / "manifest.json").exists():
         reports = {
             index: report
             for index, report in reports.items()
-            if all(part_file(work, index, split).exists() for split in report["splits"])
+            if all(
+                named(part_name(work, index, stage, split), ".bin").exists()
+                for split in report["splits"]
+            )
         }  # else publishing had begun: some files may be shards already
-    return work, reports
+    return reports
 
 
 def discard_work(directory: Path, kept: Path | None = None) -> None:
@@ -288,14 +414,28 @@ def discard_work(directory: Path, kept: Path | None = None) -> None:
         root.rmdir()
 
 
-def part_file(work: Path, index: int, split: str) -> Path:
-    return work / f"part-{index:06d}.{split}.bin"
+def part_name(work: Path, index: int, stage: str, split: str) -> Path:
+    """The files of one split of a part, without their endings."""
+    return work / f"part-{index:06d}.{stage}{split}"
 
 
-def tokenize(
-    parts: list[Part], reports: dict[int, Json], data: DataConfig, tokenizer: Tokenizer, work: Path
+def record_endings(data: DataConfig) -> tuple[str, ...]:
+    """What a part's documents need beside their tokens, so that they can be arranged anew."""
+    mask = (".mask",) if data.format == "instruct" else ()
+    return (*mask, ".docs") if mask or data.deduplicate else ()
+
+
+def work_through(
+    parts: list[Part],
+    reports: dict[int, Json],
+    job: Callable[[str, Sequence[int], Part], Json],
+    workers: int,
+    work: Path,
+    verb: str,
 ) -> None:
-    """Tokenizes those of the parts that have no report yet, on all cores, and adds their reports.
+    """Does the job on those of the parts that have no report yet, on all cores; adds their reports.
+
+    The job gets a name for its temporary files, and an array for how much of each part is done.
 
     Raises:
         UserError: the first mistake that a worker meets, or a worker that was killed. All others
@@ -308,8 +448,8 @@ def tokenize(
     total, end, documents = sum(part.bytes for part in parts), len(reports) + len(todo), 0
     before = total - sum(part.bytes for part in todo)
     start, printed, run = time.monotonic(), 0.0, secrets.token_hex(8)
-    count = min(data.workers or available_cores(), len(todo))
-    job = functools.partial(tokenize_part, data, tokenizer, work, run, done)
+    count = min(workers or available_cores(), len(todo))
+    job = functools.partial(job, run, done)
     bar = tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None)
     waiting = iter(todo)
     running: dict[Future, Part] = {}
@@ -339,7 +479,7 @@ def tokenize(
     finally:
         for path in work.glob(f"part-*.{run}.tmp"):  # what they had begun
             path.unlink(missing_ok=True)
-    say(f"tokenized {documents:,} documents, {speed}")
+    say(f"{verb} {documents:,} documents, {speed}")
 
 
 @contextlib.contextmanager
@@ -373,114 +513,168 @@ def run_job(part: Part) -> Json:
     return JOB(part)
 
 
-def tokenize_part(
-    data: DataConfig, tokenizer: Tokenizer, work: Path, run: str, done: Sequence[int], part: Part
-) -> Json:
-    """Writes the tokens of a part's documents, a file a split, and then its report.
-
-    `run` tells this program's temporary files from those of others that write the same part.
+def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], part: Part) -> Json:
+    """Writes the tokens of a part's documents, some files a split, and then its report.
 
     Raises:
         UserError: a document that can't be read.
         OSError: the files can't be written.
     """
-    bos, eos = (i.to_bytes(2, "little") for i in (tokenizer.bos_id, tokenizer.eos_id))
-    read = empty = short = 0
+    data, counts = encoder.data, Counter(read=0, truncated=0, short=0)
+    dropped: Counter[str] = Counter()
+    bad: list[Bad] = []
     shards: dict[str, Shard] = {}
     with contextlib.ExitStack() as files:
-        for document in corpus.read(part, data):
-            read += 1
-            size = len(document.text.encode())
-            done[part.index] = min(part.bytes, done[part.index] + size)
-            if not size:
-                empty += 1
-                continue
+        for document in corpus.read(part, data, bad.append):
+            counts["read"] += 1
+            done[part.index] = min(part.bytes, done[part.index] + len(document.text.encode()))
             try:
-                ids = tokenizer.encode(document.text)
+                encoded = encode(document, encoder)
             except Exception as error:
                 raise RuntimeError(f"{document.place()}: can't be encoded") from error
-            short += len(ids) < SHORT_DOCUMENT
+            if isinstance(encoded, str):
+                dropped[encoded] += 1
+                continue
+            tokens = len(encoded.tokens) // 2
+            counts["short"] += tokens < SHORT_DOCUMENT
+            counts["truncated"] += encoded.truncated
             split = part.split or corpus.split_of(document.text, data)
             if split not in shards:
-                path = part_file(work, part.index, split)
-                shards[split] = Shard(files.enter_context(new_file(path, run)))
-            shards[split].add(bos + ids.astype("<u2").tobytes() + eos, size)
-        splits = {
-            split: shard.finish(part_file(work, part.index, split))
-            for split, shard in sorted(shards.items())
-        }
-    report = {"splits": splits, "read": read, "empty": empty, "short": short}
-    path = work / f"part-{part.index:06d}.json"
-    with new_file(path, run) as file:
-        file.write(json.dumps(report).encode())
-        name_file(file, path)
+                name = part_name(work, part.index, "", split)
+                shards[split] = Shard(files, name, (".bin", *record_endings(data)), run)
+            shards[split].add(encoded)
+        splits = {split: shard.finish() for split, shard in sorted(shards.items())}
+    if bad:
+        counts["read"] += len(bad)
+        dropped["bad"] = len(bad)
+        lines = (json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in bad)
+        content = "".join(lines).encode(errors="replace")
+        write_file(work / f"part-{part.index:06d}.{SKIPPED}", content, run)
+    report = {"splits": splits, **counts, "dropped": dropped}
+    write_file(work / f"part-{part.index:06d}.json", json.dumps(report).encode(), run)
     done[part.index] = part.bytes
     return report
 
 
-@contextlib.contextmanager
-def new_file(path: Path, run: str) -> Iterator[BinaryIO]:
-    """A file to write under a temporary name; unless `name_file` gives it its own, it goes."""
-    temporary = path.with_name(f"{path.name}.{run}.tmp")
-    try:
-        with open(temporary, "wb", 1 << 20) as file:
-            yield file
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_file(path: Path, content: bytes, run: str) -> None:
+    with new_file(path, run) as file:
+        file.write(content)
+        name_file(file, path)
 
 
-def name_file(file: BinaryIO, path: Path) -> None:
-    """Makes a file durable and gives it its name, where an equal one may stand."""
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(file.name, path)
-    sync_directory(path.parent)
+def encode(document: Document, encoder: Encoder) -> Encoded | str:
+    """A document's tokens from BOS to EOS, or the rule by which it is dropped."""
+    data, tokenizer, template = encoder
+    size = len(document.text.encode())
+    digest = bytes(16)
+    if data.deduplicate:
+        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+    if not template:
+        if not size:
+            return "empty"
+        bos, eos = (i.to_bytes(2, "little") for i in (tokenizer.bos_id, tokenizer.eos_id))
+        ids = tokenizer.encode(document.text).astype("<u2").tobytes()
+        return Encoded(bos + ids + eos, b"", size, digest)
+    messages = json.loads(document.text)
+    if not any(content for _, content in messages):
+        return "empty"
+    if not any(content for role, content in messages if role == LEARNT):
+        return "no_response"
+    ids, mask = template.render(messages, data.train_on)
+    truncated = len(ids) > data.seq_len
+    if truncated:
+        if data.too_long == "drop":
+            return "too_long"
+        ids, mask = ids[: data.seq_len].copy(), mask[: data.seq_len].copy()
+        ids[-1], mask[-1] = tokenizer.eos_id, 0
+        if not mask.any():
+            return "too_long"
+    size = sum(len(content.encode()) for _, content in messages)
+    return Encoded(ids.astype("<u2").tobytes(), mask.tobytes(), size, digest, truncated)
 
 
-class Shard:
-    """Tokens of one split of a part on their way to disk, counted and hashed."""
-
-    def __init__(self, file: BinaryIO):
-        self.file, self.digest = file, hashlib.sha256()
-        self.tokens = self.documents = self.bytes = 0
-
-    def add(self, tokens: bytes, size: int) -> None:
-        """A document's tokens, two bytes each, and how many bytes its text has."""
-        self.file.write(tokens)
-        self.digest.update(tokens)
-        self.tokens += len(tokens) // 2
-        self.documents += 1
-        self.bytes += size
-
-    def finish(self, path: Path) -> Json:
-        """Makes the file durable and gives it its name; what a manifest says of it."""
-        name_file(self.file, path)
-        counts = {name: getattr(self, name) for name in COUNTS}
-        return counts | {"sha256": self.digest.hexdigest()}
+def arrange_parts(
+    data: DataConfig, tokenizer: Tokenizer, parts: list[Part], tokenized: list[Json], work: Path
+) -> list[Json]:
+    """Drops what occurred before and packs conversations, part by part; the parts' new reports."""
+    dropped: dict[tuple[int, str], np.ndarray] = {}
+    if data.deduplicate:
+        for split in SPLITS:
+            keys = [(p.index, split) for p in parts if split in tokenized[p.index]["splits"]]
+            names = [part_name(work, index, "", split) for index, split in keys]
+            dropped |= dict(zip(keys, find_duplicates(names), strict=True))
+    reports = read_reports(work.parent.parent, work, ARRANGED, len(parts))
+    eos = tokenizer.eos_id.to_bytes(2, "little")
+    splits = [list(report["splits"]) for report in tokenized]
+    job = functools.partial(arrange_part, work, splits, dropped, data, eos)
+    work_through(parts, reports, job, data.workers, work, "arranged")
+    return [reports[part.index] for part in parts]
 
 
-def check_splits(data: DataConfig, reports: list[Json]) -> None:
+def arrange_part(
+    work: Path,
+    splits: list[list[str]],
+    dropped: dict[tuple[int, str], np.ndarray],
+    data: DataConfig,
+    eos: bytes,
+    run: str,
+    done: Sequence[int],
+    part: Part,
+) -> Json:
+    """Writes a part's files anew, as they will be published, and then its report."""
+    shards = {}
+    nothing = np.empty(0, np.int64)
+    endings = (".bin", ".mask") if data.format == "instruct" else (".bin",)
+    duplicates = 0
+    with contextlib.ExitStack() as files:
+        for split in splits[part.index]:
+            drop = dropped.get((part.index, split), nothing)
+            duplicates += len(drop)
+            shard = Shard(files, part_name(work, part.index, ARRANGED, split), endings, run)
+            arrange(part_name(work, part.index, "", split), shard, drop, data.seq_len, eos)
+            if shard.counts["documents"]:
+                shards[split] = shard.finish()
+    read = sum(shard["documents"] for shard in shards.values()) + duplicates
+    report = {"splits": shards, "read": read, "duplicates": duplicates}
+    path = work / f"part-{part.index:06d}.{ARRANGED}json"
+    write_file(path, json.dumps(report).encode(), run)
+    done[part.index] = part.bytes
+    return report
+
+
+def check_splits(data: DataConfig, reports: list[Json], counts: Json) -> None:
     """UserError for a split that was asked for and got no document."""
-    read, empty = (sum(report[name] for report in reports) for name in ("read", "empty"))
     asked = {
         "train": True,
         "val": data.val_sources or data.val_fraction > 0,
         "test": data.test_sources or data.test_fraction > 0,
     }
+    dropped = [f"{count} {RULES[rule]}" for rule, count in counts["dropped"].items() if count]
+    beside = f", {' and '.join(dropped)} among them," if dropped else ""
     for split in SPLITS:
         if asked[split] and not any(split in report["splits"] for report in reports):
             raise UserError(
-                f"the {split} split is empty: of {read} documents, {empty} without text, none fell"
-                " into it; change data.sources, the split's sources or fraction, or data.split_seed"
+                f"the {split} split is empty: of {counts['read']} documents{beside} none"
+                " fell into it; change data.sources, the split's sources or fraction, or"
+                " data.split_seed"
             )
 
 
-def publish(directory: Path, work: Path, recipe: Json, reports: list[Json]) -> Json:
+def publish(
+    directory: Path,
+    work: Path,
+    stage: str,
+    recipe: Json,
+    reports: list[Json],
+    counts: Json,
+    commits: dict[str, str],
+) -> Json:
     """Turns the files of finished parts into shards; the manifest, written last, which it returns.
 
     A kill in between leaves no manifest, and the next run publishes the rest.
     """
-    splits = {}
+    splits: Json = {}
+    names = set()
     (directory / "manifest.json").unlink(missing_ok=True)
     for split in SPLITS:
         shards = []
@@ -488,82 +682,43 @@ def publish(directory: Path, work: Path, recipe: Json, reports: list[Json]) -> J
             if split in report["splits"]:
                 shard = {"file": f"{split}-{len(shards):05d}.bin", **report["splits"][split]}
                 shards.append(shard)
-                if (path := part_file(work, index, split)).exists():
-                    path.replace(directory / shard["file"])
+                for ending in (".bin", ".mask") if "mask_sha256" in shard else (".bin",):
+                    names.add(shard_file(shard, ending))
+                    if (path := named(part_name(work, index, stage, split), ending)).exists():
+                        path.replace(directory / shard_file(shard, ending))
         if shards:
-            totals = {name: sum(shard[name] for shard in shards) for name in COUNTS}
-            splits[split] = {**totals, "shards": shards}
+            totals = (name for name in (*COUNTS, *MASK_COUNTS) if name in shards[0])
+            splits[split] = {n: sum(shard[n] for shard in shards) for n in totals}
+            splits[split]["shards"] = shards
     check_shards(directory, splits)
-    names = {shard["file"] for shard in all_shards(splits)}
     for path in directory.iterdir():  # shards of a dataset that was here before
-        if re.fullmatch(r"(train|val|test)-\d{5,}\.bin", path.name) and path.name not in names:
+        ours = re.fullmatch(r"(train|val|test)-\d{5,}\.(bin|mask)", path.name)
+        if ours and path.name not in names:
             path.unlink()
-    read, empty = (sum(report[name] for report in reports) for name in ("read", "empty"))
-    counts = {"read": read, "written": read - empty, "dropped": {"empty": empty}}
+    if duplicates := sum(report.get("duplicates", 0) for report in reports):
+        counts["dropped"]["duplicate"] = duplicates
+        counts["written"] -= duplicates
+    list_skipped(directory, work)
     manifest = {**recipe, "splits": splits, "counts": counts}
+    if commits:
+        manifest["commits"] = commits
     sync_directory(directory)
     write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1).encode())
     discard_work(directory)
     return manifest
 
 
-def show_bad_steps(config: Config) -> None:
-    """Prints the texts of the training steps that a run skipped.
-
-    Raises:
-        UserError: a damaged record, or a dataset that is no longer what it names.
-    """
-    path = resolve_path(config.train.out_dir) / "bad_steps.jsonl"
-    if not path.exists():
-        say(f"{path.parent}: no step was skipped")
-        return
-    tokenizer = configured_tokenizer(config.tokenizer)
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            step = json.loads(line)
-            loss, norm = (
-                "not finite" if step[name] is None else f"{step[name]:.4g}"
-                for name in ("loss", "grad_norm")
-            )
-            say(f"step {step['step']}: {step['reason']}, loss {loss}, gradient norm {norm}")
-            show_windows(resolve_path(step["dataset"]), step["windows"], tokenizer)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path}, line {number}: damaged") from None
-
-
-def show_windows(directory: Path, windows: list[Json], tokenizer: Tokenizer) -> None:
-    """Prints where windows lie and their texts; UserError if the dataset does not hold them."""
-    from dataset import read_manifest  # here, as it loads torch, which nothing else needs
-
-    read_manifest(directory, tokenizer.sha256)
-    for window in windows:
-        pieces = window["pieces"]
-        places = [f"{p['tokens']} tokens of {p['shard']} from {p['offset']}" for p in pieces]
-        say(f"window {window['window']} in {directory}: {', '.join(places)}")
-        ids = np.concatenate([read_tokens(directory / p["shard"], p) for p in pieces])
-        text = visible_text(ids, tokenizer)
-        say(textwrap.indent(text, "  | ", lambda line: True))
-
-
-def read_tokens(path: Path, piece: Json) -> np.ndarray:
-    """The token ids of a piece of a shard; UserError if the shard does not hold them."""
-    offset, count = piece["offset"], piece["tokens"]
-    ids = np.fromfile(path, "<u2", count, offset=2 * offset) if path.exists() else []
-    if len(ids) < count:
-        raise UserError(f"{path}: no {count} tokens from {offset} on; was it prepared anew since?")
-    return ids
-
-
-def visible_text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of ids with special tokens by name, and as escapes what does not print."""
-    runs = itertools.groupby(ids.tolist(), tokenizer.processor.is_control)
-    text = "".join(
-        "".join(tokenizer.processor.id_to_piece(list(run)))
-        if special
-        else tokenizer.decode(list(run))
-        for special, run in runs
-    )
-    return "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text)
+def list_skipped(directory: Path, work: Path) -> None:
+    """Writes the list of bad documents, a JSON object a line; none where there are none."""
+    path = directory / SKIPPED
+    if lists := sorted(work.glob(f"part-*.{SKIPPED}")):
+        with new_file(path, "new") as file:
+            for one in lists:
+                with open(one, "rb") as source:
+                    shutil.copyfileobj(source, file)
+            name_file(file, path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

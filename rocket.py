@@ -12,7 +12,7 @@ import math
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ from config import (
     run_program,
     tables,
 )
-from dataset import TokenDataset, evenly_spaced, fingerprint, rank_share, step_windows
+from dataset import Mixture, TokenDataset, evenly_spaced, rank_share
 from distributed import (
     AgreedError,
     Arrived,
@@ -98,6 +98,8 @@ class Outcome(NamedTuple):
         """Why the step changed nothing, or None if it was a good one."""
         if not self.damage:
             return None
+        if self.loss == self.grad_norm == 0:  # no spike is that low
+            return "no_trained_tokens"
         return "spike" if math.isfinite(self.loss + self.grad_norm) else "non_finite"
 
 
@@ -183,8 +185,8 @@ class Run:
 
     config: Config
     inputs: Inputs
-    data: TokenDataset
-    val_data: TokenDataset | None
+    data: Mixture
+    val_data: Mixture | None
     model: nn.Module
     optimizer: torch.optim.Optimizer
     saver: Saver
@@ -253,8 +255,8 @@ def train_steps(run: Run, progress: Progress) -> str:
             world.once(lambda: lookout.stop_file.unlink(missing_ok=True))
             return reason
 
-        windows = step_windows(config.train.seed, progress.step, batch_size, data.windows)
-        batches = list(load_batches(data, windows, config.train.micro_batch_size, world))
+        windows = data.step_windows(config.train.seed, progress.step, batch_size)
+        batches = list(load_batches(run, data, windows))
         rate = learning_rate(progress.step, max_steps, config.optimizer)
         votes = cast_votes(run, steps=2, evaluation=evaluation_near(progress, max_steps, config))
         outcome = train_step(replicated, run.optimizer, batches, rate, votes, norms, config, world)
@@ -269,14 +271,14 @@ def train_steps(run: Run, progress: Progress) -> str:
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],
+    batches: list[Batch],
     rate: float,
     votes: Tensor,
     norms: Tensor,
     config: Config,
     world: World,
 ) -> Tensor:
-    """One optimizer step over this rank's micro-batches, skipped if it would do damage.
+    """One optimizer step over this rank's micro-batches, skipped if it would do damage or nothing.
 
     The loss is the mean over the trained tokens of the *global* batch, so that neither accumulation
     nor fillers bias it; DDP and FSDP2 average gradients over ranks, hence the factor world.size.
@@ -289,16 +291,17 @@ def train_step(
         The numbers of an Outcome, in order: global, and still on the device. The loss is in nats a
         token, the gradient norm that before clipping.
     """
-    trained = world.sum(sum((targets != IGNORE).sum() for _, targets in batches))
+    trained = world.sum(sum((batch.targets != IGNORE).sum() for batch in batches))
     loss = torch.zeros((), device=world.device)
-    for index, (tokens, targets) in enumerate(batches):
+    for index, batch in enumerate(batches):
         with gradient_sync(model, index == len(batches) - 1):
             with autocast(model, world):
-                share = model(tokens, targets) / trained
+                share = model(*batch) / trained.clamp(min=1)
             (share * world.size).backward()
         loss += share.detach()
     grad_norm = clip_gradients(model, config.optimizer.grad_clip)
     damage = does_damage(loss, grad_norm, norms, config.train.spike_factor)
+    damage = torch.where(trained > 0, damage, 1.0)  # else old moments and decay would move weights
     agreed = world.sum(torch.cat((loss[None], votes, damage[None])))
     damage = agreed[-1].clamp(max=1.0)  # for one rank is for all, whatever their last bits say
     if config.train.spike_factor:
@@ -336,17 +339,16 @@ def note_skipped(run: Run, progress: Progress, step: int, outcome: Outcome) -> N
     if not outcome.damage:
         progress.bad_steps = 0
         return
-    progress.bad_steps += 1
+    progress.bad_steps += outcome.skipped != "no_trained_tokens"
     config = run.config
     batch_size = config.train.global_batch_size
-    windows = step_windows(config.train.seed, step - 1, batch_size, run.data.windows).tolist()
+    windows = run.data.step_windows(config.train.seed, step - 1, batch_size).tolist()
     row = {
         "step": step,
         "reason": outcome.skipped,
         "loss": finite(outcome.loss),
         "grad_norm": finite(outcome.grad_norm),
-        "dataset": config.data.dir,
-        "windows": [{"window": index, "pieces": run.data.places(index)} for index in windows],
+        "windows": [run.data.place(window) for window in windows],
     }
     run.log.row(row, "bad_steps.jsonl")
     told = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}"
@@ -392,9 +394,9 @@ def validate(run: Run, model: nn.Module, progress: Progress) -> bool:
 
     An evaluation that is interrupted leaves nothing: the next job makes it first.
     """
-    config, log, data = run.config, run.log, run.val_data
+    config, log = run.config, run.log
     with run.lookout.timed("evaluation"):
-        scores = evaluate(run, model)
+        scores = evaluate(run, model, progress.step)
         reshard(run.model)
         if scores is None:
             return False
@@ -402,7 +404,7 @@ def validate(run: Run, model: nn.Module, progress: Progress) -> bool:
             raise NotFiniteError(progress.step, "the validation loss is not finite")
         progress.val_loss = scores["val_loss"]
         log.evaluation_row(progress.step, scores)
-        rows = predict(model, data, config, run.world)
+        rows = predict(run, model)
         reshard(run.model)
         for row in rows:
             log.row({"step": progress.step, **row}, "samples.jsonl")
@@ -416,72 +418,103 @@ def validate(run: Run, model: nn.Module, progress: Progress) -> bool:
 
 
 @torch.no_grad()
-def evaluate(run: Run, model: nn.Module) -> dict[str, float] | None:
+def evaluate(run: Run, model: nn.Module, step: int) -> dict[str, Any] | None:
     """Loss, perplexity and bits per byte over a fixed part of the split, shared by all ranks.
 
-    None if the ranks agreed to stop before its end.
+    Those of a mixture are the means of its datasets' by weight. None if the ranks agreed to stop
+    before its end.
+
+    Raises:
+        AgreedError: not a token of a dataset's part is trained on.
     """
     config, data, world = run.config, run.val_data, run.world
-    windows = evenly_spaced(config.train.eval_sequences, data.windows)
     bytes_of = torch.from_numpy(run.inputs.byte_lengths).to(world.device)
     lagged: Lagged[None] = Lagged()
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)  # nats, tokens, bytes
-    for tokens, targets in load_batches(data, windows, config.train.micro_batch_size, world):
-        with autocast(model, world):
-            sums[0] += model(tokens, targets)
-        trained = targets != IGNORE  # as a mask: to gather them would wait for the device
-        sums[1] += trained.sum()
-        sums[2] += (bytes_of[targets.clamp(min=0)] * trained).sum()
-        for _, votes, _ in lagged.push(None, world.sum(cast_votes(run))):
-            if stop_reason(run, Votes(*votes)):
-                return None
-    nats, count, size = world.sum(sums).tolist()
-    loss = nats / count
-    return {
+    sums = torch.zeros(len(data.names), 3, dtype=torch.float64, device=world.device)
+    for own, windows in zip(sums, data.evenly_spaced(config.train.eval_sequences), strict=True):
+        for batch in load_batches(run, data, windows):
+            with autocast(model, world):
+                own[0] += model(*batch)
+            trained = batch.targets != IGNORE  # as a mask: to gather them would wait for the device
+            own[1] += trained.sum()
+            own[2] += (bytes_of[batch.targets.clamp(min=0)] * trained).sum()
+            for _, votes, _ in lagged.push(None, world.sum(cast_votes(run))):
+                if stop_reason(run, Votes(*votes)):
+                    return None
+    losses, bits = {}, {}
+    for name, (nats, count, size) in zip(data.names, world.sum(sums).tolist(), strict=True):
+        if not size:
+            raise AgreedError(
+                f"{name}: the windows of the val split that are evaluated have no text to train on;"
+                " set train.eval_sequences higher, or data.train_on and prepare anew"
+            )
+        losses[name], bits[name] = nats / count, nats / math.log(2) / size
+    loss = data.mean(losses)
+    scores = {
         "val_loss": loss,
         "val_perplexity": math.exp(min(loss, 700.0)),  # finite in JSON, however bad the model
-        "val_bits_per_byte": nats / math.log(2) / size,
+        "val_bits_per_byte": data.mean(bits),
     }
+    if len(run.data.names) > 1:
+        scores["val_losses"] = losses
+        scores["epochs"] = run.data.epochs(step * config.train.global_batch_size)
+    return scores
 
 
 @torch.no_grad()
-def predict(
-    model: nn.Module, data: TokenDataset, config: Config, world: World
-) -> list[dict[str, str]]:
-    """What the model predicts at each token of the second half of a few fixed windows.
+def predict(run: Run, model: nn.Module) -> list[dict[str, str]]:
+    """What the model predicts at each trained token of the second half of a few fixed windows.
 
     One forward pass that sees the true tokens before each: as cheap sharded as whole, since every
     rank takes part in it alike.
     """
+    config, data, world = run.config, run.val_data, run.world
     if not config.train.sample_prompts:
         return []
-    tokens, targets = data.batch(evenly_spaced(config.train.sample_prompts, data.windows))
+    windows = evenly_spaced(config.train.sample_prompts, data.windows)
+    batch = on_device(run, *data.batch(windows))
     with autocast(model, world):
-        predicted = model(tokens.to(world.device)).argmax(dim=-1).cpu()
+        predicted = model(batch.tokens, documents=batch.documents).argmax(dim=-1)
     if world.rank != 0:
         return []
     decode = Tokenizer(resolve_path(config.train.out_dir) / "tokenizer.model").decode
     half = data.seq_len // 2
+    asked = batch.targets != IGNORE
+    asked[:, :half] = False
     return [
         {
             "prompt": decode(prompt[: half + 1].tolist()),
-            "prediction": decode(guess[half:].tolist()),
-            "truth": decode(truth[half:].tolist()),
+            "prediction": decode(guess[chosen].tolist()),
+            "truth": decode(truth[chosen].tolist()),
         }
-        for prompt, guess, truth in zip(tokens, predicted, targets, strict=True)
+        for prompt, truth, guess, chosen in zip(*batch[:2], predicted, asked, strict=True)
     ]
 
 
-def load_batches(
-    data: TokenDataset, windows: np.ndarray, micro_batch_size: int, world: World
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's micro-batches of a global batch, on the device: tokens and targets (B, T)."""
-    for share in rank_share(windows, micro_batch_size, world.rank, world.size):
-        batch = data.batch(share)
-        if world.device.type == "cuda":  # a copy from pageable memory would wait for the device
-            batch = tuple(ids.pin_memory() for ids in batch)
-        tokens, targets = (ids.to(world.device, non_blocking=True) for ids in batch)
-        yield tokens, targets
+class Batch(NamedTuple):
+    """What the model takes, on the device, (B, T) each."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+
+
+def load_batches(run: Run, data: Mixture, windows: np.ndarray) -> Iterator[Batch]:
+    """This rank's micro-batches of a global batch."""
+    size = run.config.train.micro_batch_size
+    for share in rank_share(windows, size, run.world.rank, run.world.size):
+        yield on_device(run, *data.batch(share))
+
+
+def on_device(run: Run, tokens: Tensor, targets: Tensor) -> Batch:
+    """A batch for the model; with data.document_mask, documents begin at each BOS of a window."""
+    device = run.world.device
+    if device.type == "cuda":  # a copy from pageable memory would wait for the device
+        tokens, targets = tokens.pin_memory(), targets.pin_memory()
+    tokens, targets = (ids.to(device, non_blocking=True) for ids in (tokens, targets))
+    masked = run.config.data.document_mask
+    documents = (tokens == run.inputs.bos_id).cumsum(dim=1) if masked else None
+    return Batch(tokens, targets, documents)
 
 
 def build(
@@ -542,19 +575,26 @@ def start_from(config: Config, model: nn.Module, inputs: Inputs, log: RunLog, wo
         log.say(f"{new_rows} new tokens start from the mean of the old embeddings")
 
 
-def open_datasets(config: Config, inputs: Inputs) -> tuple[TokenDataset, TokenDataset | None]:
-    """The training split and, unless the dataset has none, the validation split."""
-    directory = resolve_path(config.data.dir)
-    data = TokenDataset(directory, inputs.manifest, "train", config.data.seq_len)
-    if "val" not in inputs.manifest["splits"]:
-        if config.train.patience:
-            raise ConfigError("train.patience needs a validation split: set data.val_fraction")
-        return data, None
-    return data, TokenDataset(directory, inputs.manifest, "val", config.data.seq_len)
+def open_datasets(config: Config, inputs: Inputs) -> tuple[Mixture, Mixture | None]:
+    """The training splits and, of the datasets that have one, the validation splits."""
+
+    def open_split(split: str, names: Iterable[str]) -> Mixture:
+        manifests, seq_len = inputs.manifests, config.data.seq_len
+        opened = {n: TokenDataset(resolve_path(n), manifests[n], split, seq_len) for n in names}
+        return Mixture(opened, inputs.weights)
+
+    data = open_split("train", inputs.manifests)
+    validated = [name for name, found in inputs.manifests.items() if "val" in found["splits"]]
+    if not validated and config.train.patience:
+        raise ConfigError("train.patience needs a validation split: set data.val_fraction")
+    return data, open_split("val", validated) if validated else None
 
 
-def run_length(config: Config, data: TokenDataset) -> int:
-    """Optimizer steps of the run, from train.max_steps or train.epochs."""
+def run_length(config: Config, data: Mixture) -> int:
+    """Optimizer steps of the run, from train.max_steps or train.epochs.
+
+    An epoch of a mixture is as many windows as all its datasets have together.
+    """
     if config.train.max_steps:
         return config.train.max_steps
     if config.train.epochs:
@@ -580,7 +620,7 @@ def evaluation_near(progress: Progress, max_steps: int, config: Config) -> bool:
 
 
 def end_reason(
-    progress: Progress, max_steps: int, config: Config, val_data: TokenDataset | None
+    progress: Progress, max_steps: int, config: Config, val_data: Mixture | None
 ) -> str | None:
     """Why the run ends at this step, or None."""
     if val_data and evaluation_due(progress, max_steps, config):
@@ -610,7 +650,8 @@ def identity(config: Config, inputs: Inputs) -> dict[str, Any]:
         commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "config": tables(config),
-        "dataset": fingerprint(inputs.manifest),
+        "dataset": inputs.fingerprint,
+        "template": inputs.template,
         "tokenizer_sha256": inputs.tokenizer_sha256,
         "vocab_size": inputs.vocab_size,
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -621,7 +662,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, Any]:
 def describe_start(
     config: Config,
     model: nn.Module,
-    data: TokenDataset,
+    data: Mixture,
     checkpoint: Checkpoint | None,
     log: RunLog,
     world: World,
@@ -642,6 +683,12 @@ def describe_start(
         f" {batch_size * data.seq_len:,} tokens a step in {share.shape[0]} micro-batches"
         f" of {share.shape[1]}"
     )
+    if len(data.names) > 1:
+        epochs = data.epochs(log.max_steps * batch_size)
+        for name, part in zip(data.names, data.shares, strict=True):
+            log.say(f"{name}: {100 * part:.2f}% of the sequences, {epochs[name]:.2f} epochs of it")
+    if config.data.document_mask:
+        log.say("attention stays within a document")
     if fillers := share.size * world.size - batch_size:
         log.say(
             f"global batch {batch_size} does not divide: {fillers} filler sequences a step"

@@ -35,7 +35,7 @@ from config import (
     resolve_path,
     write_atomically,
 )
-from dataset import fingerprint, read_manifest
+from dataset import mixture_fingerprint, mixture_weights, read_manifest
 from distributed import World
 from job import Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
@@ -74,14 +74,18 @@ def memory_gb(device: torch.device) -> float:
 class Inputs(NamedTuple):
     """What training needs to know of its inputs; read by one rank and handed to the others."""
 
-    manifest: dict[str, Any]
+    manifests: dict[str, dict[str, Any]]  # by directory as configured, in the order of the mixture
+    weights: dict[str, int]  # of the same directories
+    fingerprint: str  # of all of that
+    template: dict[str, str] | None  # of the conversations, if there are any
     vocab_size: int
+    bos_id: int
     tokenizer_sha256: str
     byte_lengths: np.ndarray
 
 
 def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Inputs:
-    """Checks tokenizer, dataset and an existing run directory against each other; writes nothing.
+    """Checks tokenizer, datasets and an existing run directory against each other; writes nothing.
 
     Raises:
         UserError: an input is missing or does not fit, or the run was started with keys that may
@@ -93,21 +97,46 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
             " init_from takes another run or checkpoint to start a new run from"
         )
     tokenizer = configured_tokenizer(config.tokenizer)
-    manifest = read_manifest(resolve_path(config.data.dir), tokenizer.sha256)
+    weights = mixture_weights(config.data)
+    manifests = {name: read_manifest(resolve_path(name), tokenizer.sha256) for name in weights}
+    fingerprint, template = mixture_fingerprint(manifests, weights), _template(manifests)
     if checkpoint := next(readable_checkpoints(directory), None):
         if checkpoint.manifest["tokenizer_sha256"] != tokenizer.sha256:
             raise UserError(f"{directory}: the run was trained with another tokenizer")
-        if checkpoint.manifest["dataset"] != fingerprint(manifest):
+        if checkpoint.manifest["dataset"] != fingerprint:
             raise UserError(
-                f"{directory}: the run was trained on another dataset; set data.dir to it, or start"
-                " a new run with train.init_from"
+                f"{directory}: the run was trained on another dataset or mixture than"
+                f" {' and '.join(weights)}; set data.dir or data.mixture to it, or start a new run"
+                " with train.init_from"
             )
         # config.toml also knows the changes accepted since that checkpoint
         started = directory / "config.toml"
         old = build_config(read_toml(started)) if started.exists() else checkpoint.config
         _check_changes(old, config, accept_changes)
         _check_code(directory, accept_changes)
-    return Inputs(manifest, tokenizer.vocab_size, tokenizer.sha256, tokenizer.byte_lengths())
+    return Inputs(
+        manifests=manifests,
+        weights=weights,
+        fingerprint=fingerprint,
+        template=template,
+        vocab_size=tokenizer.vocab_size,
+        bos_id=tokenizer.bos_id,
+        tokenizer_sha256=tokenizer.sha256,
+        byte_lengths=tokenizer.byte_lengths(),
+    )
+
+
+def _template(manifests: dict[str, dict[str, Any]]) -> dict[str, str] | None:
+    """The template that the instruct datasets share; ConfigError if one has another."""
+    found = {name: known["template"] for name, known in manifests.items() if "template" in known}
+    first, template = next(iter(found.items()), ("", None))
+    for name in found:
+        if found[name] != template:
+            raise ConfigError(
+                f"data.mixture: {name} was prepared with another data.template than {first};"
+                " prepare both with the same"
+            )
+    return template
 
 
 def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) -> None:
@@ -195,10 +224,13 @@ def preflight(
         if config.parallel.strategy == "hsdp":
             seen["number of ranks on its node"] = str(world.local_size)
         if world.local_rank == 0:
-            dataset = resolve_path(config.data.dir) / "manifest.json"
-            newest = checkpoint.path / "manifest.json" if checkpoint else None
-            for name, path in ("dataset", dataset), ("checkpoint", newest):
-                seen[name] = digest(path.read_bytes()) if path and path.exists() else "none"
+            names = config.data.mixture or [config.data.dir]
+            shared = {f"dataset {name}": resolve_path(name) for name in names}
+            if checkpoint:
+                shared["checkpoint"] = checkpoint.path
+            for name, path in shared.items():
+                manifest = path / "manifest.json"
+                seen[name] = digest(manifest.read_bytes()) if manifest.exists() else "none"
         return seen
 
     seen_by = world.each(look)
@@ -314,7 +346,7 @@ class RunLog:
         )
         self.mark, self.steps = self.done_at, 0
 
-    def evaluation_row(self, step: int, scores: dict[str, float]) -> None:
+    def evaluation_row(self, step: int, scores: dict[str, Any]) -> None:
         """Writes and prints the row of an evaluation."""
         self.row(self._place(step) | scores)
         self.say(

@@ -3,6 +3,7 @@
     python sample.py out/tiny --prompt="def main("
     python sample.py out/tiny --prompt-file=prompts.txt --num-samples=3 --temperature=0.7
     python sample.py out/tiny                                  (asks for prompts at a terminal)
+    python sample.py out/openorca --chat                       (a conversation, with its history)
 
 A sample depends on its prompt, the settings, the seed and its number, never on its neighbours.
 """
@@ -14,7 +15,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -24,12 +25,14 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from chat import Template
 from checkpoint import Checkpoint, find_checkpoint
 from config import UserError, resolve_path, run_program
 from distributed import compute_dtype
 from model import KVCache, Llama
 from tokenizer import Tokenizer
 
+Messages = list[tuple[str, str]]  # roles and contents
 MAX_TOKENS = 256  # where --max-tokens is not given, or what the model's context leaves
 
 
@@ -52,7 +55,7 @@ def generate(
     settings: Settings,
     *,
     allowed: Tensor | None = None,
-    stop_ids: tuple[int, ...] = (),
+    stop_ids: Sequence[int] = (),
     samples: list[int] | None = None,
 ) -> Iterator[list[int | None]]:
     """Continues a batch of prompts of any lengths, a token each a step.
@@ -158,8 +161,10 @@ class Completion:
         end: None while it goes on; then eos, stop (a stop string) or length.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: list[int], stops: list[str]):
-        self.tokenizer, self.stops = tokenizer, stops
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], stops: list[str], stop_ids: Sequence[int]
+    ):
+        self.tokenizer, self.stops, self.stop_ids = tokenizer, stops, stop_ids
         self.text, self.tokens, self.end = "", 0, None
         self.ids = list(prompt)
         self.context, self.decoded = 0, len(prompt)  # ids before `decoded` are in the text
@@ -173,7 +178,7 @@ class Completion:
         if self.end:
             return ""
         start = len(self.text)
-        if token is None or token == self.tokenizer.eos_id:
+        if token is None or token in self.stop_ids:
             self.end = "length" if token is None else "eos"
             self.text += self._new_text().rstrip("\ufffd")  # half a character is none
         else:
@@ -206,10 +211,19 @@ class Sampler:
     """A checkpoint's model and its run's tokenizer.
 
     Raises:
-        UserError: the tokenizer is not the one that the weights were trained with.
+        UserError: the tokenizer is not the one that the weights were trained with; a chat with
+            weights that saw no conversation.
     """
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        stops: list[str],
+        chat: bool = False,
+    ):
+        self.stops = list(stops)
         self.tokenizer = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
         if self.tokenizer.sha256 != checkpoint.manifest["tokenizer_sha256"]:
             raise UserError(
@@ -217,15 +231,31 @@ class Sampler:
                 " with; put the original back"
             )
         self.model = load_model(checkpoint).to(device=device, dtype=dtype)
+        self.template: Template | None = None
+        self.stop_ids = [self.tokenizer.eos_id]
+        if chat:
+            if not (template := checkpoint.manifest.get("template")):
+                raise UserError(f"{checkpoint.path} was trained on plain text; leave out --chat")
+            self.template = Template(template, self.tokenizer)
+            self.stop_ids, stops = self.template.stops()
+            self.stops += stops
         self.allowed = drawable(self.tokenizer, self.model.vocab_size).to(device)
+        self.allowed[self.stop_ids] = True
 
-    def encode(self, prompts: list[str], max_tokens: int) -> list[list[int]]:
-        """Prompts as ids after BOS; UserError where max_tokens more don't fit the context."""
+    def encode(self, prompts: list[str], max_tokens: int, history: Messages) -> list[list[int]]:
+        """Prompts as ids after BOS; UserError where max_tokens more don't fit the context.
+
+        Args:
+            history: in a chat, the messages before the prompts.
+        """
         limit, encoded = self.model.config.max_seq_len, []
         for number, prompt in enumerate(prompts, 1):
             if any("\ud800" <= c <= "\udfff" for c in prompt):
                 raise UserError(f"prompt {number}: not UTF-8")
-            encoded.append([self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()])
+            if self.template:
+                encoded.append(self.template.prompt([*history, ("user", prompt)]))
+            else:
+                encoded.append([self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()])
             if len(encoded[-1]) + max_tokens > limit:
                 raise UserError(
                     f"prompt {number}: {len(encoded[-1])} tokens and {max_tokens} to come are above"
@@ -238,17 +268,16 @@ class Sampler:
         prompts: list[list[int]],
         samples: list[int],
         settings: Settings,
-        stops: list[str],
         show: Callable[[str], Any] | None = None,
     ) -> list[Completion]:
         """The completions of a batch; `show` gets the first one's text as it becomes certain."""
-        completions = [Completion(self.tokenizer, prompt, stops) for prompt in prompts]
+        completions = [Completion(self.tokenizer, p, self.stops, self.stop_ids) for p in prompts]
         steps = generate(
             self.model,
             prompts,
             settings,
             allowed=self.allowed,
-            stop_ids=(self.tokenizer.eos_id,),
+            stop_ids=self.stop_ids,
             samples=samples,
         )
         for ids in chain(steps, [[None] * len(prompts)]):
@@ -291,22 +320,32 @@ def main(arguments: list[str]) -> None:
     loss = checkpoint.val_loss
     evaluated = f"validation loss {loss:.4f}" if loss < math.inf else "not evaluated"
     print(f"{checkpoint.path}: step {checkpoint.step}, {evaluated}", file=sys.stderr)
-    sampler = Sampler(checkpoint, *device_and_dtype(options))
+    device, dtype = device_and_dtype(options)
+    sampler = Sampler(checkpoint, device, dtype, options.stop, options.chat)
+    history = [("system", options.system)] if options.system else []
+    for role in ("user", *(role for role, _ in history)):
+        if sampler.template and role not in sampler.template.before:
+            raise UserError(f"the template of {checkpoint.path} has no role {role!r}")
     if prompts is not None:
-        answer(sampler, prompts, options)
+        answer(sampler, prompts, options, history)
         return
     while True:
         try:
-            answer(sampler, [input("> ")], options)
+            prompt = input("> ")
+            texts = answer(sampler, [prompt], options, history)
         except UserError as error:
             print(error, file=sys.stderr)
         except EOFError:
             return
+        else:
+            history += [("user", prompt), ("assistant", texts[0])] if options.chat else []
 
 
-def answer(sampler: Sampler, prompts: list[str], options: argparse.Namespace) -> None:
-    """Samples from each prompt and prints; a single sample streams to a terminal."""
-    encoded = sampler.encode(prompts, options.max_tokens or 1)
+def answer(
+    sampler: Sampler, prompts: list[str], options: argparse.Namespace, history: Messages
+) -> list[str]:
+    """Samples from each prompt, prints and returns; a single sample streams to a terminal."""
+    encoded = sampler.encode(prompts, options.max_tokens or 1, history)
     settings = Settings(
         options.max_tokens or MAX_TOKENS,
         options.temperature,
@@ -316,23 +355,27 @@ def answer(sampler: Sampler, prompts: list[str], options: argparse.Namespace) ->
         options.seed,
     )
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(options.num_samples)]
+    shown = [""] * len(prompts) if options.chat else prompts  # a completion continues its prompt
     if len(rows) == 1 and not options.json and sys.stdout.isatty():
         show = partial(print, end="", flush=True)
-        show(prompts[0])
-        sampler.complete(encoded, [0], settings, options.stop, show)
+        show(shown[0])
+        completions = sampler.complete(encoded, [0], settings, show)
         print()
-        return
+        return [completions[0].text]
+    texts = []
     for start in range(0, len(rows), options.batch_size):
         batch = rows[start : start + options.batch_size]
         ids, numbers = [encoded[i] for i, _ in batch], [sample for _, sample in batch]
-        completions = sampler.complete(ids, numbers, settings, options.stop)
+        completions = sampler.complete(ids, numbers, settings)
+        texts += [completion.text for completion in completions]
         for (i, sample), completion in zip(batch, completions, strict=True):
             if options.json:
                 row = {"prompt": prompts[i], "sample": sample, "completion": completion.text}
                 print(json.dumps({**row, "tokens": completion.tokens, "end": completion.end}))
             else:
                 heading = f"--- prompt {i + 1}, sample {sample + 1} ---\n" if len(rows) > 1 else ""
-                print(heading + prompts[i] + completion.text)
+                print(heading + shown[i] + completion.text)
+    return texts
 
 
 def existing(name: str) -> Path:
@@ -414,6 +457,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--top-k", type=number(int, 0), default=0, help="draw from the k likeliest; 0: all (0)")
     add("--top-p", type=number(float, 0, 1), default=0.95, help="and from the share p (0.95)")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="1: none (1)")
+    add("--chat", action="store_true", help="prompts are a user's messages; the model answers")
+    add("--system", help="system message of a chat")
     add("--stop", action="append", default=[], help="text that ends a sample; may be repeated")
     add("--seed", type=number(int, 0), default=0, help="of the drawing (0)")
     add("--batch-size", type=number(int, 1), default=32, help="samples at a time (32)")
@@ -423,6 +468,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if "" in options.stop:
         raise UserError("--stop is empty: it would stop at once")
+    if options.system is not None and not options.chat:
+        raise UserError("--system is for --chat")
     if options.prompt is not None and options.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: give one")
     return options

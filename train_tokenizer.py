@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import io
+import itertools
 import json
 import math
 import os
@@ -180,18 +181,22 @@ def sample_corpus(config: Config) -> tuple[Sample, Sample]:
     total = sum(part.bytes for part in parts)
     share = READ_FACTOR * training.budget / max(1, total)
     progress = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
+    skipped = itertools.count()  # each bad document takes a number
     for part in parts:
         left = share * part.bytes if part.bytes < total / 256 else math.inf
-        for document in corpus.read(part, config.data):
+        for document in corpus.read(part, config.data, lambda bad: next(skipped)):
             split = part.split or corpus.split_of(document.text, config.data)
             sample = training if split == "train" else held_out
-            for chunk in chunks(document.text):
-                sample.add(chunk.encode())
+            for text in corpus.texts(document, config.data):
+                for chunk in chunks(text):
+                    sample.add(chunk.encode())
             left -= len(document.text)
             if left < 0:
                 break
         progress.update(part.bytes)
     progress.close()
+    if bad := next(skipped):
+        print(f"left out {bad:,} bad documents; prepare.py lists them")
     return training, held_out
 
 

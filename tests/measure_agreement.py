@@ -20,7 +20,6 @@ from torch import Tensor
 import rocket
 from checkpoint import Saver
 from config import Config, load_config, run_program
-from dataset import step_windows
 from distributed import (
     Lagged,
     World,
@@ -41,17 +40,17 @@ STEPS, WARM_UP = 1050, 50
 def bare_step(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    batches: list[tuple[Tensor, Tensor]],
+    batches: list[rocket.Batch],
     config: Config,
     world: World,
 ) -> Tensor:
     """rocket.train_step without votes and without skipping."""
-    trained = world.sum(sum((targets != IGNORE).sum() for _, targets in batches))
+    trained = world.sum(sum((batch.targets != IGNORE).sum() for batch in batches))
     loss = torch.zeros((), device=world.device)
-    for index, (tokens, targets) in enumerate(batches):
+    for index, batch in enumerate(batches):
         with gradient_sync(model, index == len(batches) - 1):
             with autocast(model, world):
-                share = model(tokens, targets) / trained
+                share = model(*batch) / trained
             (share * world.size).backward()
         loss += share.detach()
     clip_gradients(model, config.optimizer.grad_clip)
@@ -83,10 +82,10 @@ def main(arguments: list[str]) -> None:
         called, norms = replicate(model, world), torch.zeros(2)
         progress, lagged = rocket.Progress(), Lagged()
 
-        def batches(step: int) -> list[tuple[Tensor, Tensor]]:
+        def batches(step: int) -> list[rocket.Batch]:
             size = config.train.global_batch_size
-            windows = step_windows(config.train.seed, step, size, data.windows)
-            return list(rocket.load_batches(data, windows, config.train.micro_batch_size, world))
+            windows = data.step_windows(config.train.seed, step, size)
+            return list(rocket.load_batches(run, data, windows))
 
         def full(step: int) -> None:
             near = rocket.evaluation_near(progress, 10**9, config)

@@ -144,11 +144,15 @@ LIBRARIES = {
     "model": {"config"},
     "tokenizer": {"config"},
     "corpus": {"config"},
+    "hub": {"config"},
+    "chat": {"config", "tokenizer"},
+    "packing": {"config"},
     "dataset": {"config", "model"},
     "optimizer": {"config"},
     "distributed": {"config"},
     "checkpoint": {"config", "distributed"},
     "job": {"checkpoint", "config"},
+    "inspection": {"config", "dataset", "tokenizer"},
     "run": {"checkpoint", "config", "dataset", "distributed", "job", "tokenizer"},
 }
 

@@ -1,14 +1,17 @@
 """corpus.py keeps every byte of every document, whatever the format and wherever parts are cut.
 
-Protected here: what a document is in each format under each rule; that the cut into parts changes
-neither the documents nor their places; that a text has one split; that a mistake in a source is
-named with file and row.
+Protected here: what a document is in each format under each rule, and what a conversation is; that
+the cut into parts changes neither the documents nor their places; that a text has one split; that
+a mistake in a source is named with file and row, or left out and told once, nothing else with it;
+that memory stays small however large a row group or a line is.
 """
 
 import csv
 import gzip
 import json
 import random
+import subprocess
+import sys
 import sysconfig
 import tokenize
 from pathlib import Path
@@ -16,9 +19,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import corpus
-from config import ConfigError, DataConfig, UserError
+from config import ROOT, ConfigError, DataConfig, UserError
 
 STARTS = {"starts": r" = [^=]+ = $"}  # the hub's wikitext
 
@@ -40,6 +45,22 @@ def failure(*sources, **keys) -> str:
         documents(config(*sources, **keys))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def skipping(*sources, **keys) -> tuple[list[corpus.Document], list[corpus.Bad]]:
+    """With on_error = skip: the documents, and what was left out."""
+    data = config(*sources, on_error="skip", **keys)
+    bad: list[corpus.Bad] = []
+    parts = corpus.plan(data)
+    return [found for part in parts for found in corpus.read(part, data, bad.append)], bad
+
+
+def left_out(*sources, **keys) -> list[tuple[int, str]]:
+    """Row and reason of each bad document; the first of them is what `stop` stops at."""
+    _, bad = skipping(*sources, **keys)
+    if bad:
+        assert failure(*sources, **keys) == f"{bad[0].file}, row {bad[0].row}: {bad[0].reason}"
+    return [(row, reason) for _, row, reason in bad]
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -89,7 +110,7 @@ def test_rows_of_tables_are_kept_exactly(tmp_path, writer):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
-@pytest.mark.parametrize("compression", ["gzip", "zstd"])
+@pytest.mark.parametrize("compression", ["gzip", "zstd", "bz2"])
 def test_compressed_sources_read_like_plain_ones(tmp_path, suffix, compression):
     writers = {".jsonl": write_jsonl, ".csv": write_csv}
     text = "\n".join(ROWS)
@@ -99,7 +120,8 @@ def test_compressed_sources_read_like_plain_ones(tmp_path, suffix, compression):
         else write(tmp_path / "a.txt", text)
     )
     packed = pa.Codec(compression).compress(plain.read_bytes(), asbytes=True)
-    path = write(plain.with_name(plain.name + {"gzip": ".gz", "zstd": ".zst"}[compression]), packed)
+    suffix = next(s for s, name in corpus.COMPRESSIONS.items() if name == compression)
+    path = write(plain.with_name(plain.name + suffix), packed)
     assert texts(path) == texts(plain)
 
 
@@ -115,7 +137,8 @@ def test_nulls_are_empty_texts_and_blank_lines_of_json_are_none(tmp_path):
 
 
 def test_parquet_columns_of_any_text_type(tmp_path):
-    for kind in (pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())):
+    kinds = pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())
+    for kind in (*kinds, pa.string_view()):
         path = tmp_path / "a.parquet"
         pq.write_table(pa.table({"body": pa.array(["a", None, "é"]).cast(kind)}), path)
         assert texts(path, text_column="body") == ["a", "", "é"]
@@ -153,7 +176,7 @@ def random_lines(seed: int) -> list[str]:
     return [choose.choice(kinds) for _ in range(80)]
 
 
-@pytest.mark.parametrize("rule", ["line", "blank_line", STARTS, "file"])
+@pytest.mark.parametrize("rule", ["line", "blank_line", STARTS, {"lines": 3}, "file"])
 @pytest.mark.parametrize("format", ["txt", "jsonl", "parquet"])
 def test_the_cut_into_parts_changes_no_document(tmp_path, rule, format):
     for seed, part_bytes in enumerate([5, 50, 333, 1000]):
@@ -357,3 +380,400 @@ def test_links_are_followed_and_a_broken_one_is_named(tmp_path):
     assert texts(tmp_path / "sources") == ["a"]
     (tmp_path / "sources" / "b.txt").symlink_to(tmp_path / "nowhere")
     assert f"{tmp_path}/sources/b.txt: No such file" in failure(tmp_path / "sources")
+
+
+def test_documents_of_about_n_lines(tmp_path):
+    """Boundaries hang on lines alone: an edit moves those next to it, and no others."""
+    lines = [f"sentence {i}" for i in range(5000)]
+    for i in range(0, 5000, 7):
+        lines[i] = "" if i % 2 else " \t"
+    rule = {"lines": 20}
+    path = write(tmp_path / "a.txt", "\r\n".join(lines))
+    found = texts(path, document=rule)
+    assert "".join(found) == "\r\n".join(lines)
+    assert 150 < len(found) < 350
+    assert all(text.split("\r\n")[0].strip() for text in found[1:])
+    rows = texts(write_jsonl(tmp_path / "a.jsonl", lines), document=rule)
+    assert rows == [text.replace("\r\n", "\n").removesuffix("\n") + "\n" for text in found]
+    edited = write(tmp_path / "b.txt", "\r\n".join(["new", *lines[:2500], "new", *lines[2500:]]))
+    assert len(set(texts(edited, document=rule)) - set(found)) <= 2
+    assert len(texts(path, document={"lines": 1})) == sum(bool(line.strip()) for line in lines)
+
+
+TEMPLATE = {"system", "user", "assistant"}
+CHAT = [
+    [("system", "Be kind."), ("user", "two\nlines"), ("assistant", "é🦙 <|end|>")],
+    [("system", ""), ("user", "no system"), ("assistant", "</s>")],
+    [("user", "null answer"), ("assistant", None)],
+    [("user", 'a "quote", a comma'), ("assistant", "b"), ("user", "\r\nc"), ("assistant", "d")],
+    [],
+    None,
+]
+TURNS = [
+    [[role, text or ""] for role, text in chat or [] if text or role != "system"] for chat in CHAT
+]
+
+
+def write_chats(path: Path, style: tuple[str, str]) -> Path:
+    """The conversations of CHAT, their fields and roles named in a style."""
+    names = {"user": "human", "assistant": "gpt"} if style == ("from", "value") else {}
+    rows = [
+        [dict(zip(style, (names.get(role, role), text), strict=True)) for role, text in chat]
+        if chat is not None
+        else None
+        for chat in CHAT
+    ]
+    if path.suffix == ".parquet":
+        extra = [
+            [row and [{**m, "weight": 1.5, "calls": [{"id": 1}]} for m in row]] for row in rows
+        ]
+        table = pa.table({"id": range(len(rows)), "messages": [row for (row,) in extra]})
+        pq.write_table(table, path, row_group_size=2)
+    elif path.suffix == ".jsonl":
+        write(path, "".join(json.dumps({"id": [1], "messages": r}) + "\n" for r in rows))
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(
+                [["messages", "id"], *((json.dumps(r) if r is not None else "", 1) for r in rows)]
+            )
+    return path
+
+
+@pytest.mark.parametrize("style", [("role", "content"), ("from", "value")])
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+def test_conversations_of_messages(tmp_path, suffix, style):
+    path = write_chats(tmp_path / f"a.{suffix}", style)
+    data = config(path, format="instruct")
+    found = documents(data)
+    assert [document.text for document in found] == [
+        json.dumps(turns, ensure_ascii=False) for turns in TURNS
+    ]
+    assert [document.row for document in found] == list(range(1, len(CHAT) + 1))
+    contents = [corpus.texts(document, data) for document in found]
+    assert contents == [[text for _, text in turns] for turns in TURNS]
+    assert [d.text for d in documents(config(path, format="instruct", part_bytes=1))] == [
+        document.text for document in found
+    ]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl", "csv"])
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_conversations_of_columns(tmp_path, suffix, kind):
+    path = tmp_path / f"a.{suffix}"
+    rows = [("one", "be", 1), ("two", "", 2), (None, None, 3), ("é\n", "[]", 4)]
+    if suffix == "parquet":
+        question, system, number = (list(column) for column in zip(*rows, strict=True))
+        text = (
+            pa.dictionary(pa.int8(), pa.string()) if kind == "dictionary" else getattr(pa, kind)()
+        )
+        table = {"a": pa.array(question).cast(text), "s": pa.array(system).cast(text)}
+        broken = pa.array([b"\xff"] * 4).view(pa.string())
+        table |= {"number": number, "nested": [[{"a": "b"}]] * 4, "broken": broken}
+        pq.write_table(pa.table(table), path, row_group_size=3)
+    elif suffix == "jsonl":
+        lines = [json.dumps({"a": a, "s": s, "n": [n], "x": "\ud800"}) for a, s, n in rows]
+        write(path, "\n".join(lines))
+    else:
+        with open(path, "w", newline="", encoding="latin-1") as file:
+            csv.writer(file).writerows([["n", "a", "s", "x"]])
+            for a, s, n in rows:
+                encoded = a and a.encode().decode("latin-1")
+                csv.writer(file).writerow([n, encoded, s, "\xff"])  # the last is not UTF-8
+    columns = {"system": "s", "user": "a", "assistant": "a"}
+    assert [json.loads(text) for text in texts(path, format="instruct", columns=columns)] == [
+        [["system", "be"], ["user", "one"], ["assistant", "one"]],
+        [["user", "two"], ["assistant", "two"]],
+        [["user", ""], ["assistant", ""]],
+        [["system", "[]"], ["user", "é\n"], ["assistant", "é\n"]],
+    ]
+
+
+def test_a_parquet_column_of_nulls_alone(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"s": pa.nulls(2), "q": ["a", "b"]}), path)
+    columns = {"system": "s", "assistant": "q"}
+    found = texts(path, format="instruct", columns=columns)
+    assert found == ['[["assistant", "a"]]', '[["assistant", "b"]]']
+
+
+def test_instruction_data_is_rows_of_tables(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.format = instruct is for tables"):
+        corpus.plan(config(write(tmp_path / "a.txt", "a"), format="instruct"))
+    data = config("a.jsonl")
+    assert corpus.texts(corpus.Document("as it is", "a.jsonl", 1), data) == ["as it is"]
+
+
+def test_bad_conversations_are_named(tmp_path):
+    good = [{"role": "user", "content": "a"}]
+    rows = {
+        "message 2: data.template has no role 'asistant', but system, user, assistant": [
+            *good,
+            {"role": "asistant", "content": "b"},
+        ],
+        "'content of message 1' is int, not text": [{"role": "user", "content": 1}],
+        "'messages' is dict, not a list of messages": {"role": "user", "content": "a"},
+        "message 1 of 'messages' has user, not role and content, or from and value": [
+            {"user": "a"}
+        ],
+        "message 2 of 'messages' is str, not role and content, or from and value": [*good, "b"],
+        "message 1: data.template has no role '', but": [{"role": None, "content": "b"}],
+        "not JSON (Expecting value": "nothing",
+        "not UTF-8 ('\\ud83e')": [{"role": "user", "content": "\ud83e"}],
+    }
+    lines = [{"messages": value} for row in rows.values() for value in (good, row)]
+    path = write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, [*lines, {"message": good}])))
+    found = left_out(path, format="instruct")
+    assert [row for row, _ in found] == [*range(2, 2 * len(rows) + 1, 2), 2 * len(rows) + 1]
+    expected = [*rows, "no column 'messages'; set data.messages_column to one of: message"]
+    for (_, reason), words in zip(found, expected, strict=True):
+        assert reason.startswith(words)
+
+    columns = {"user": "question", "assistant": "answer"}
+    path = write(tmp_path / "b.csv", "question,reply\na,b\n")
+    message = failure(path, format="instruct", columns=columns, on_error="skip")
+    assert message == (f"{path}: no column 'answer'; set data.columns to one of: question, reply")
+    path = write_parquet(tmp_path / "a.parquet", ["a"])
+    message = failure(path, format="instruct", messages_column="id", on_error="skip")
+    assert "column 'id' is int64, not a list of {role, content} or {from, value}" in message
+
+
+def test_a_column_named_twice_is_refused(tmp_path):
+    path = write(tmp_path / "a.csv", "text,text\na,b\n")
+    assert "2 columns 'text'; set data.text_column" in failure(path)
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([["a"], ["b"]], ["text", "text"]), path)
+    assert "2 columns 'text'; set data.text_column" in failure(path)
+
+
+GOOD = [f"text {i}, é\n\nwith lines" for i in range(20_000)]
+BAD_ROW = 13_579
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "csv"])
+def test_one_bad_row_among_many(tmp_path, format):
+    """`stop` names it; `skip` leaves out that row alone; where parts are cut changes nothing."""
+    path = tmp_path / f"a.{format}"
+    rows = [text.encode() for text in GOOD]
+    rows[BAD_ROW - 1] = b"caf\xe9"
+    if format == "parquet":
+        array = pa.array(rows).view(pa.string())
+        pq.write_table(pa.table({"text": array}), path, row_group_size=1000)
+    elif format == "jsonl":
+        write(path, b"\n".join(b'{"text": "%s"}' % row.replace(b"\n", b"\\n") for row in rows))
+    else:
+        write(path, b"text\n" + b"".join(b'"%s"\n' % row for row in rows))
+    wanted = [*GOOD[: BAD_ROW - 1], *GOOD[BAD_ROW:]]
+    for part_bytes in (0, 100_000):
+        assert (
+            format == "csv"
+            or part_bytes == 0
+            or len(corpus.plan(config(path, part_bytes=part_bytes))) > 3
+        )
+        found, bad = skipping(path, part_bytes=part_bytes)
+        assert [document.text for document in found] == wanted
+        ((file, row, reason),) = bad
+        assert (file, row) == (str(path), BAD_ROW)
+        assert reason.startswith("not UTF-8 (b'\\xe9')")
+        assert failure(path, part_bytes=part_bytes) == f"{path}, row {row}: {reason}"
+
+
+def test_skipping_changes_nothing_where_all_is_well(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ROWS)
+    write_csv(tmp_path / "b.csv", ROWS)
+    write_parquet(tmp_path / "c.parquet", ROWS)
+    for rule in ("auto", "line", "blank_line", STARTS, {"lines": 2}, "file"):
+        found, bad = skipping(tmp_path, document=rule)
+        assert found == documents(config(tmp_path, document=rule))
+        assert bad == []
+
+
+def test_bad_rows_of_json_lines(tmp_path):
+    good = '{"text": "a"}'
+    lines = [
+        good,
+        "{",
+        "[1]",
+        '{"body": "a"}',
+        '{"text": 1}',
+        '{"text": "\\ud800"}',
+        "",
+        "1" * 5000,
+    ]
+    path = write(tmp_path / "a.jsonl", "\n".join([*lines, '{"text": "' + "b" * 101 + '"}', good]))
+    wanted = (
+        "not JSON|not a JSON object|no column|'text' is int|not UTF-8|a document above|a document"
+    )
+    found = left_out(path, max_document_bytes=100)
+    assert [row for row, _ in found] == [2, 3, 4, 5, 6, 8, 9]
+    for (_, reason), words in zip(found, wanted.split("|"), strict=True):
+        assert reason.startswith(words)
+    for part_bytes in (3, 20, 400):
+        documents, bad = skipping(path, max_document_bytes=100, part_bytes=part_bytes)
+        assert [document.place() for document in documents] == [f"{path}, row 1", f"{path}, row 10"]
+        assert [(row, reason) for _, row, reason in bad] == found
+
+
+def test_bad_records_of_csv_do_not_swallow_their_neighbours(tmp_path):
+    records = [
+        '1,"a\nb"',
+        "2",
+        '3,"open',
+        "4,d",
+        '5,"e"x',
+        "6,f,g",
+        "",
+        '7,"é ""h"""',
+        '8,"end\n9,i',
+    ]
+    path = write(tmp_path / "a.csv", "\ufeffid,text\r\n" + "\r\n".join(records))
+    found, bad = skipping(path)
+    assert [document.text for document in found] == ["a\nb", "d", 'é "h"', "i"]
+    assert [document.row for document in found] == [1, 4, 7, 9]
+    assert [(row, reason[:12]) for _, row, reason in bad] == [
+        (2, "has 1 fields"),
+        (3, "not CSV (','"),
+        (5, "not CSV (','"),
+        (6, "has 3 fields"),
+        (8, "not CSV (une"),
+    ]
+    path = write(tmp_path / "b.csv", "text\n" + "a" * 1000 + "\nb\n" + "c" * 11 + "\nd\n")
+    found, bad = skipping(path, max_document_bytes=10)
+    assert [document.text for document in found] == ["b", "d"]
+    assert [row for _, row, _ in bad] == [1, 3]
+    assert all("above data.max_document_bytes" in reason for _, _, reason in bad)
+
+
+def test_a_bad_line_makes_its_document_bad_once(tmp_path):
+    lines = [b"= a", b"one", b"caf\xe9", b"caf\xe9", b"", b"= b", b"two", b"", b"= c", b"x" * 200]
+    path = write(tmp_path / "a.txt", b"\n".join([*lines, b"x" * 200, b"", b"= d", b"three"]))
+    keys = {"max_document_bytes": 100}
+    for rule, wanted, rows in (
+        ("blank_line", ["= b\ntwo", "= d\nthree"], [3, 10]),
+        ({"starts": "= "}, ["= b\ntwo\n\n", "= d\nthree"], [3, 10]),
+        ("file", [], [1]),
+    ):
+        for part_bytes in (0, 7, 40):
+            found, bad = skipping(path, document=rule, part_bytes=part_bytes, **keys)
+            assert [document.text for document in found] == wanted
+            assert [row for _, row, _ in bad] == rows
+    found, bad = skipping(path, document="line", part_bytes=30, **keys)
+    assert len(found) == 10
+    assert [row for _, row, _ in bad] == [3, 4, 10, 11]
+
+
+@pytest.mark.parametrize("rule", ["line", "blank_line", STARTS, {"lines": 3}])
+@pytest.mark.parametrize("format", ["txt", "jsonl", "parquet"])
+def test_the_cut_into_parts_changes_nothing_that_is_left_out(tmp_path, rule, format):
+    for seed, part_bytes in enumerate([5, 50, 333]):
+        choose = random.Random(seed)
+        lines = [line.encode() for line in random_lines(seed)]
+        for i in choose.sample(range(len(lines)), 8):
+            lines[i] = choose.choice([b"caf\xe9", b"x" * 900, b" = \xff = "])
+        path = tmp_path / f"{seed}.{format}"
+        if format == "parquet":
+            array = pa.array(lines).view(pa.string())
+            pq.write_table(pa.table({"text": array}), path, row_group_size=3)
+        elif format == "jsonl":
+            rows = [b'{"text": "%s"}' % line.replace(b"\r", b"\\r") for line in lines]
+            write(path, b"\n".join(rows))
+        else:
+            write(path, b"\n".join(lines))
+        keys = {"document": rule, "max_document_bytes": 800}
+        found, bad = skipping(path, part_bytes=part_bytes, **keys)
+        whole, all_bad = skipping(path, part_bytes=1_000_000_000, **keys)
+        assert [(d.text, d.place()) for d in found] == [(d.text, d.place()) for d in whole]
+        assert bad == all_bad
+        assert 1 <= len(bad) <= 8
+
+
+def test_python_that_is_not_what_it_says_is_one_bad_document(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    write(tmp_path / "a.py", "# coding: latin-1\nx = '\xe9'\n".encode("latin-1"))
+    write(tmp_path / "b.py", b"one\ncaf\xe9\n" * 2)
+    write(tmp_path / "c.py", b"# coding: nothing\n")
+    write(tmp_path / "d.py", b"last\r\n")
+    found, bad = skipping("python-stdlib")
+    assert [document.text for document in found] == ["# coding: latin-1\nx = '\xe9'\n", "last\n"]
+    assert [(Path(file).name, row) for file, row, _ in bad] == [("b.py", 1), ("c.py", 1)]
+    assert "python" not in failure("python-stdlib").lower().split(": ")[0]
+
+
+def test_what_is_cut_short_stops_the_reading_in_both_modes(tmp_path):
+    rows = [f"{random.Random(i).random()} text" for i in range(2000)]
+    content = write_jsonl(tmp_path / "b", rows).read_bytes()
+    paths = [write_parquet(tmp_path / "a.parquet", rows, 500)]
+    for suffix, name in corpus.COMPRESSIONS.items():
+        packed = pa.Codec(name).compress(content, asbytes=True)
+        paths.append(write(tmp_path / f"a.jsonl{suffix}", packed))
+    for path in paths:
+        packed = path.read_bytes()
+        write(path, packed[: len(packed) * 9 // 10])
+        assert "cut short or damaged" in failure(path, on_error="skip")
+    page = pq.ParquetFile(write_parquet(paths[0], rows, 500)).metadata.row_group(1).column(1)
+    damaged = bytearray(paths[0].read_bytes())
+    damaged[page.data_page_offset + 200] ^= 1
+    write(paths[0], bytes(damaged))
+    message = failure(paths[0], on_error="skip")
+    assert "cut short or damaged" in message
+
+
+ANY_TEXT = st.text(
+    st.one_of(
+        st.characters(exclude_categories=["Cs"]),
+        st.sampled_from('\0\r\n\x0b\x1c\x85\u2028\ufeff\u2581",'),
+    )
+)
+HARD = st.one_of(ANY_TEXT, st.sampled_from(["</s>", "<|end|>", "<|user|>", "\u2581", "\r", '"']))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.tuples(HARD, HARD), max_size=6))
+@pytest.mark.parametrize("format", ["jsonl", "parquet", "csv"])
+def test_any_text_is_kept(tmp_path_factory, format, rows):
+    path = tmp_path_factory.mktemp("rows") / f"a.{format}"
+    if format == "parquet":
+        columns = [pa.array([row[i] for row in rows], pa.string()) for i in (0, 1)]
+        pq.write_table(pa.table(columns, ["text", "reply"]), path, row_group_size=2)
+    elif format == "jsonl":
+        lines = [json.dumps({"text": a, "reply": b}, ensure_ascii=len(a) % 2 > 0) for a, b in rows]
+        write(path, "\r\n".join(lines))
+    else:
+        with open(path, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("text", "reply"), *rows])
+    assert texts(path) == [text for text, _ in rows]
+    columns = {"system": "text", "assistant": "reply"}
+    data = config(path, format="instruct", columns=columns)
+    for document, (text, reply) in zip(documents(data), rows, strict=True):
+        turns = [["system", text], ["assistant", reply]] if text else [["assistant", reply]]
+        assert json.loads(document.text) == turns
+        assert corpus.texts(document, data) == [content for _, content in turns]
+
+
+PEAK = """
+import resource, sys
+import corpus
+from config import DataConfig
+
+data = DataConfig(sources=sys.argv[1:], document="auto", on_error="skip")
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+read = sum(1 for part in corpus.plan(data) for document in corpus.read(part, data))
+print(read, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
+def test_memory_stays_small_however_large_a_row_group_or_a_line_is(tmp_path):
+    source = random.Random(0)
+    rows = [source.randbytes(100_000).hex() for _ in range(500)]  # 100 MB
+    pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
+    with open(tmp_path / "b.jsonl", "w") as file:
+        file.write('{"text": "a"}\n{"text": "')
+        for _ in range(300):
+            file.write("a" * 1_000_000)
+        file.write('"}\n{"text": "b"}\n')
+    for name, count, most in (("a.parquet", 500, 60), ("b.jsonl", 2, 350)):
+        command = [sys.executable, "-c", PEAK, str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        read, peak = map(int, done.stdout.split())
+        assert read == count
+        assert peak < most

@@ -30,7 +30,7 @@ from training import (
 import job
 from checkpoint import find_checkpoint
 from config import UserError
-from dataset import TokenDataset, step_windows
+from dataset import Mixture, TokenDataset
 from job import Claim
 
 LONG = {"train__max_steps": 100_000, "train__eval_interval": 0, "checkpoint__interval": 0}
@@ -135,9 +135,9 @@ def test_a_crash_comes_back_once(run, dataset, tmp_path):
     data, out = tmp_path / "data", tmp_path / "run"
     shutil.copytree(dataset, data)
     manifest = json.loads((data / "manifest.json").read_text())
-    tokens = TokenDataset(data, manifest, "train", 32)
-    window = int(step_windows(1337, 14, 10, tokens.windows)[3])
-    place = tokens.places(window)[0]
+    tokens = Mixture({"it": TokenDataset(data, manifest, "train", 32)}, {"it": 1})
+    window = int(tokens.step_windows(1337, 14, 10)[3])
+    place = tokens.place(window)["pieces"][0]
     shard = np.memmap(data / place["shard"], "<u2", mode="r+")
     shard[place["offset"] + 5] = 60_000
     shard.flush()

@@ -1,5 +1,6 @@
-"""Protects the model: it is Llama 2 (transformers is the reference), sees no future, starts from
-weights that seed and name alone determine, and generates the same with and without its cache."""
+"""Protects the model: it is Llama 2 (transformers is the reference), sees no future and no other
+document, starts from weights that seed and name alone determine, and generates the same with and
+without its cache."""
 
 import dataclasses
 import math
@@ -124,6 +125,54 @@ def test_a_token_never_changes_logits_before_it(config):
         after = model(changed)
         assert torch.equal(after[:, :t], before[:, :t])
         assert (after[:, t:] != before[:, t:]).any(-1).all()  # and reaches each one from it on
+
+
+LENGTHS = (5, 9, 2)  # of three documents in a row
+
+
+@torch.no_grad()
+def packed_and_alone(config, masked):
+    """Logits of documents in one row, and of each in a row of its own, end to end."""
+    model, tokens = build(config, scale=5.0), tokens_of(2, sum(LENGTHS))
+    documents = torch.arange(3).repeat_interleave(torch.tensor(LENGTHS)).expand(2, -1)
+    alone = torch.cat([model(part) for part in tokens.split(LENGTHS, dim=1)], dim=1)
+    return model(tokens, documents=documents if masked else None), alone
+
+
+def test_packed_documents_have_the_logits_of_each_alone(config):
+    """Though their positions run on; without a mask the same comparison finds the leak."""
+    assert_close(*packed_and_alone(config, masked=True))
+    leaking, alone = packed_and_alone(config, masked=False)
+    assert_close(leaking[:, : LENGTHS[0]], alone[:, : LENGTHS[0]])
+    with pytest.raises(AssertionError):
+        assert_close(leaking, alone)
+
+
+@pytest.mark.parametrize("first", [7, 1100])  # the second is more than a block of the kernel
+@pytest.mark.parametrize("shape", ["MHA", "GQA"])
+def test_a_document_never_reaches_another(shape, first):
+    """Neither its loss, to the bit, nor a gradient of it, which is exactly zero."""
+    model, length = build(SHAPES[shape], scale=5.0), first + 8
+    tokens, targets = tokens_of(1, length), tokens_of(1, length, seed=1)
+    targets[:, :first] = IGNORE
+    documents = (torch.arange(length) >= first).long()[None]
+    embedded = []
+    model.model.embed_tokens.register_forward_hook(lambda *call: embedded.append(call[-1]))
+
+    def loss_and_gradient(documents):
+        loss = model(tokens, targets, documents)
+        (gradient,) = torch.autograd.grad(loss, embedded[-1])
+        return loss, gradient
+
+    loss, gradient = loss_and_gradient(documents)
+    assert not gradient[:, :first].any()
+    assert gradient[:, first:].any(-1).all()
+    _, leaking = loss_and_gradient(None)
+    assert leaking[:, :first].any(-1).all()
+    tokens[:, :first] = (tokens[:, :first] + 1) % VOCAB
+    after, gradient_after = loss_and_gradient(documents)
+    assert torch.equal(after, loss)
+    assert torch.equal(gradient_after, gradient)
 
 
 def test_initial_loss_of_the_tiny_config_is_the_log_of_its_vocabulary():

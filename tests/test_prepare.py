@@ -2,7 +2,8 @@
 
 Protected here, through the real command line: the bins and the manifest as DESIGN states them;
 equal shards for any number of workers and tasks and after a kill; what exists stays until its
-replacement is whole; each mistake is one line on stderr that names the place. Also --bad-steps.
+replacement is whole; each mistake is one line on stderr that names the place. Every document is
+accounted for, and conversations keep their masks.
 """
 
 import hashlib
@@ -15,15 +16,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import corpus
+import prepare as program
+from chat import Template
 from config import DataConfig, UserError
 from prepare import verify
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, add_control_pieces
 
 VOCAB_SIZE = 600
 WORDS = "def return import for while with class yield lambda try except 🦙 é".split()
@@ -399,11 +405,11 @@ def mistakes(project):
     return {
         "missing file": ({}, ["--data.sources=['corpos.jsonl']"], "corpos.jsonl: no such file"),
         "no match": ({}, [f"--data.sources=['{project}/*.csv']"], "no file to read here"),
-        "empty corpus": ({"corpus.jsonl": ""}, [], "the train split is empty: of 0 documents, 0 "),
+        "empty corpus": ({"corpus.jsonl": ""}, [], "the train split is empty: of 0 documents none"),
         "only empty texts": (
             {"corpus.jsonl": '{"text": ""}\n'},
             [],
-            "of 1 documents, 1 without text",
+            "of 1 documents, 1 empty documents among them, none",
         ),
         "bad row": ({"corpus.jsonl": row * 900 + "{\n" + row * 900}, [], "corpus.jsonl, row 901: "),
         "no column": ({}, ["--data.text_column=body", *one], "row 1: no column 'body'; set"),
@@ -411,7 +417,7 @@ def mistakes(project):
         "empty split": (
             {"corpus.jsonl": row * 20},
             [],
-            " split is empty: of 20 documents, 0 without text, none fell into it",
+            " split is empty: of 20 documents none fell into it",
         ),
         "other size": ({}, ["--tokenizer.vocab_size=601"], "has 600 pieces, but"),
         "too many": ({}, ["--tokenizer.vocab_size=70000"], "above 65,536"),
@@ -522,55 +528,185 @@ def test_verify_finds_one_flipped_byte(project):
     assert "run prepare.py" in refused(project, "--verify")
 
 
-def skipped(project, **changed):
-    """A record of a skipped step whose one window lies across two shards."""
-    first, second = manifest(project / "data")["splits"]["train"]["shards"][:2]
-    pieces = [
-        {"shard": first["file"], "offset": first["tokens"] - 40, "tokens": 40},
-        {"shard": second["file"], "offset": 0, "tokens": 25},
+# --- documents of any kind, conversations, duplicates, bad rows ---
+
+MARKERS = "<s> </s> <unk> <|system|> <|user|> <|assistant|> <|end|>".split()
+TEXTS = st.text() | st.lists(st.sampled_from([*MARKERS, "\u2581", "\r\n", "\0", " "])).map("".join)
+
+
+@settings(
+    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(texts=st.lists(TEXTS | st.text("aé🦙", min_size=2000), min_size=1, max_size=40))
+def test_any_text_comes_back_from_the_bins(project, chat_tokenizer, texts):
+    """Control tokens in a text stay text. U+2581, SentencePiece's sign for a space, becomes one."""
+    (project / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    keys = ["--data.val_fraction=0", "--data.test_fraction=0", "--data.workers=1", "--force"]
+    try:
+        program.main([f"{project}/config.toml", *keys, *chat_keys(chat_tokenizer)])
+    except UserError:  # the train split is empty
+        assert not any(texts)
+        return
+    tokenizer = Tokenizer(chat_tokenizer)
+    found = split_documents(project / "data", "train", tokenizer)
+    assert found == [text.replace("\u2581", " ") for text in texts if text]
+    assert manifest(project / "data")["counts"]["dropped"] == {"empty": texts.count("")}
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer(tiny_tokenizer, tmp_path_factory):
+    path = tmp_path_factory.mktemp("chat") / "tokenizer.model"
+    path.write_bytes(add_control_pieces(tiny_tokenizer.read_bytes(), MARKERS[3:]))
+    return path
+
+
+def chat_keys(path):
+    return [f"--tokenizer.path={path}", f"--tokenizer.vocab_size={Tokenizer(path).vocab_size}"]
+
+
+def conversation(i):
+    """What a row of the corpus asks and answers; some have no answer, one is far too long."""
+    if i == 77:
+        return "why?", document(i) * 5
+    question = document(i)[: 20 + i * 37 % 200]
+    return question, "" if i % 40 == 3 else document(i + 5000)[: 10 + i * 53 % 150]
+
+
+SEQ_LEN = 256
+
+
+@pytest.fixture
+def chats(project, chat_tokenizer):
+    """The project with conversations, and the arguments that prepare them."""
+    rows = [conversation(i) for i in range(400)] + [conversation(5), ("", None)]
+    lines = [json.dumps({"ask": ask, "reply": reply}) + "\n" for ask, reply in rows]
+    (project / "corpus.jsonl").write_text("".join(lines))
+    columns = '--data.columns={user = "ask", assistant = "reply"}'
+    keys = ["--data.format=instruct", columns, f"--data.seq_len={SEQ_LEN}"]
+    return project, [*keys, "--data.part_bytes=20000", *chat_keys(chat_tokenizer)]
+
+
+def windows_of(directory, split):
+    names = sorted(directory.glob(f"{split}-*.bin"))
+    ids = np.concatenate([np.fromfile(name, "<u2") for name in names])
+    mask = np.concatenate([np.fromfile(name.with_suffix(".mask"), np.uint8) for name in names])
+    assert len(ids) == len(mask)
+    return ids.reshape(-1, SEQ_LEN), mask.reshape(-1, SEQ_LEN)
+
+
+def test_conversations_are_packed_whole_with_their_masks(chats, chat_tokenizer):
+    project, arguments = chats
+    output = prepared(project, *arguments)
+    tokenizer = Tokenizer(chat_tokenizer)
+    template = Template(DataConfig().template, tokenizer)
+    expected, truncated = Counter(), 0
+    for ask, reply in [conversation(i) for i in [*range(400), 5]]:
+        if reply:
+            ids, mask = template.render([("user", ask), ("assistant", reply)], "responses")
+            if len(ids) > SEQ_LEN:
+                truncated += 1
+                ids, mask = ids[:SEQ_LEN].copy(), mask[:SEQ_LEN].copy()
+                ids[-1], mask[-1] = tokenizer.eos_id, 0
+            expected[ids.tobytes(), mask.tobytes()] += 1
+    found = Counter()
+    content = manifest(project / "data")
+    for split in ("train", "val", "test"):
+        fill = 0
+        for window, mask in zip(*windows_of(project / "data", split), strict=True):
+            starts = np.flatnonzero(window == tokenizer.bos_id)
+            assert starts[0] == 0
+            for start, stop in zip(starts, [*starts[1:], SEQ_LEN], strict=True):
+                end = start + int(np.argmax(window[start:stop] == tokenizer.eos_id)) + 1
+                found[window[start:end].tobytes(), mask[start:end].tobytes()] += 1
+                fill += stop - end
+                assert (window[end:stop] == tokenizer.eos_id).all()
+                assert not mask[end:stop].any()
+        entry = content["splits"][split]
+        assert entry["filled"] == fill
+        assert entry["trained"] == windows_of(project / "data", split)[1].sum()
+    assert found == expected
+    counts = content["counts"]
+    assert counts["dropped"] == {"empty": 1, "no_response": 10}
+    assert counts["truncated"] == truncated > 0
+    assert counts["read"] == 402 == counts["written"] + 11
+    assert sum(s["documents"] for s in content["splits"].values()) == counts["written"]
+    assert content["seq_len"] == SEQ_LEN
+    assert content["template"] == DataConfig().template
+    assert "dropped: 10 conversations without a response" in output
+    assert f"truncated to 256 tokens: {truncated} conversations" in output
+    entry = content["splits"]["train"]
+    assert f"{1 - entry['filled'] / entry['tokens']:.1%} filled" in output
+    prepared(project, *arguments, "--verify")
+    (project / "data" / "train-00000.mask").write_bytes(b"")
+    assert "train-00000.mask: 0 bytes instead of" in refused(project, *arguments)
+
+
+def test_conversations_give_the_same_shards_however_they_are_prepared(chats):
+    project, arguments = chats
+    arguments += ["--data.deduplicate=true"]
+    prepared(project, *arguments, "--data.workers=1", f"--data.dir={project}/one")
+    for index in range(3):
+        prepared(project, *arguments, f"--task={index}/3")
+    prepared(project, *arguments)
+    assert digests(project / "one") == digests(project / "data")
+    assert manifest(project / "one")["counts"]["dropped"]["duplicate"] == 1
+
+
+def test_a_kill_while_parts_are_arranged_is_mended(chats, monkeypatch):
+    project, arguments = chats
+    prepared(project, *arguments, f"--data.dir={project}/straight")
+    monkeypatch.setattr(program, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    if not (child := os.fork()):  # dies between the two stages' ends and the manifest
+        program.main([f"{project}/config.toml", *arguments])
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (work,) = (project / "data" / "parts").iterdir()
+    (work / "part-000001.arranged.json").unlink()  # as if that one had not been reached
+    prepared(project, *arguments)
+    assert digests(project / "straight") == digests(project / "data")
+
+
+def test_longer_conversations_may_be_dropped(chats):
+    project, arguments = chats
+    prepared(project, *arguments, f"--data.dir={project}/cut")
+    prepared(project, *arguments, "--data.too_long=drop")
+    cut, counts = (manifest(project / name)["counts"] for name in ("cut", "data"))
+    assert counts["dropped"] == cut["dropped"] | {"too_long": cut["truncated"]}
+    assert "truncated" not in counts
+
+
+def test_duplicates_are_dropped_but_for_the_first(project, tiny_tokenizer):
+    prepared(project, f"--data.dir={project}/all")
+    output = prepared(project, "--data.deduplicate=true")
+    assert "dropped: 1 documents equal to an earlier one" in output
+    counts = manifest(project / "data")["counts"]
+    assert counts == {"read": 1502, "written": 1500, "dropped": {"empty": 1, "duplicate": 1}}
+    tokenizer = Tokenizer(tiny_tokenizer)
+    for split in ("train", "val", "test"):
+        kept = list(dict.fromkeys(split_documents(project / "all", split, tokenizer)))
+        assert split_documents(project / "data", split, tokenizer) == kept
+
+
+def test_bad_rows_are_skipped_counted_and_listed(project):
+    lines = (project / "corpus.jsonl").read_bytes().splitlines(keepends=True)
+    lines[700] = b'{"text": 7}\n'
+    lines[1200] = b'{"text": "caf\xe9"}\n'
+    (project / "corpus.jsonl").write_bytes(b"".join(lines))
+    assert "corpus.jsonl, row 701: 'text' is int, not text" in refused(project)
+    output = prepared(project, "--data.on_error=skip")
+    assert "dropped: 2 bad documents" in output
+    listed = project / "data" / "skipped.jsonl"
+    assert f"{listed} lists the bad ones by file and row" in output
+    rows = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(row["file"], row["row"]) for row in rows] == [
+        (f"{project}/corpus.jsonl", 701),
+        (f"{project}/corpus.jsonl", 1201),
     ]
-    step = {"step": 12, "reason": "spike", "loss": 5.25, "grad_norm": 1234.5}
-    step |= {"windows": [{"window": 3, "pieces": pieces}], "dataset": f"{project}/data"}
-    return json.dumps(step | changed) + "\n"
-
-
-def test_bad_steps_are_printed_with_their_texts(project, tiny_tokenizer):
-    run = project / "run"
-    arguments = ["--bad-steps", f"--train.out_dir={run}"]
-    assert prepared(project, *arguments) == f"{run}: no step was skipped\n"
-    prepared(project)
-    run.mkdir()
-    failed = skipped(project, step=13, reason="non_finite", loss=None, grad_norm=None, windows=[])
-    (run / "bad_steps.jsonl").write_text(skipped(project) + failed)
-    lines = prepared(project, *arguments).split("\n")
-    assert lines[0] == "step 12: spike, loss 5.25, gradient norm 1234"
-    assert lines[-2] == "step 13: non_finite, loss not finite, gradient norm not finite"
-    bins = [np.fromfile(project / "data" / f"train-0000{i}.bin", "<u2") for i in (0, 1)]
-    places = [f"40 tokens of train-00000.bin from {len(bins[0]) - 40}", "25 tokens of train-00001"]
-    assert lines[1].startswith(f"window 3 in {project}/data: {', '.join(places)}.bin from 0")
-    decode = Tokenizer(tiny_tokenizer).decode
-    text = decode(bins[0][-40:-1]) + "</s><s>" + decode(bins[1][1:25])
-    assert "\r\n\t" in text
-    assert lines[2:-2] == ["  | " + line for line in text.replace("\r", "\\r").split("\n")]
-
-
-def test_bad_steps_that_do_not_fit_are_named(project):
-    import prepare as program
-
-    prepared(project)
-    (project / "run").mkdir()
-    record = project / "run" / "bad_steps.jsonl"
-    piece = {"shard": "train-00000.bin", "offset": 10**6, "tokens": 5}
-    records = {
-        "bad_steps.jsonl, line 2: damaged": skipped(project) + '{"step": 1',
-        "train-00000.bin: no 5 tokens from 1000000 on; was it prepared anew": skipped(
-            project, windows=[{"window": 3, "pieces": [piece]}]
-        ),
-        "elsewhere: no dataset here": skipped(project, dataset=f"{project}/elsewhere"),
-    }
-    for message, text in records.items():
-        record.write_text(text)
-        with pytest.raises(UserError, match=message):
-            program.main(
-                [f"{project}/config.toml", "--bad-steps", f"--train.out_dir={project}/run"]
-            )
+    assert "is int, not text" in rows[0]["reason"]
+    assert "not UTF-8" in rows[1]["reason"]
+    counts = manifest(project / "data")["counts"]
+    assert counts == {"read": 1502, "written": 1499, "dropped": {"empty": 1, "bad": 2}}
+    good = [line for number, line in enumerate(lines) if number not in (700, 1200)]
+    (project / "corpus.jsonl").write_bytes(b"".join(good))
+    prepared(project, "--force")
+    assert not listed.exists()
+    assert manifest(project / "data")["counts"]["written"] == 1499

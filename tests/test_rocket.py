@@ -29,7 +29,7 @@ from training import (
 
 from checkpoint import Checkpoint, _drop_optimizer, _write_manifest, find_checkpoint
 from config import build_config, file_sha256, read_toml
-from dataset import TokenDataset, step_windows
+from dataset import Mixture, TokenDataset, mask_name
 from tokenizer import Tokenizer
 
 
@@ -295,10 +295,11 @@ def poisoned(run, finished, dataset, tmp_path):
     shutil.copytree(finished, source)
     manifest = json.loads((dataset / "manifest.json").read_text())
     data = TokenDataset(dataset, manifest, "train", 32)
+    order = Mixture({"it": data}, {"it": 1})
     steps_of: dict[int, list[int]] = {}
     for step in range(20):
-        windows = step_windows(1337, step, 10, data.windows)
-        for token in np.unique([data.window(int(w))[:-1] for w in windows]):
+        windows = order.step_windows(1337, step, 10)
+        for token in np.unique([data.window(int(w))[0][:-1] for w in windows]):
             steps_of.setdefault(int(token), []).append(step + 1)
     token, bad = next((t, s) for t, s in steps_of.items() if len(s) == 2 and s[1] - s[0] > 1)
     checkpoint = find_checkpoint(source)
@@ -326,6 +327,7 @@ def test_steps_that_are_not_finite_are_skipped(poisoned, tmp_path, dataset):
         assert (row["loss"] is None) == (row["step"] in bad) == ("skipped" in row)
     windows = [window for row in skipped for window in row["windows"]]
     assert len(windows) == 20
+    assert {window["dataset"] for window in windows} == {str(dataset)}
     guilty = 0
     for window in windows:
         ids = [
@@ -381,6 +383,98 @@ def test_a_failure_at_the_same_step_does_not_come_back(run, tmp_path):
     assert status(tmp_path / "run")["requeue"]
     error_of(rocket(run(**options)))
     assert not status(tmp_path / "run")["requeue"]
+
+
+def write_instruct(directory, dataset, splits, template="{content}"):
+    """Conversations of real tokens, packed for 32: two a window, of which the second half counts.
+
+    Args:
+        splits: name to (windows, the last of them that are trained on).
+    """
+    directory.mkdir()
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    bos, eos = (manifest["tokenizer"][name] for name in ("bos_id", "eos_id"))
+    text = np.fromfile(dataset / "train-00000.bin", "<u2")
+    text = text[(text != bos) & (text != eos)]
+    manifest |= {"format": "instruct", "seq_len": 32, "template": {"assistant": template}}
+    manifest |= {"train_on": "responses", "too_long": "truncate", "splits": {}}
+    for split, (windows, trained) in splits.items():
+        ids = text[: 32 * windows].reshape(windows, 32).copy()
+        ids[:, [0, 14]], ids[:, [13, 29, 30, 31]] = bos, eos  # two tokens of fill
+        mask = np.zeros(ids.shape, dtype="u1")
+        mask[windows - trained :, [*range(7, 14), *range(22, 30)]] = 1
+        file = f"{split}-00000.bin"
+        ids.tofile(directory / file)
+        mask.tofile(directory / mask_name(file))
+        shard = {"file": file, "tokens": ids.size, "trained": int(mask.sum()), "sha256": split}
+        manifest["splits"][split] = {"tokens": ids.size, "shards": [shard]}
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    return directory
+
+
+def toml_table(**values):
+    """A table for the command line: {"a" = 1, "b" = 2}."""
+    return "{" + ", ".join(f"{json.dumps(k)} = {v}" for k, v in values.items()) + "}"
+
+
+def test_a_mixture_with_a_document_mask(run, dataset, tmp_path):
+    """Text and conversations: any number of ranks, resumed in the middle, one run; steps without a
+    trained token change nothing; the mask has an effect."""
+    talk = write_instruct(tmp_path / "talk", dataset, {"train": (60, 60), "val": (9, 9)})
+    rare = write_instruct(tmp_path / "rare", dataset, {"train": (40, 6)})
+    mixture = {"data__mixture": toml_table(**{str(dataset): 0.7, str(talk): 0.3})}
+    masked = {**mixture, "data__document_mask": "true"}
+    sparse = {"data__dir": rare, "train__global_batch_size": 2, "train__max_bad_steps": 1}
+    one = run_many(
+        [
+            run("reference", **masked),
+            run("halved", **masked, train__stop_at_step=10),
+            run("halved", **masked),
+            run("moving", **masked, train__stop_at_step=10),
+            run("plain", **mixture),
+            run("sparse", **sparse),
+        ]
+    )
+    assert one.returncode == 0, one.stderr
+    two = run_many(
+        [
+            run("moving", **masked),
+            run("sharded", **masked, parallel__strategy="fsdp"),
+            run("sparse2", **sparse, parallel__strategy="fsdp"),
+            run("moving", **mixture),
+        ],
+        ranks=2,
+    )
+    assert two.returncode == 0, two.stderr
+    assert "run 3 rank 0: this run can't resume with data.document_mask" in two.stderr
+    assert_identical(tmp_path / "reference", tmp_path / "halved")
+    for name in ("moving", "sharded", "plain"):
+        apart = np.subtract(losses(tmp_path / name), losses(tmp_path / "reference"))
+        assert len(apart) == 20
+        assert (np.abs(apart).max() < 1e-4) == (name != "plain"), name
+
+    assert f"{talk}: 30.00% of the sequences, 1.00 epochs of it" in one.stdout
+    assert "attention stays within a document" in one.stdout
+    assert find_checkpoint(tmp_path / "reference").manifest["template"] == {
+        "assistant": "{content}"
+    }
+    last = rows(tmp_path / "reference")[-1]
+    assert last["epochs"][str(talk)] == 1.0
+    of_text, of_talk = (last["val_losses"][str(name)] for name in (dataset, talk))
+    assert last["val_loss"] == pytest.approx(0.7 * of_text + 0.3 * of_talk)
+
+    bad_steps = (tmp_path / "sparse" / "bad_steps.jsonl").read_text()
+    skipped = [json.loads(line) for line in bad_steps.splitlines()]
+    assert {row["reason"] for row in skipped} == {"no_trained_tokens"}
+    assert 5 < len(skipped) < 20
+    for row in skipped:
+        assert all(w["dataset"] == str(rare) and w["window"] < 34 for w in row["windows"])
+    assert [row["step"] for row in rows(tmp_path / "sparse") if "skipped" in row] == [
+        row["step"] for row in skipped
+    ]
+    assert status(tmp_path / "sparse")["state"] == "finished"
+    assert tensors(tmp_path / "sparse")["optimizer:lm_head.weight/step"] == 20 - len(skipped)
+    assert (tmp_path / "sparse2" / "bad_steps.jsonl").read_text() == bad_steps
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "fsdp")])
@@ -465,6 +559,9 @@ BAD_INPUTS = {  # what a user might give in a world of 2, and the words of the a
     "no length": "train.max_steps or train.epochs",
     "window too long": "less than one window",
     "no output": "a path is empty",
+    "packed for another length": "windows of 32 tokens, data.seq_len is 16; set data.seq_len=32",
+    "two templates": "was prepared with another data.template than",
+    "nothing to evaluate": "no text to train on",
 }
 
 
@@ -479,6 +576,10 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
     manifest["tokenizer"]["sha256"] = "0" * 64
     (other / "manifest.json").write_text(json.dumps(manifest))
     (tmp_path / "file").write_text("")
+    splits = {"train": (20, 20), "val": (20, 1)}
+    talk = write_instruct(tmp_path / "talk", dataset, splits)
+    chat = write_instruct(tmp_path / "chat", dataset, {"train": (20, 20)}, "-{content}")
+    part = {"train__max_steps": 1, "train__eval_sequences": 3}
     cases = {
         "cut bin": run("a", data__dir=cut),
         "other tokenizer": run("b", data__dir=other),
@@ -489,6 +590,9 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
         "no length": run("g", train__max_steps=0),
         "no output": run(train__out_dir=""),
         "window too long": run("h", data__seq_len=10**7, model__max_seq_len=10**7),
+        "packed for another length": run("i", data__dir=talk, data__seq_len=16),
+        "two templates": run("j", data__mixture=toml_table(**{str(talk): 1, str(chat): 1})),
+        "nothing to evaluate": run("k", data__dir=talk, **part),
     }
     done = run_many(list(cases.values()), ranks=2)  # a rank that did not raise would hang it
     for index, case in enumerate(cases):
@@ -498,7 +602,7 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
             assert len(said) == 1, case
             assert BAD_INPUTS[case] in said[0], case
     assert BAD_INPUTS["cut bin"] in error_of(rocket(cases["cut bin"], ranks=2))
-    assert not list(tmp_path.glob("[a-h]/checkpoints"))
+    assert not list(tmp_path.glob("[a-k]/checkpoints"))
 
 
 def test_a_full_disk_while_saving_keeps_what_was_saved(run, small_disk):

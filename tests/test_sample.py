@@ -225,7 +225,7 @@ def stream(tokenizer, prompt, text, stops=(), cut=None):
     start = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt + text).tolist()]
     assert ids[: len(start)] == start
-    completion = Completion(tokenizer, start, list(stops))
+    completion = Completion(tokenizer, start, list(stops), [tokenizer.eos_id])
     shown = [completion.add(token) for token in ids[len(start) : cut]]
     return completion, [*shown, completion.add(None)]
 
@@ -275,7 +275,7 @@ def test_the_stop_string_that_is_complete_first_ends_it(tokenizer):
 
 
 def test_eos_ends_it(tokenizer):
-    completion = Completion(tokenizer, [tokenizer.bos_id], [])
+    completion = Completion(tokenizer, [tokenizer.bos_id], [], [tokenizer.eos_id])
     for token in [*tokenizer.encode("the end").tolist(), tokenizer.eos_id, 300, None]:
         completion.add(token)
     assert (completion.text, completion.end) == ("the end", "eos")

@@ -107,8 +107,8 @@ def test_a_large_corpus_is_sampled_everywhere_without_reading_all(work, monkeypa
     read = []
     original = corpus.read
 
-    def counted(part, data):
-        for document in original(part, data):
+    def counted(part, data, skipped):
+        for document in original(part, data, skipped):
             read.append(document)
             yield document
 

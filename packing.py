@@ -1,0 +1,197 @@
+"""Tokens of documents to files: written, compared, packed into windows. It reads no sources.
+
+The documents of one split of a part stand back to back in NAME.bin. Where their tokens have a mask
+it is NAME.mask, a byte a token; where they are to be compared or packed, NAME.docs has a record for
+each, and from it `arrange` makes the final files.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+
+from config import sync_directory
+
+COUNTS = ("tokens", "documents", "bytes")
+MASK_COUNTS = ("trained", "filled")
+RECORD = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2)])
+DUPLICATES_AT_ONCE = 4_000_000  # records compared at a time, about 50 bytes of memory each
+
+
+class Encoded(NamedTuple):
+    """A document's tokens, two bytes each; its mask, one byte each; and the bytes of its text."""
+
+    tokens: bytes
+    mask: bytes
+    bytes: int
+    digest: bytes = bytes(16)
+    truncated: bool = False
+
+
+class Shard:
+    """One split of a part on its way to disk, counted and hashed.
+
+    Args:
+        path: the files' name without its ending.
+        endings: the files to write, of .bin, .mask and .docs.
+        run: tells this program's temporary files from those of others that write the same.
+    """
+
+    def __init__(self, files: contextlib.ExitStack, path: Path, endings: tuple[str, ...], run: str):
+        self.path = path
+        self.files = {
+            ending: files.enter_context(new_file(named(path, ending), run)) for ending in endings
+        }
+        self.digests = {ending: hashlib.sha256() for ending in endings}
+        self.counts = dict.fromkeys((*COUNTS, *MASK_COUNTS), 0)
+
+    def add(self, document: Encoded) -> None:
+        self.write(".bin", document.tokens)
+        if ".mask" in self.files:
+            self.write(".mask", document.mask)
+            self.counts["trained"] += document.mask.count(1)
+        tokens = len(document.tokens) // 2
+        if ".docs" in self.files:
+            digest = np.frombuffer(document.digest, "<u8")
+            record = np.array([(tokens, document.bytes, digest)], RECORD)
+            self.write(".docs", record.tobytes())
+        self.counts["tokens"] += tokens
+        self.counts["documents"] += 1
+        self.counts["bytes"] += document.bytes
+
+    def fill(self, count: int, eos: bytes) -> None:
+        """Fills up a window."""
+        self.write(".bin", eos * count)
+        self.write(".mask", bytes(count))
+        self.counts["tokens"] += count
+        self.counts["filled"] += count
+
+    def write(self, ending: str, content: bytes) -> None:
+        self.files[ending].write(content)
+        self.digests[ending].update(content)
+
+    def finish(self) -> dict[str, Any]:
+        """Makes the files durable and gives them their names; what a manifest says of them."""
+        for ending, file in self.files.items():
+            name_file(file, named(self.path, ending))
+        masked = ".mask" in self.files
+        found = {name: self.counts[name] for name in (*COUNTS, *(MASK_COUNTS if masked else ()))}
+        found["sha256"] = self.digests[".bin"].hexdigest()
+        if masked:
+            found["mask_sha256"] = self.digests[".mask"].hexdigest()
+        return found
+
+
+def named(path: Path, ending: str) -> Path:
+    """`part-000000.train` and `.bin` to one name (the part's dot is no ending)."""
+    return path.with_name(path.name + ending)
+
+
+def read_records(path: Path) -> np.ndarray:
+    return np.fromfile(named(path, ".docs"), RECORD)
+
+
+def arrange(source: Path, shard: Shard, dropped: np.ndarray, seq_len: int, eos: bytes) -> None:
+    """Copies the documents of `source` into a shard but for those dropped, packed if it has a mask.
+
+    Args:
+        dropped: indices of documents.
+        seq_len: tokens of a window, for documents with a mask.
+        eos: EOS as two bytes.
+    """
+    records = read_records(source)
+    starts = np.concatenate([[0], np.cumsum(records["tokens"])]).astype(np.int64)
+    kept = np.setdiff1d(np.arange(len(records)), dropped)
+    tokens = np.memmap(named(source, ".bin"), "<u2", "r")
+    masked = ".mask" in shard.files
+    mask = np.memmap(named(source, ".mask"), np.uint8, "r") if masked else None
+    lengths = records["tokens"][kept].astype(np.int64)
+    for window in pack(lengths, seq_len) if masked else [range(len(kept))]:
+        for index in kept[window]:
+            place = slice(starts[index], starts[index + 1])
+            trained = b"" if mask is None else mask[place].tobytes()
+            shard.add(Encoded(tokens[place].tobytes(), trained, int(records["bytes"][index])))
+        if masked:
+            shard.fill(seq_len - int(lengths[window].sum()), eos)
+
+
+def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Fills windows of `size` tokens with whole documents: best fit, the longest first.
+
+    A document goes where it leaves the least room (Johnson, "Near-optimal bin packing algorithms",
+    1973), so that hardly any window but a part's last ones has much left.
+
+    Returns:
+        For each window the indices of its documents.
+    """
+    windows: list[list[int]] = []
+    by_room: dict[int, list[int]] = {}  # windows with so many tokens left
+    rooms: list[int] = []  # the keys, ascending
+    for document in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[document])
+        at = bisect.bisect_left(rooms, length)
+        if at < len(rooms):
+            room = rooms[at]
+            window = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+        else:
+            room, window = size, len(windows)
+            windows.append([])
+        windows[window].append(document)
+        if left := room - length:
+            if left not in by_room:
+                bisect.insort(rooms, left)
+            by_room.setdefault(left, []).append(window)
+    return windows
+
+
+def find_duplicates(sources: list[Path]) -> list[np.ndarray]:
+    """For each source the indices of documents whose digest an earlier document has.
+
+    Memory does not grow with the corpus: digests are compared in groups by their value, at the
+    price of reading the records once a group.
+    """
+    total = sum(named(path, ".docs").stat().st_size for path in sources) // RECORD.itemsize
+    groups = -(-total // DUPLICATES_AT_ONCE)
+    found: list[list[np.ndarray]] = [[] for _ in sources]
+    for group in range(groups):
+        digests, owners, indices = [], [], []
+        for owner, path in enumerate(sources):
+            digest = read_records(path)["digest"]
+            (mine,) = np.nonzero(digest[:, 0] % groups == group)
+            digests.append(digest[mine])
+            owners.append(np.full(len(mine), owner, np.uint32))
+            indices.append(mine.astype(np.uint32))
+        digest, owner, index = map(np.concatenate, (digests, owners, indices))
+        order = np.lexsort((digest[:, 1], digest[:, 0]))  # stable: equal ones stay in order
+        again = order[1:][(digest[order[1:]] == digest[order[:-1]]).all(axis=1)]
+        for number in np.unique(owner[again]):
+            found[number].append(index[again][owner[again] == number])
+    return [np.sort(np.concatenate([np.empty(0, np.uint32), *parts])) for parts in found]
+
+
+@contextlib.contextmanager
+def new_file(path: Path, run: str) -> Iterator[BinaryIO]:
+    """A file to write under a temporary name; unless `name_file` gives it its own, it goes."""
+    temporary = path.with_name(f"{path.name}.{run}.tmp")
+    try:
+        with open(temporary, "wb", 1 << 20) as file:
+            yield file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def name_file(file: BinaryIO, path: Path) -> None:
+    """Makes a file durable and gives it its name, where an equal one may stand."""
+    file.flush()
+    os.fsync(file.fileno())
+    os.replace(file.name, path)
+    sync_directory(path.parent)
