@@ -356,24 +356,26 @@ class Reader:
         with self.open() as file:
             take = file.read if self.is_text and self.rule == "file" else file.readline
 
-            def skip_line() -> int:
-                """Reads to the end of the line, in blocks; the number of bytes."""
-                size = 0
-                while block := take(BATCH_BYTES):
-                    size += len(block)
+            def skip_line(stop: float = math.inf) -> int:
+                """Reads to the end of the line, in blocks, or beyond `stop`; what position then."""
+                at = position
+                while at < stop and (block := take(BATCH_BYTES)):
+                    at += len(block)
                     if block.endswith(b"\n"):
                         break
-                return size
+                return at
 
-            position = 0
+            position = max(0, self.piece.start - 1)
             if self.piece.start:  # the line that the byte before it belongs to is another piece's
-                file.seek(self.piece.start - 1)
-                position = self.piece.start - 1 + skip_line()
+                file.seek(position)
+                position = skip_line(self.piece.stop)
+                if position >= self.piece.stop:
+                    return
             while line := take(limit + 1):
                 yield position, line if len(line) <= limit else self.too_large(self.row)
                 position += len(line)
                 if len(line) > limit and not line.endswith(b"\n"):
-                    position += skip_line()
+                    position = skip_line()
 
     def csv_rows(self) -> Iterator[tuple[int, list[bytes] | Bad]]:
         """Records below a header of names, numbered from 1; quoted newlines are kept.

@@ -296,8 +296,9 @@ def _fetch_source(source: Source) -> None:
 
 def _list_hub(source: Source, listing: Listing | None) -> tuple[str, list[File]]:
     """The commit of the directory, else of the revision, and the files that it has on the hub."""
-    from huggingface_hub import HfApi, RepoFile, constants
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.hf_api import RepoFile
 
     api, revision = HfApi(), listing.commit if listing else source.revision
     try:

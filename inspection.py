@@ -123,6 +123,8 @@ def read_documents(
     Instruction data comes in whole windows.
     """
     block = max(1, BLOCK_TOKENS // seq_len) * seq_len if seq_len else BLOCK_TOKENS
+    if seq_len and tokens % seq_len:
+        raise damage(path, f"{tokens} tokens are no whole windows of {seq_len}")
     offset, size = 0, block
     while offset < tokens:
         ids = read_tokens(path, offset, min(size, tokens - offset))

@@ -81,13 +81,13 @@ def document_mask(documents: Tensor) -> Tensor | BlockMask:
         documents: number of each token's document (B, T).
     """
     B, T = documents.shape
+    rows, places = (torch.arange(n, device=documents.device) for n in (B, T))
+
+    def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (documents[row, key] == documents[row, query])
+
     if documents.device.type == "cpu":
-        same = documents[:, None, :, None] == documents[:, None, None, :]
-        return same & same.new_ones(T, T).tril()
-
-    def sees(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (documents[b, query] == documents[b, key])
-
+        return sees(rows[:, None, None], None, places[:, None], places)[:, None]
     return compiled(create_block_mask)(sees, B, None, T, T, device=documents.device)
 
 

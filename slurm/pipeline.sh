@@ -13,6 +13,7 @@ script=pipeline here=$(dirname "$0")
 # What needs the network happens here, before anything is submitted: compute nodes may have none.
 run=$(python "$ROCKET_ROOT/config.py" "$@")
 say "for $run"
+python "$ROCKET_ROOT/prepare.py" "$@" --download >&2
 
 tokenizer=$("$here/train_tokenizer.sh" "$@")
 dataset=$(AFTER=$tokenizer "$here/prepare.sh" "$@")

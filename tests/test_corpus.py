@@ -85,6 +85,13 @@ def write_csv(path: Path, rows: list[str]) -> Path:
     return path
 
 
+def compress(path: Path, suffix: str) -> Path:
+    packed = path.with_name(path.name + suffix)
+    with pa.output_stream(packed, compression=corpus.COMPRESSIONS[suffix]) as file:
+        file.write(path.read_bytes())
+    return packed
+
+
 ROWS = [
     "plain",
     "two\nlines",
@@ -110,7 +117,7 @@ def test_rows_of_tables_are_kept_exactly(tmp_path, writer):
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
-@pytest.mark.parametrize("compression", ["gzip", "zstd", "bz2"])
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".bz2"])
 def test_compressed_sources_read_like_plain_ones(tmp_path, suffix, compression):
     writers = {".jsonl": write_jsonl, ".csv": write_csv}
     text = "\n".join(ROWS)
@@ -119,10 +126,7 @@ def test_compressed_sources_read_like_plain_ones(tmp_path, suffix, compression):
         if suffix in writers
         else write(tmp_path / "a.txt", text)
     )
-    packed = pa.Codec(compression).compress(plain.read_bytes(), asbytes=True)
-    suffix = next(s for s, name in corpus.COMPRESSIONS.items() if name == compression)
-    path = write(plain.with_name(plain.name + suffix), packed)
-    assert texts(path) == texts(plain)
+    assert texts(compress(plain, compression)) == texts(plain)
 
 
 def test_a_gzip_file_may_have_several_members(tmp_path):
@@ -563,12 +567,8 @@ def test_one_bad_row_among_many(tmp_path, format):
     else:
         write(path, b"text\n" + b"".join(b'"%s"\n' % row for row in rows))
     wanted = [*GOOD[: BAD_ROW - 1], *GOOD[BAD_ROW:]]
-    for part_bytes in (0, 100_000):
-        assert (
-            format == "csv"
-            or part_bytes == 0
-            or len(corpus.plan(config(path, part_bytes=part_bytes))) > 3
-        )
+    for part_bytes, parts in ((0, 1), (20_000, 1 if format == "csv" else 4)):
+        assert len(corpus.plan(config(path, part_bytes=part_bytes))) >= parts
         found, bad = skipping(path, part_bytes=part_bytes)
         assert [document.text for document in found] == wanted
         ((file, row, reason),) = bad
@@ -694,27 +694,24 @@ def test_python_that_is_not_what_it_says_is_one_bad_document(tmp_path, monkeypat
     write(tmp_path / "d.py", b"last\r\n")
     found, bad = skipping("python-stdlib")
     assert [document.text for document in found] == ["# coding: latin-1\nx = '\xe9'\n", "last\n"]
-    assert [(Path(file).name, row) for file, row, _ in bad] == [("b.py", 1), ("c.py", 1)]
-    assert "python" not in failure("python-stdlib").lower().split(": ")[0]
+    assert [(Path(file).name, row) for file, row, _ in bad] == [("b.py", 2), ("c.py", 1)]
+    assert "b.py, row 2: not UTF-8 (b'\\xe9')" in failure("python-stdlib")
 
 
 def test_what_is_cut_short_stops_the_reading_in_both_modes(tmp_path):
     rows = [f"{random.Random(i).random()} text" for i in range(2000)]
-    content = write_jsonl(tmp_path / "b", rows).read_bytes()
-    paths = [write_parquet(tmp_path / "a.parquet", rows, 500)]
-    for suffix, name in corpus.COMPRESSIONS.items():
-        packed = pa.Codec(name).compress(content, asbytes=True)
-        paths.append(write(tmp_path / f"a.jsonl{suffix}", packed))
+    plain = write_jsonl(tmp_path / "a.jsonl", rows)
+    paths = [compress(plain, suffix) for suffix in corpus.COMPRESSIONS]
+    paths.append(write_parquet(tmp_path / "a.parquet", rows, 500))
     for path in paths:
         packed = path.read_bytes()
         write(path, packed[: len(packed) * 9 // 10])
         assert "cut short or damaged" in failure(path, on_error="skip")
-    page = pq.ParquetFile(write_parquet(paths[0], rows, 500)).metadata.row_group(1).column(1)
-    damaged = bytearray(paths[0].read_bytes())
-    damaged[page.data_page_offset + 200] ^= 1
-    write(paths[0], bytes(damaged))
-    message = failure(paths[0], on_error="skip")
-    assert "cut short or damaged" in message
+    pq.write_table(pa.table({"id": range(len(rows)), "text": rows}), path, write_page_checksum=True)
+    damaged = bytearray(path.read_bytes())
+    column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    damaged[column.data_page_offset - 200] ^= 1  # in its dictionary
+    assert "cut short or damaged" in failure(write(path, bytes(damaged)), on_error="skip")
 
 
 ANY_TEXT = st.text(
@@ -754,7 +751,7 @@ import resource, sys
 import corpus
 from config import DataConfig
 
-data = DataConfig(sources=sys.argv[1:], document="auto", on_error="skip")
+data = DataConfig(sources=sys.argv[1:], on_error="skip", max_document_bytes=1_000_000)
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 read = sum(1 for part in corpus.plan(data) for document in corpus.read(part, data))
 print(read, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
@@ -764,14 +761,14 @@ print(read, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss has other units elsewhere")
 def test_memory_stays_small_however_large_a_row_group_or_a_line_is(tmp_path):
     source = random.Random(0)
-    rows = [source.randbytes(100_000).hex() for _ in range(500)]  # 100 MB
+    rows = [source.randbytes(5_000).hex() for _ in range(10_000)]  # 100 MB
     pq.write_table(pa.table({"text": rows}), tmp_path / "a.parquet")
     with open(tmp_path / "b.jsonl", "w") as file:
         file.write('{"text": "a"}\n{"text": "')
-        for _ in range(300):
+        for _ in range(200):
             file.write("a" * 1_000_000)
         file.write('"}\n{"text": "b"}\n')
-    for name, count, most in (("a.parquet", 500, 60), ("b.jsonl", 2, 350)):
+    for name, count, most in (("a.parquet", 10_000, 60), ("b.jsonl", 2, 30)):
         command = [sys.executable, "-c", PEAK, str(tmp_path / name)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         read, peak = map(int, done.stdout.split())

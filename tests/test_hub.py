@@ -150,7 +150,9 @@ def names(paths, work) -> list[str]:
     return [Path(path).relative_to(work / "raw").as_posix() for path in paths]
 
 
-def test_a_folder_is_downloaded_once_and_splits_as_its_files_are_named(server, work, contents):
+def test_a_folder_is_downloaded_once_and_splits_as_its_files_are_named(
+    server, work, contents, capsys
+):
     data = config(work, f"{WIKITEXT}/wikitext-103-raw-v1")
     out = download(server, data, work)
     files = contents["Salesforce/wikitext"]["main"]
@@ -174,8 +176,34 @@ def test_a_folder_is_downloaded_once_and_splits_as_its_files_are_named(server, w
     assert len(server.asked("/blobs/")) == 4  # wikitext-2 was left alone
 
     count = len(server.requests)
-    assert "up to date, 4 file(s)" in download(server, data, work)
+    hub.download(data)
+    assert "up to date, 4 file(s)" in capsys.readouterr().out
     assert len(server.requests) == count
+
+
+def test_prepare_downloads_and_then_needs_no_network(server, work, tiny_tokenizer, contents):
+    source = f"{WIKITEXT}@refs/convert/parquet/wikitext-103-raw-v1"
+    program = [sys.executable, str(ROOT / "prepare.py"), f'--data.sources=["{source}"]']
+    program += [f"--data.raw_dir={work}/raw", f"--data.dir={work}/data", "--data.workers=1"]
+    program += [f"--tokenizer.path={tiny_tokenizer}", "--tokenizer.vocab_size=600"]
+
+    def prepare(*flags, endpoint="http://127.0.0.1:1"):
+        env = environment(endpoint, work)
+        return subprocess.run([*program, *flags], env=env, capture_output=True, text=True)
+
+    early = prepare()
+    assert early.returncode == 1
+    assert early.stderr == (
+        f"prepare.py: error: {source}: not downloaded yet; on a machine with network: python"
+        " prepare.py CONFIG --download\n"
+    )
+    assert prepare("--download", endpoint=server.endpoint).returncode == 0
+    assert not (work / "data").exists()
+    assert prepare().returncode == 0
+    manifest = json.loads((work / "data" / "manifest.json").read_text())
+    commit = commit_of(contents["Salesforce/wikitext"]["refs/convert/parquet"])
+    assert manifest["commits"] == {source: commit}
+    assert manifest["splits"]["train"]["documents"] == manifest["splits"]["val"]["documents"] == 10
 
 
 def test_files_and_globs_are_taken_as_they_are(server, work):
@@ -293,18 +321,17 @@ def test_a_second_run_goes_on_with_the_same_commit(server, work, contents):
     assert len(server.asked("/blobs/")) == 3  # the test file was there
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
-def test_a_killed_download_is_not_taken_for_data(server, work, contents, end):
-    server.stalled = threading.Event()
+def test_a_killed_download_is_not_taken_for_data(server, work, contents):
     data = config(work, f"{ORCA}/1M-GPT4-Augmented.parquet")
-    process = start(server.endpoint, [data], work)
-    assert server.stalled.wait(60)
-    process.send_signal(end)
-    _, err = process.communicate()
-    assert process.returncode == (130 if end == signal.SIGINT else -end)
-    assert "Traceback" not in err
-    with pytest.raises(UserError, match="not downloaded yet"):
-        hub.local_sources(data)
+    for end, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        server.stalled = threading.Event()
+        process = start(server.endpoint, [data], work)
+        assert server.stalled.wait(60)
+        process.send_signal(end)
+        _, err = process.communicate()
+        assert (process.returncode, err) == (code, "")
+        with pytest.raises(UserError, match="not downloaded yet"):
+            hub.local_sources(data)
     server.stalled = None
     download(server, data, work)
     content = contents["Open-Orca/OpenOrca"]["main"]["1M-GPT4-Augmented.parquet"]
@@ -315,16 +342,17 @@ def test_what_is_gone_or_cut_after_the_download_is_found_and_fetched(server, wor
     data = config(work, ORCA + "/*.parquet")
     download(server, data, work)
     first, second = map(Path, hub.local_sources(data).sources)
-    whole = first.read_bytes()
+    whole, other = first.read_bytes(), second.read_bytes()
+    second.unlink()
+    with pytest.raises(UserError, match=r"3_5M-GPT3_5-Augmented.parquet is missing or has another"):
+        hub.local_sources(data)
+    second.write_bytes(other)
     first.write_bytes(whole[:-1])
     with pytest.raises(UserError, match=r"1M-GPT4-Augmented.parquet is missing or has another"):
         hub.local_sources(data)
-    assert "downloaded, 2 file(s)" in download(server, data, work)
-    assert first.read_bytes() == whole
     second.unlink()
-    with pytest.raises(UserError, match="3_5M"):
-        hub.local_sources(data)
-    download(server, data, work)
+    assert "downloaded, 2 file(s)" in download(server, data, work)
+    assert (first.read_bytes(), second.read_bytes()) == (whole, other)
     assert len(server.asked("/blobs/")) == 4
 
 
@@ -454,18 +482,22 @@ def test_names_that_lead_outside_are_refused(server, work):
     assert not list(work.rglob("*evil*"))
 
 
-@pytest.mark.parametrize("damage", ["../outside.txt", "/etc/hostname", "$HOME/x", None])
-def test_a_listing_that_is_tampered_with_is_refused(server, work, damage):
-    (work / "raw").mkdir()
-    outside = work / "raw" / "outside.txt"
-    outside.write_text("secret")
+def test_a_listing_that_is_tampered_with_is_refused(server, work):
     data = config(work, "hf://datasets/squad")
     download(server, data, work)
+    (work / "raw" / "outside.txt").write_text("secret")
     listing = work / "raw" / "squad" / hub.LISTING
-    values = json.loads(listing.read_text())
-    if damage:
+    whole = listing.read_text()
+    for damage in ("../outside.txt", str(work / "raw" / "outside.txt"), "$HOME/outside.txt"):
+        values = json.loads(whole)
         values["files"][damage] = len("secret")
         values["paths"][""].append(damage)
-    listing.write_text(json.dumps(values) if damage else "{")
-    with pytest.raises(UserError, match="not what --download writes; remove"):
-        hub.local_sources(data)
+        listing.write_text(json.dumps(values))
+        with pytest.raises(UserError, match="not what --download writes; remove"):
+            hub.local_sources(data)
+    for damage in ("{", "[]", '{"commit": "c", "files": 1, "paths": {}}', whole[:-20]):
+        listing.write_text(damage)
+        with pytest.raises(UserError, match="not what --download writes; remove"):
+            hub.local_sources(data)
+    listing.write_text(whole)
+    assert len(hub.local_sources(data).sources) == 1

@@ -148,15 +148,16 @@ def inspected(directory, tokenizer):
     with contextlib.redirect_stdout(io.StringIO()) as output:
         inspection.inspect(directory, tokenizer)
     lines = output.getvalue().splitlines()
-    wide = {"W": 2, "F": 2}
     for line in lines:
-        columns = sum(
-            wide.get(unicodedata.east_asian_width(c), 1)
-            for c in line
-            if not unicodedata.combining(c)
-        )
-        assert columns <= 100 or "lengths.png" in line or line.startswith(str(directory))
+        assert columns(line) <= 100 or "lengths.png" in line or line.startswith(str(directory))
     return lines
+
+
+def columns(line):
+    """How wide a terminal shows a line."""
+    wide = {"W": 2, "F": 2}
+    shown = [c for c in line if not unicodedata.combining(c)]
+    return sum(wide.get(unicodedata.east_asian_width(c), 1) for c in shown)
 
 
 def section(lines, split):
@@ -335,6 +336,18 @@ def test_many_sources_are_counted(chat_data, chat_tokenizer):
     assert lines[-2:] == ["9,000 bytes corpus/9.jsonl", "… and 4 more"]
 
 
+def test_wide_characters_fit_too(tmp_path, tokenizer):
+    text = "漢" * 90
+    ids = np.array([tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id], "<u2")
+    ids.tofile(tmp_path / "train-00000.bin")
+    shard = {"file": "train-00000.bin", "tokens": len(ids), "documents": 1}
+    content = inspection.read_split(tmp_path, {**shard, "shards": [shard]}, 0, tokenizer)
+    lines = list(inspection.describe_documents(content, 0, tokenizer))
+    assert next(line.count("漢") for line in lines if "漢" in line) > 30  # one of the longest
+    assert "".join(lines).count("漢") > 120  # and the first, whole
+    assert max(map(columns, lines)) == 100
+
+
 def test_memory_does_not_grow_with_the_data(tmp_path, tokenizer, monkeypatch):
     draw = np.random.default_rng(0)
     ids = draw.integers(3, 600, 3_000_000).astype("<u2")
@@ -365,10 +378,7 @@ def test_a_space_at_the_border_of_the_mask_is_kept(tmp_path):
     ids = np.array([1, *tokenizer.encode("hello world again"), 2])
     pieces = tokenizer.processor.id_to_piece(ids.tolist())
     mask = np.zeros(len(ids), np.uint8)
-    first, last = (
-        pieces.index("▁w") if "▁w" in pieces else pieces.index("▁world"),
-        pieces.index("▁again"),
-    )
+    first, last = (next(i for i, p in enumerate(pieces) if p.startswith(s)) for s in ("▁w", "▁a"))
     mask[first:last] = 1
     assert inspection.marked_text(ids, mask, tokenizer) == "<s>hello⟦ world⟧ again</s>"
 
@@ -453,6 +463,13 @@ def test_damaged_content_is_named(text_copy, tokenizer, monkeypatch, message, bl
 def test_damaged_windows_are_named(chat_data, chat_tokenizer, place, value, message):
     change_ids(chat_data, lambda ids: ids.__setitem__(SEQ_LEN + place, value))
     with pytest.raises(UserError, match=f"train-00001.bin: damaged: {message}"):
+        inspection.inspect(chat_data, chat_tokenizer)
+
+
+def test_a_shard_that_is_no_whole_windows_is_named(chat_data, chat_tokenizer):
+    manifest = json.loads((chat_data / "manifest.json").read_text())
+    (chat_data / "manifest.json").write_text(json.dumps({**manifest, "seq_len": SEQ_LEN + 1}))
+    with pytest.raises(UserError, match="144 tokens are no whole windows of 49"):
         inspection.inspect(chat_data, chat_tokenizer)
 
 

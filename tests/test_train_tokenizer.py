@@ -1,6 +1,7 @@
 """Protects the tokenizer's training: it sees the training split alone and evenly, the file appears
 only once it is proven, what exists is never overwritten unasked, and each mistake is one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -88,6 +89,31 @@ def test_val_sources_are_not_learned_from(work):
     (work / "val.txt").write_text("\u4e2d" * 5000)
     run(work, f'--data.val_sources=["{work}/val.txt"]')
     assert not any("\u4e2d" in p for p in Tokenizer(work / "out" / "tokenizer.model").pieces())
+
+
+def test_bad_documents_are_left_out_and_counted(work, capsys):
+    (work / "raw" / "bad.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(UserError, match=r"bad\.txt, row 1: not UTF-8"):
+        run(work)
+    run(work, "--data.on_error=skip")
+    assert "left out 1 bad documents; prepare.py lists them\n" in capsys.readouterr().out
+
+
+def test_of_conversations_the_contents_are_learned(work):
+    rows = (
+        json.dumps({"q": LINE.format(i), "a": "\u4e2d" * 20, "id": i}) + "\n" for i in range(2000)
+    )
+    (work / "chat.jsonl").write_text("".join(rows))
+    run(
+        work,
+        f"--data.sources=['{work}/chat.jsonl']",
+        "--data.format=instruct",
+        '--data.columns={user = "q", assistant = "a"}',
+    )
+    pieces = Tokenizer(work / "out" / "tokenizer.model").pieces()
+    assert "\u4e2d" in pieces
+    assert "assistant" not in pieces
+    assert not any('"' in piece for piece in pieces)
 
 
 def test_sample_is_even_and_bounded():
