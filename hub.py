@@ -48,7 +48,8 @@ FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH]"
 EXAMPLE = "hf://datasets/Salesforce/wikitext/wikitext-103-raw-v1"
 NAME = r"\w[\w.-]*"
 SOURCE = re.compile(
-    rf"hf://datasets/({NAME}/{NAME}|{NAME}(?=@|$))(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?",
+    rf"hf://datasets/({NAME}/{NAME}|{NAME}(?=@|$))"
+    r"(?:@(refs/(?:convert|pr)/[^/]+|[^/]+))?(?:/(.*))?",
     re.ASCII,
 )
 LISTING = ".listing.json"

@@ -1,8 +1,8 @@
-"""Tokens of documents to files: written, compared, packed into windows. It reads no sources.
+"""A part's documents to files of tokens: encoded, compared, packed into windows.
 
 The documents of one split of a part stand back to back in NAME.bin. Where their tokens have a mask
 it is NAME.mask, a byte a token; where they are to be compared or packed, NAME.docs has a record for
-each, and from it `arrange` makes the final files.
+each, and from it `arrange_part` makes the final files.
 """
 
 from __future__ import annotations
@@ -10,19 +10,39 @@ from __future__ import annotations
 import bisect
 import contextlib
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from config import sync_directory
+import corpus
+from chat import LEARNT, Template
+from config import DataConfig, sync_directory
+from corpus import Bad, Document, Part
+from tokenizer import Tokenizer
 
 COUNTS = ("tokens", "documents", "bytes")
 MASK_COUNTS = ("trained", "filled")
+ARRANGED = "arranged."  # in the names of files whose documents were compared or packed
+SKIPPED = "skipped.jsonl"
+SHORT_DOCUMENT = 64  # tokens; a median below it suggests lines where documents were meant
 RECORD = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2)])
 DUPLICATES_AT_ONCE = 4_000_000  # records compared at a time, about 50 bytes of memory each
+
+
+Json = dict[str, Any]
+
+
+class Encoder(NamedTuple):
+    """What a worker needs to tokenize documents."""
+
+    data: DataConfig
+    tokenizer: Tokenizer
+    template: Template | None  # for conversations
 
 
 class Encoded(NamedTuple):
@@ -77,7 +97,7 @@ class Shard:
         self.files[ending].write(content)
         self.digests[ending].update(content)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Json:
         """Makes the files durable and gives them their names; what a manifest says of them."""
         for ending, file in self.files.items():
             name_file(file, named(self.path, ending))
@@ -89,13 +109,131 @@ class Shard:
         return found
 
 
+def part_name(work: Path, index: int, stage: str, split: str) -> Path:
+    """The files of one split of a part, without their endings."""
+    return work / f"part-{index:06d}.{stage}{split}"
+
+
+def record_endings(data: DataConfig) -> tuple[str, ...]:
+    """What a part's documents need beside their tokens, so that they can be arranged anew."""
+    mask = (".mask",) if data.format == "instruct" else ()
+    return (*mask, ".docs") if mask or data.deduplicate else ()
+
+
+def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], part: Part) -> Json:
+    """Writes the tokens of a part's documents, some files a split, and then its report.
+
+    Raises:
+        UserError: a document that can't be read.
+        OSError: the files can't be written.
+    """
+    data, counts = encoder.data, Counter(read=0, truncated=0, short=0)
+    dropped: Counter[str] = Counter()
+    bad: list[Bad] = []
+    shards: dict[str, Shard] = {}
+    with contextlib.ExitStack() as files:
+        for document in corpus.read(part, data, bad.append):
+            counts["read"] += 1
+            done[part.index] = min(part.bytes, done[part.index] + len(document.text.encode()))
+            try:
+                encoded = encode(document, encoder)
+            except Exception as error:
+                raise RuntimeError(f"{document.place()}: can't be encoded") from error
+            if isinstance(encoded, str):
+                dropped[encoded] += 1
+                continue
+            tokens = len(encoded.tokens) // 2
+            counts["short"] += tokens < SHORT_DOCUMENT
+            counts["truncated"] += encoded.truncated
+            split = part.split or corpus.split_of(document.text, data)
+            if split not in shards:
+                name = part_name(work, part.index, "", split)
+                shards[split] = Shard(files, name, (".bin", *record_endings(data)), run)
+            shards[split].add(encoded)
+        splits = {split: shard.finish() for split, shard in sorted(shards.items())}
+    if bad:
+        counts["read"] += len(bad)
+        dropped["bad"] = len(bad)
+        lines = (json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in bad)
+        content = "".join(lines).encode(errors="replace")
+        write_file(work / f"part-{part.index:06d}.{SKIPPED}", content, run)
+    report = {"splits": splits, **counts, "dropped": dropped}
+    write_file(work / f"part-{part.index:06d}.json", json.dumps(report).encode(), run)
+    done[part.index] = part.bytes
+    return report
+
+
+def write_file(path: Path, content: bytes, run: str) -> None:
+    with new_file(path, run) as file:
+        file.write(content)
+        name_file(file, path)
+
+
+def encode(document: Document, encoder: Encoder) -> Encoded | str:
+    """A document's tokens from BOS to EOS, or the rule by which it is dropped."""
+    data, tokenizer, template = encoder
+    size = len(document.text.encode())
+    digest = bytes(16)
+    if data.deduplicate:
+        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+    if not template:
+        if not size:
+            return "empty"
+        bos, eos = (i.to_bytes(2, "little") for i in (tokenizer.bos_id, tokenizer.eos_id))
+        ids = tokenizer.encode(document.text).astype("<u2").tobytes()
+        return Encoded(bos + ids + eos, b"", size, digest)
+    messages = json.loads(document.text)
+    if not any(content for _, content in messages):
+        return "empty"
+    if not any(content for role, content in messages if role == LEARNT):
+        return "no_response"
+    ids, mask = template.render(messages, data.train_on)
+    truncated = len(ids) > data.seq_len
+    if truncated:
+        if data.too_long == "drop":
+            return "too_long"
+        ids, mask = ids[: data.seq_len].copy(), mask[: data.seq_len].copy()
+        ids[-1], mask[-1] = tokenizer.eos_id, 0
+        if not mask.any():
+            return "too_long"
+    size = sum(len(content.encode()) for _, content in messages)
+    return Encoded(ids.astype("<u2").tobytes(), mask.tobytes(), size, digest, truncated)
+
+
+def arrange_part(
+    work: Path,
+    splits: list[list[str]],
+    dropped: dict[tuple[int, str], np.ndarray],
+    data: DataConfig,
+    eos: bytes,
+    run: str,
+    done: Sequence[int],
+    part: Part,
+) -> Json:
+    """Writes a part's files anew, as they will be published, and then its report."""
+    shards = {}
+    nothing = np.empty(0, np.int64)
+    endings = (".bin", ".mask") if data.format == "instruct" else (".bin",)
+    duplicates = 0
+    with contextlib.ExitStack() as files:
+        for split in splits[part.index]:
+            drop = dropped.get((part.index, split), nothing)
+            duplicates += len(drop)
+            shard = Shard(files, part_name(work, part.index, ARRANGED, split), endings, run)
+            arrange(part_name(work, part.index, "", split), shard, drop, data.seq_len, eos)
+            if shard.counts["documents"]:
+                shards[split] = shard.finish()
+    read = sum(shard["documents"] for shard in shards.values()) + duplicates
+    report = {"splits": shards, "read": read, "duplicates": duplicates}
+    path = work / f"part-{part.index:06d}.{ARRANGED}json"
+    write_file(path, json.dumps(report).encode(), run)
+    done[part.index] = part.bytes
+    return report
+
+
 def named(path: Path, ending: str) -> Path:
     """`part-000000.train` and `.bin` to one name (the part's dot is no ending)."""
     return path.with_name(path.name + ending)
-
-
-def read_records(path: Path) -> np.ndarray:
-    return np.fromfile(named(path, ".docs"), RECORD)
 
 
 def arrange(source: Path, shard: Shard, dropped: np.ndarray, seq_len: int, eos: bytes) -> None:
@@ -106,7 +244,7 @@ def arrange(source: Path, shard: Shard, dropped: np.ndarray, seq_len: int, eos: 
         seq_len: tokens of a window, for documents with a mask.
         eos: EOS as two bytes.
     """
-    records = read_records(source)
+    records = np.fromfile(named(source, ".docs"), RECORD)
     starts = np.concatenate([[0], np.cumsum(records["tokens"])]).astype(np.int64)
     kept = np.setdiff1d(np.arange(len(records)), dropped)
     tokens = np.memmap(named(source, ".bin"), "<u2", "r")
@@ -165,7 +303,7 @@ def find_duplicates(sources: list[Path]) -> list[np.ndarray]:
     for group in range(groups):
         digests, owners, indices = [], [], []
         for owner, path in enumerate(sources):
-            digest = read_records(path)["digest"]
+            digest = np.fromfile(named(path, ".docs"), RECORD)["digest"]
             (mine,) = np.nonzero(digest[:, 0] % groups == group)
             digests.append(digest[mine])
             owners.append(np.full(len(mine), owner, np.uint32))

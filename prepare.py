@@ -35,7 +35,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -43,7 +43,7 @@ from tqdm import tqdm
 import corpus
 import hub
 import inspection
-from chat import LEARNT, Template
+from chat import Template
 from config import (
     DATASET_VERSION,
     Config,
@@ -58,24 +58,27 @@ from config import (
     sync_directory,
     write_atomically,
 )
-from corpus import Bad, Document, Part
+from corpus import Part
 from packing import (
+    ARRANGED,
     COUNTS,
     MASK_COUNTS,
-    Encoded,
-    Shard,
-    arrange,
+    SHORT_DOCUMENT,
+    SKIPPED,
+    Encoder,
+    Json,
+    arrange_part,
     find_duplicates,
     name_file,
     named,
     new_file,
+    part_name,
+    record_endings,
+    tokenize_part,
 )
 from tokenizer import Tokenizer, configured_tokenizer
 
 SPLITS = ("train", "val", "test")
-SHORT_DOCUMENT = 64  # tokens; a median below it suggests lines where documents were meant
-ARRANGED = "arranged."  # in the names of a part's files when its documents were compared or packed
-SKIPPED = "skipped.jsonl"
 RULES = {
     "empty": "empty documents",
     "bad": "bad documents",
@@ -92,7 +95,6 @@ FLAGS = {
     "--inspect": "describe a prepared dataset: lengths, rates, first documents, a picture",
     "--bad-steps": "print the texts of the training steps that the run in train.out_dir skipped",
 }
-Json = dict[str, Any]
 
 
 class Task(NamedTuple):
@@ -100,14 +102,6 @@ class Task(NamedTuple):
 
     index: int
     count: int
-
-
-class Encoder(NamedTuple):
-    """What a worker needs to tokenize documents."""
-
-    data: DataConfig
-    tokenizer: Tokenizer
-    template: Template | None  # for conversations
 
 
 def main(arguments: list[str]) -> None:
@@ -414,17 +408,6 @@ def discard_work(directory: Path, kept: Path | None = None) -> None:
         root.rmdir()
 
 
-def part_name(work: Path, index: int, stage: str, split: str) -> Path:
-    """The files of one split of a part, without their endings."""
-    return work / f"part-{index:06d}.{stage}{split}"
-
-
-def record_endings(data: DataConfig) -> tuple[str, ...]:
-    """What a part's documents need beside their tokens, so that they can be arranged anew."""
-    mask = (".mask",) if data.format == "instruct" else ()
-    return (*mask, ".docs") if mask or data.deduplicate else ()
-
-
 def work_through(
     parts: list[Part],
     reports: dict[int, Json],
@@ -513,86 +496,6 @@ def run_job(part: Part) -> Json:
     return JOB(part)
 
 
-def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], part: Part) -> Json:
-    """Writes the tokens of a part's documents, some files a split, and then its report.
-
-    Raises:
-        UserError: a document that can't be read.
-        OSError: the files can't be written.
-    """
-    data, counts = encoder.data, Counter(read=0, truncated=0, short=0)
-    dropped: Counter[str] = Counter()
-    bad: list[Bad] = []
-    shards: dict[str, Shard] = {}
-    with contextlib.ExitStack() as files:
-        for document in corpus.read(part, data, bad.append):
-            counts["read"] += 1
-            done[part.index] = min(part.bytes, done[part.index] + len(document.text.encode()))
-            try:
-                encoded = encode(document, encoder)
-            except Exception as error:
-                raise RuntimeError(f"{document.place()}: can't be encoded") from error
-            if isinstance(encoded, str):
-                dropped[encoded] += 1
-                continue
-            tokens = len(encoded.tokens) // 2
-            counts["short"] += tokens < SHORT_DOCUMENT
-            counts["truncated"] += encoded.truncated
-            split = part.split or corpus.split_of(document.text, data)
-            if split not in shards:
-                name = part_name(work, part.index, "", split)
-                shards[split] = Shard(files, name, (".bin", *record_endings(data)), run)
-            shards[split].add(encoded)
-        splits = {split: shard.finish() for split, shard in sorted(shards.items())}
-    if bad:
-        counts["read"] += len(bad)
-        dropped["bad"] = len(bad)
-        lines = (json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in bad)
-        content = "".join(lines).encode(errors="replace")
-        write_file(work / f"part-{part.index:06d}.{SKIPPED}", content, run)
-    report = {"splits": splits, **counts, "dropped": dropped}
-    write_file(work / f"part-{part.index:06d}.json", json.dumps(report).encode(), run)
-    done[part.index] = part.bytes
-    return report
-
-
-def write_file(path: Path, content: bytes, run: str) -> None:
-    with new_file(path, run) as file:
-        file.write(content)
-        name_file(file, path)
-
-
-def encode(document: Document, encoder: Encoder) -> Encoded | str:
-    """A document's tokens from BOS to EOS, or the rule by which it is dropped."""
-    data, tokenizer, template = encoder
-    size = len(document.text.encode())
-    digest = bytes(16)
-    if data.deduplicate:
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
-    if not template:
-        if not size:
-            return "empty"
-        bos, eos = (i.to_bytes(2, "little") for i in (tokenizer.bos_id, tokenizer.eos_id))
-        ids = tokenizer.encode(document.text).astype("<u2").tobytes()
-        return Encoded(bos + ids + eos, b"", size, digest)
-    messages = json.loads(document.text)
-    if not any(content for _, content in messages):
-        return "empty"
-    if not any(content for role, content in messages if role == LEARNT):
-        return "no_response"
-    ids, mask = template.render(messages, data.train_on)
-    truncated = len(ids) > data.seq_len
-    if truncated:
-        if data.too_long == "drop":
-            return "too_long"
-        ids, mask = ids[: data.seq_len].copy(), mask[: data.seq_len].copy()
-        ids[-1], mask[-1] = tokenizer.eos_id, 0
-        if not mask.any():
-            return "too_long"
-    size = sum(len(content.encode()) for _, content in messages)
-    return Encoded(ids.astype("<u2").tobytes(), mask.tobytes(), size, digest, truncated)
-
-
 def arrange_parts(
     data: DataConfig, tokenizer: Tokenizer, parts: list[Part], tokenized: list[Json], work: Path
 ) -> list[Json]:
@@ -609,37 +512,6 @@ def arrange_parts(
     job = functools.partial(arrange_part, work, splits, dropped, data, eos)
     work_through(parts, reports, job, data.workers, work, "arranged")
     return [reports[part.index] for part in parts]
-
-
-def arrange_part(
-    work: Path,
-    splits: list[list[str]],
-    dropped: dict[tuple[int, str], np.ndarray],
-    data: DataConfig,
-    eos: bytes,
-    run: str,
-    done: Sequence[int],
-    part: Part,
-) -> Json:
-    """Writes a part's files anew, as they will be published, and then its report."""
-    shards = {}
-    nothing = np.empty(0, np.int64)
-    endings = (".bin", ".mask") if data.format == "instruct" else (".bin",)
-    duplicates = 0
-    with contextlib.ExitStack() as files:
-        for split in splits[part.index]:
-            drop = dropped.get((part.index, split), nothing)
-            duplicates += len(drop)
-            shard = Shard(files, part_name(work, part.index, ARRANGED, split), endings, run)
-            arrange(part_name(work, part.index, "", split), shard, drop, data.seq_len, eos)
-            if shard.counts["documents"]:
-                shards[split] = shard.finish()
-    read = sum(shard["documents"] for shard in shards.values()) + duplicates
-    report = {"splits": shards, "read": read, "duplicates": duplicates}
-    path = work / f"part-{part.index:06d}.{ARRANGED}json"
-    write_file(path, json.dumps(report).encode(), run)
-    done[part.index] = part.bytes
-    return report
 
 
 def check_splits(data: DataConfig, reports: list[Json], counts: Json) -> None:

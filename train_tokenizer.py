@@ -22,6 +22,7 @@ from sentencepiece import SentencePieceTrainer
 from tqdm import tqdm
 
 import corpus
+import hub
 from config import (
     Config,
     TokenizerConfig,
@@ -91,7 +92,12 @@ def main(arguments: list[str]) -> None:
     elif path.exists() and "--force" not in flags:
         check_existing(path, config.tokenizer)
         print(f"up to date: {path} (--force trains it anew)")
+    elif config.data.mixture:
+        raise UserError(
+            f"{path}: no tokenizer here; a mixture has that of its datasets: set tokenizer.path"
+        )
     else:
+        config.data = hub.local_sources(config.data)
         train_and_write(path, config)
 
 

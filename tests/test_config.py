@@ -146,7 +146,7 @@ LIBRARIES = {
     "corpus": {"config"},
     "hub": {"config"},
     "chat": {"config", "tokenizer"},
-    "packing": {"config"},
+    "packing": {"chat", "config", "corpus", "tokenizer"},
     "dataset": {"config", "model"},
     "optimizer": {"config"},
     "distributed": {"config"},
