@@ -78,9 +78,8 @@ class Handler(BaseHTTPRequestHandler):
             message = "Invalid credentials in Authorization header"
             return self.fail(401, {"X-Error-Message": message})
         if name not in self.server.datasets:
-            return self.fail(
-                404 if token else 401, {"X-Error-Code": "RepoNotFound"} if token else {}
-            )
+            # The hub's 401 has no such code; its client adds it, but not without TLS.
+            return self.fail(404 if token else 401, {"X-Error-Code": "RepoNotFound"})
         revisions = self.server.datasets[name]
         by_commit = {commit_of(files): files for files in revisions.values()}
         files = by_commit.get(revision, revisions.get(revision))

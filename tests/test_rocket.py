@@ -599,7 +599,7 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
         for rank in (0, 1):
             start = f"run {index} rank {rank}:"
             said = [line for line in done.stderr.splitlines() if line.startswith(start)]
-            assert len(said) == 1, case
+            assert len(said) == 1, f"{case}: {done.stderr}"
             assert BAD_INPUTS[case] in said[0], case
     assert BAD_INPUTS["cut bin"] in error_of(rocket(cases["cut bin"], ranks=2))
     assert not list(tmp_path.glob("[a-k]/checkpoints"))
