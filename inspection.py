@@ -264,7 +264,8 @@ def describe_documents(content: Content, seq_len: int, tokenizer: Tokenizer) -> 
         head = f"  {length:>{wide[0]}} {where:<{wide[1]}} "
         yield head + text[: fitting(text, COLUMNS - len(head))]
     for number, place in enumerate(content.first, 1):
-        count = min(place.length, 4 * EXCERPT + 5)  # more than is shown, if there is more
+        # More than is shown, if there is more; of a conversation all, since its answers are shown.
+        count = place.length if seq_len else min(place.length, 4 * EXCERPT + 5)
         ids = read_tokens(place.path, place.offset, count)
         mask = np.zeros(count, dtype=np.uint8)
         if seq_len:
@@ -435,14 +436,17 @@ def visible_text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
 
 
 def marked_text(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The beginning of `visible_text`, with marks around the text where the mask is not 0."""
-    marked, left = "", EXCERPT
+    """The beginning of `visible_text`, with marks around the text where the mask is not 0.
+
+    Of a conversation it is that of each message, so that a long question hides no answer.
+    """
+    marked, left, most = "", EXCERPT, EXCERPT // 2 if mask.any() else EXCERPT
     for trained, runs in itertools.groupby(visible_runs(ids, mask, tokenizer), lambda run: run[1]):
         text = "".join(text for text, _ in runs)
-        shown = text if len(text) <= left else text[:left] + "…"
+        shown = text if len(text) <= min(left, most) else text[: min(left, most)] + "…"
         marked += OPEN + shown + CLOSE if trained else shown
-        left -= len(text)
-        if left < 0:
+        left -= min(len(text), most)
+        if left <= 0:
             break
     return marked
 

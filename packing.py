@@ -267,7 +267,7 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
     1973), so that hardly any window but a part's last ones has much left.
 
     Returns:
-        For each window the indices of its documents.
+        For each window the indices of its documents; all in the order of the documents.
     """
     windows: list[list[int]] = []
     by_room: dict[int, list[int]] = {}  # windows with so many tokens left
@@ -288,7 +288,7 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
             if left not in by_room:
                 bisect.insort(rooms, left)
             by_room.setdefault(left, []).append(window)
-    return windows
+    return sorted(map(sorted, windows))
 
 
 def find_duplicates(sources: list[Path]) -> list[np.ndarray]:

@@ -42,7 +42,7 @@ def test_windows_are_nearly_full_for_lengths_like_openorcas():
 
 def test_a_perfect_fit_is_found():
     lengths = np.array([40, 24, 30, 34, 64, 10, 54])
-    assert sorted(map(sorted, pack(lengths, SIZE))) == [[0, 1], [2, 3], [4], [5, 6]]
+    assert pack(lengths, SIZE) == [[0, 1], [2, 3], [4], [5, 6]]
 
 
 def encoded(number, length):
