@@ -199,16 +199,24 @@ def prepare(
         return
     tokenized = [reports[part.index] for part in parts]
     counts = add_up(tokenized)
-    try:
+    with starting_over(directory):
         check_splits(data, tokenized, counts)
-        stage, shards = "", tokenized
-        if record_endings(data):
-            stage, shards = ARRANGED, arrange_parts(data, tokenizer, parts, tokenized, work)
+    stage, shards = "", tokenized
+    if record_endings(data):
+        stage, shards = ARRANGED, arrange_parts(data, tokenizer, parts, tokenized, work)
+    with starting_over(directory):
         manifest = publish(directory, work, stage, recipe, shards, counts, commits)
-    except UserError:  # running again would only find the same
+    describe_result(directory, manifest, sum(report["short"] for report in tokenized))
+
+
+@contextlib.contextmanager
+def starting_over(directory: Path) -> Iterator[None]:
+    """Discards all work at a mistake that a run which goes on from here would only find again."""
+    try:
+        yield
+    except UserError:
         discard_work(directory)
         raise
-    describe_result(directory, manifest, sum(report["short"] for report in tokenized))
 
 
 def add_up(reports: list[Json]) -> Json:
@@ -301,8 +309,9 @@ def check_existing(directory: Path, recipe: Json) -> None:
         check_shards(directory, manifest["splits"])
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged; --force prepares anew") from None
-    for name, wanted in recipe.items():
-        found = manifest.get(name)
+    made = [name for name in manifest if name not in ("splits", "counts", "commits")]
+    for name in dict.fromkeys([*recipe, *made]):
+        found, wanted = manifest.get(name), recipe.get(name)
         if found and isinstance(wanted, list) and found != wanted:  # the first source that differs
             pairs = itertools.zip_longest(found, wanted)
             found, wanted = next(pair for pair in pairs if pair[0] != pair[1])

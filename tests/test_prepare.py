@@ -665,6 +665,15 @@ def test_a_kill_while_parts_are_arranged_is_mended(chats, monkeypatch):
     assert digests(project / "straight") == digests(project / "data")
 
 
+def test_another_kind_of_dataset_is_never_up_to_date(chats):
+    project, arguments = chats
+    prepared(project, *arguments, "--data.deduplicate=true")
+    assert "deduplicate was true, is null" in refused(project, *arguments)
+    tokenizer = arguments[-2:]
+    text = ["--data.text_column=reply", "--data.part_bytes=20000", *tokenizer]
+    assert "holds another dataset" in refused(project, *text)
+
+
 def test_longer_conversations_may_be_dropped(chats):
     project, arguments = chats
     prepared(project, *arguments, f"--data.dir={project}/cut")
