@@ -63,18 +63,29 @@ class Template:
         return [*ids.tolist(), *self.before[LEARNT].tolist()]
 
     def stops(self) -> tuple[list[int], list[str]]:
-        """What ends an answer: ids, and texts where the template marks the end in text."""
-        after = self.after[LEARNT].tolist()
-        if after and after[0] not in self.control.values():
-            return [self.tokenizer.eos_id], [self.texts[LEARNT][1]]
-        return [self.tokenizer.eos_id, *after[:1]], []
+        """What ends an answer: ids, and texts where the template marks its end in text alone.
+
+        That is what comes between an answer and the next message, up to the first control piece.
+        """
+        ids, texts = {self.tokenizer.eos_id: None}, {}
+        for before, _ in self.texts.values():
+            parts = self._split(self.texts[LEARNT][1] + before)
+            control = [self.control[part] for part in parts if part in self.control]
+            if control:
+                ids[control[0]] = None
+            elif "".join(parts).strip():  # an answer may hold blanks
+                texts["".join(parts)] = None
+        return [*ids], [*texts]
+
+    def _split(self, text: str) -> list[str]:
+        """The template's own text in parts: control pieces, and what stands between them."""
+        known = sorted(self.control, key=len, reverse=True)
+        return [*filter(None, re.split(f"({'|'.join(map(re.escape, known))})", text))]
 
     def _ids(self, text: str) -> np.ndarray:
         """The ids of the template's own text."""
-        known = sorted(self.control, key=len, reverse=True)
-        parts = re.split(f"({'|'.join(map(re.escape, known))})", text)
         ids: list[int] = []
-        for part in filter(None, parts):
+        for part in self._split(text):
             if part in self.control:
                 ids.append(self.control[part])
             elif missing := MARKER.search(part):

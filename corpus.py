@@ -55,6 +55,7 @@ BATCH_BYTES = 4_000_000  # of a Parquet column, decoded at a time
 TABLE_LINE_FACTOR = 8  # JSON may take six bytes for one of text, and a line has other fields
 MESSAGES = (("role", "content"), ("from", "value"))  # what a message's fields are called
 ROLES = {"human": "user", "gpt": "assistant"}  # what roles are called where a template lacks them
+COUNTED: dict[str, tuple[int, int]] = {}  # of files: so many bytes hold so many lines
 STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
@@ -540,13 +541,23 @@ def _place(file: str, row: int) -> str:
 
 
 def _rows_before(path: str, start: int) -> int:
-    """The lines that begin before byte `start`, where a piece of the file starts."""
+    """The lines that begin before byte `start`, where a piece of the file starts.
+
+    A process reads pieces in order, so it goes on from where it last counted: with bad rows in
+    every piece of a file, it is read once more, not once a piece.
+    """
     if not start:
         return 0
-    rows = 1  # the one that the byte before `start` belongs to
+    at, rows = COUNTED.get(path, (0, 1))  # the one that the byte before `start` belongs to
+    if at >= start:
+        at, rows = 0, 1
     with open(path, "rb") as lines:
-        for at in range(0, start - 1, BATCH_BYTES):
-            rows += lines.read(min(BATCH_BYTES, start - 1 - at)).count(b"\n")
+        lines.seek(at)
+        while at < start - 1:
+            block = lines.read(min(BATCH_BYTES, start - 1 - at))
+            rows += block.count(b"\n")
+            at += len(block)
+    COUNTED[path] = at, rows
     return rows
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import DATASET_VERSION, ConfigError, DataConfig, UserError
+from config import DATASET_VERSION, ConfigError, DataConfig, UserError, resolve_path
 from model import IGNORE
 
 OPEN_FILES = 64  # memory maps kept open: a thousand would exhaust the usual `ulimit -n 1024`
@@ -98,8 +98,13 @@ def mixture_weights(data: DataConfig) -> dict[str, int]:
     WEIGHT_SUM, shares are rounded to multiples of 1 / WEIGHT_SUM, largest remainders up.
 
     Raises:
-        ConfigError: a share that is rounded to nothing.
+        ConfigError: a share that is rounded to nothing; a dataset that is named twice.
     """
+    paths = [resolve_path(name).resolve() for name in data.mixture]
+    if twice := [
+        name for name, path in zip(data.mixture, paths, strict=True) if paths.count(path) > 1
+    ]:
+        raise ConfigError(f"data.mixture: {' and '.join(twice)} are one dataset; name it once")
     given = {name: Fraction(str(weight)) for name, weight in data.mixture.items()}
     given = given or {data.dir: Fraction(1)}
     shares = {name: weight / sum(given.values()) for name, weight in given.items()}

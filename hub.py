@@ -51,7 +51,7 @@ COMPRESSIONS = (".gz", ".zst", ".bz2")
 NOT_DATA = ("README.md", "dataset_infos.json")  # the hub's own, beside hidden ones
 SPLIT = re.compile(
     r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)"
-    r"|(?P<test>test(?:ing)?|eval(?:uation)?))(?![a-z])",
+    r"|(?P<test>test(?:ing)?|evaluation|eval))(?![a-z])",
     re.IGNORECASE,
 )
 

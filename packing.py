@@ -187,6 +187,9 @@ def encode(document: Document, encoder: Encoder) -> Encoded | str:
         return "empty"
     if not any(content for role, content in messages if role == LEARNT):
         return "no_response"
+    asked = [content for role, content in messages if role not in ("system", LEARNT)]
+    if asked and not any(asked):
+        return "no_prompt"
     ids, mask = template.render(messages, data.train_on)
     truncated = len(ids) > data.seq_len
     if truncated:

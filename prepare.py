@@ -58,7 +58,7 @@ from config import (
     sync_directory,
     write_atomically,
 )
-from corpus import Part
+from corpus import Bad, Part
 from packing import (
     ARRANGED,
     COUNTS,
@@ -83,6 +83,7 @@ RULES = {
     "empty": "empty documents",
     "bad": "bad documents",
     "no_response": "conversations without a response",
+    "no_prompt": "conversations without a prompt",
     "too_long": "conversations longer than a window",
     "duplicate": "documents equal to an earlier one",
 }
@@ -200,7 +201,7 @@ def prepare(
     tokenized = [reports[part.index] for part in parts]
     counts = add_up(tokenized)
     with starting_over(directory):
-        check_splits(data, tokenized, counts)
+        check_splits(data, tokenized, counts, work)
     stage, shards = "", tokenized
     if record_endings(data):
         stage, shards = ARRANGED, arrange_parts(data, tokenizer, parts, tokenized, work)
@@ -251,7 +252,7 @@ def describe_result(directory: Path, manifest: Json, short: int) -> None:
         say(f"{directory / SKIPPED} lists the bad ones by file and row")
     if "truncated" in counts:
         say(f"truncated to {manifest['seq_len']} tokens: {counts['truncated']:,} conversations")
-    if 2 * short > counts["written"]:
+    if 2 * short > counts["written"] and "format" not in manifest:
         say(
             f"warning: the median document has under {SHORT_DOCUMENT} tokens; if these are lines of"
             ' larger texts, set data.document to file, blank_line, {starts = "regex"} or'
@@ -523,7 +524,7 @@ def arrange_parts(
     return [reports[part.index] for part in parts]
 
 
-def check_splits(data: DataConfig, reports: list[Json], counts: Json) -> None:
+def check_splits(data: DataConfig, reports: list[Json], counts: Json, work: Path) -> None:
     """UserError for a split that was asked for and got no document."""
     asked = {
         "train": True,
@@ -536,9 +537,17 @@ def check_splits(data: DataConfig, reports: list[Json], counts: Json) -> None:
         if asked[split] and not any(split in report["splits"] for report in reports):
             raise UserError(
                 f"the {split} split is empty: of {counts['read']} documents{beside} none"
-                " fell into it; change data.sources, the split's sources or fraction, or"
-                " data.split_seed"
+                f" fell into it{first_bad(work)}; change data.sources, the split's sources or"
+                " fraction, or data.split_seed"
             )
+
+
+def first_bad(work: Path) -> str:
+    """Where and why the first bad document is one; nothing if there is none."""
+    for path in sorted(work.glob(f"part-*.{SKIPPED}")):
+        bad = Bad(**json.loads(path.read_bytes().splitlines()[0]))
+        return f" (the first bad one: {bad.message()})"
+    return ""
 
 
 def publish(

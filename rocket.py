@@ -145,7 +145,7 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
             preflight(directory, config, checkpoint, size, world)
             world.once(lambda: open_run(directory, config, claim, seen))
             model, optimizer = build(config, inputs, checkpoint, log, world)
-            describe_start(config, model, data, checkpoint, log, world)
+            describe_start(config, model, data, val_data, checkpoint, log, world)
             log.start(progress.step, progress.hours, progress.val_loss is not None)
             saver = Saver(directory, model, optimizer, config.checkpoint, claim.verify, world)
             seconds = progress.save_seconds or 1 + max(size / world.size / 100e6, size / 2e9)
@@ -663,6 +663,7 @@ def describe_start(
     config: Config,
     model: nn.Module,
     data: Mixture,
+    val_data: Mixture | None,
     checkpoint: Checkpoint | None,
     log: RunLog,
     world: World,
@@ -687,6 +688,9 @@ def describe_start(
         epochs = data.epochs(log.max_steps * batch_size)
         for name, part in zip(data.names, data.shares, strict=True):
             log.say(f"{name}: {100 * part:.2f}% of the sequences, {epochs[name]:.2f} epochs of it")
+    without = [name for name in data.names if val_data and name not in val_data.names]
+    if without:
+        log.say(f"no validation split, so not in the validation loss: {', '.join(without)}")
     if config.data.document_mask:
         log.say("attention stays within a document")
     if fillers := share.size * world.size - batch_size:

@@ -27,6 +27,7 @@ from checkpoint import Checkpoint, checkpoint_paths, readable_checkpoints, remov
 from config import (
     Config,
     ConfigError,
+    DataConfig,
     UserError,
     build_config,
     changes,
@@ -99,6 +100,7 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
     tokenizer = configured_tokenizer(config.tokenizer)
     weights = mixture_weights(config.data)
     manifests = {name: read_manifest(resolve_path(name), tokenizer.sha256) for name in weights}
+    _check_kind(config.data, manifests)
     fingerprint, template = mixture_fingerprint(manifests, weights), _template(manifests)
     if checkpoint := next(readable_checkpoints(directory), None):
         if checkpoint.manifest["tokenizer_sha256"] != tokenizer.sha256:
@@ -124,6 +126,24 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         tokenizer_sha256=tokenizer.sha256,
         byte_lengths=tokenizer.byte_lengths(),
     )
+
+
+def _check_kind(data: DataConfig, manifests: dict[str, dict[str, Any]]) -> None:
+    """ConfigError where the configuration describes another kind of data than there is.
+
+    The datasets of a mixture may be of several kinds, so there it describes none.
+    """
+    if data.mixture:
+        return
+    ((name, manifest),) = manifests.items()
+    kind = {"format": "text"} | manifest
+    keys = ("format", "template", "train_on", "too_long") if "format" in manifest else ("format",)
+    for key in keys:
+        if kind.get(key) != getattr(data, key):
+            raise ConfigError(
+                f"{name} was prepared with data.{key} = {json.dumps(kind.get(key))}, not"
+                f" {json.dumps(getattr(data, key))}; set it so, or run prepare.py with --force"
+            )
 
 
 def _template(manifests: dict[str, dict[str, Any]]) -> dict[str, str] | None:

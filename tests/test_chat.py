@@ -82,7 +82,13 @@ def test_what_ends_an_answer(template, tokenizer):
     end = tokenizer.processor.piece_to_id("<|end|>")
     assert template.stops() == ([tokenizer.eos_id, end], [])
     plain = {"user": "Q: {content}\n", "assistant": "A: {content}\n\n"}
-    assert Template(plain, tokenizer).stops() == ([tokenizer.eos_id], ["\n\n"])
+    # not the blank line alone, which an answer may hold
+    assert Template(plain, tokenizer).stops() == ([tokenizer.eos_id], ["\n\nQ: ", "\n\nA: "])
+    spaced = {"user": "<|user|>{content}", "assistant": "<|assistant|>{content} <|end|>"}
+    assert Template(spaced, tokenizer).stops() == ([tokenizer.eos_id, end], [])
+    user, assistant = map(tokenizer.processor.piece_to_id, ("<|user|>", "<|assistant|>"))
+    unmarked = {"user": "<|user|>{content}", "assistant": "<|assistant|>{content}\n"}
+    assert Template(unmarked, tokenizer).stops() == ([tokenizer.eos_id, user, assistant], [])
     assert Template({"assistant": "{content}"}, tokenizer).stops() == ([tokenizer.eos_id], [])
 
 

@@ -578,7 +578,7 @@ SEQ_LEN = 256
 @pytest.fixture
 def chats(project, chat_tokenizer):
     """The project with conversations, and the arguments that prepare them."""
-    rows = [conversation(i) for i in range(400)] + [conversation(5), ("", None)]
+    rows = [conversation(i) for i in range(400)] + [conversation(5), ("", None), ("", "yes")]
     lines = [json.dumps({"ask": ask, "reply": reply}) + "\n" for ask, reply in rows]
     (project / "corpus.jsonl").write_text("".join(lines))
     columns = '--data.columns={user = "ask", assistant = "reply"}'
@@ -626,9 +626,9 @@ def test_conversations_are_packed_whole_with_their_masks(chats, chat_tokenizer):
         assert entry["trained"] == windows_of(project / "data", split)[1].sum()
     assert found == expected
     counts = content["counts"]
-    assert counts["dropped"] == {"empty": 1, "no_response": 10}
+    assert counts["dropped"] == {"empty": 1, "no_prompt": 1, "no_response": 10}
     assert counts["truncated"] == truncated > 0
-    assert counts["read"] == 402 == counts["written"] + 11
+    assert counts["read"] == 403 == counts["written"] + 12
     assert sum(s["documents"] for s in content["splits"].values()) == counts["written"]
     assert content["seq_len"] == SEQ_LEN
     assert content["template"] == DataConfig().template

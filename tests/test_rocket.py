@@ -562,6 +562,7 @@ BAD_INPUTS = {  # what a user might give in a world of 2, and the words of the a
     "packed for another length": "windows of 32 tokens, data.seq_len is 16; set data.seq_len=32",
     "two templates": "was prepared with another data.template than",
     "nothing to evaluate": "no text to train on",
+    "another kind": 'was prepared with data.format = "instruct", not "text"',
 }
 
 
@@ -580,6 +581,7 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
     talk = write_instruct(tmp_path / "talk", dataset, splits)
     chat = write_instruct(tmp_path / "chat", dataset, {"train": (20, 20)}, "-{content}")
     part = {"train__max_steps": 1, "train__eval_sequences": 3}
+    alone = toml_table(**{str(talk): 1})
     cases = {
         "cut bin": run("a", data__dir=cut),
         "other tokenizer": run("b", data__dir=other),
@@ -590,9 +592,10 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
         "no length": run("g", train__max_steps=0),
         "no output": run(train__out_dir=""),
         "window too long": run("h", data__seq_len=10**7, model__max_seq_len=10**7),
-        "packed for another length": run("i", data__dir=talk, data__seq_len=16),
+        "packed for another length": run("i", data__mixture=alone, data__seq_len=16),
         "two templates": run("j", data__mixture=toml_table(**{str(talk): 1, str(chat): 1})),
-        "nothing to evaluate": run("k", data__dir=talk, **part),
+        "nothing to evaluate": run("k", data__mixture=alone, **part),
+        "another kind": run("l", data__dir=talk),
     }
     done = run_many(list(cases.values()), ranks=2)  # a rank that did not raise would hang it
     for index, case in enumerate(cases):
@@ -602,7 +605,7 @@ def test_bad_inputs_stop_a_world_of_two(run, dataset, tmp_path):
             assert len(said) == 1, f"{case}: {done.stderr}"
             assert BAD_INPUTS[case] in said[0], case
     assert BAD_INPUTS["cut bin"] in error_of(rocket(cases["cut bin"], ranks=2))
-    assert not list(tmp_path.glob("[a-k]/checkpoints"))
+    assert not list(tmp_path.glob("[a-l]/checkpoints"))
 
 
 def test_a_full_disk_while_saving_keeps_what_was_saved(run, small_disk):
