@@ -129,10 +129,17 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
     """
     data, counts = encoder.data, Counter(read=0, truncated=0, short=0)
     dropped: Counter[str] = Counter()
-    bad: list[Bad] = []
     shards: dict[str, Shard] = {}
     with contextlib.ExitStack() as files:
-        for document in corpus.read(part, data, bad.append):
+        skipped = files.enter_context(new_file(work / f"part-{part.index:06d}.{SKIPPED}", run))
+
+        def skip(bad: Bad) -> None:
+            line = json.dumps(bad._asdict(), ensure_ascii=False) + "\n"
+            skipped.write(line.encode(errors="replace"))
+            counts["read"] += 1
+            dropped["bad"] += 1
+
+        for document in corpus.read(part, data, skip):
             counts["read"] += 1
             done[part.index] = min(part.bytes, done[part.index] + len(document.text.encode()))
             try:
@@ -151,12 +158,8 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
                 shards[split] = Shard(files, name, (".bin", *record_endings(data)), run)
             shards[split].add(encoded)
         splits = {split: shard.finish() for split, shard in sorted(shards.items())}
-    if bad:
-        counts["read"] += len(bad)
-        dropped["bad"] = len(bad)
-        lines = (json.dumps(one._asdict(), ensure_ascii=False) + "\n" for one in bad)
-        content = "".join(lines).encode(errors="replace")
-        write_file(work / f"part-{part.index:06d}.{SKIPPED}", content, run)
+        if dropped["bad"]:
+            name_file(skipped, work / f"part-{part.index:06d}.{SKIPPED}")
     report = {"splits": splits, **counts, "dropped": dropped}
     write_file(work / f"part-{part.index:06d}.json", json.dumps(report).encode(), run)
     done[part.index] = part.bytes
@@ -199,7 +202,8 @@ def encode(document: Document, encoder: Encoder) -> Encoded | str:
         ids[-1], mask[-1] = tokenizer.eos_id, 0
         if not mask.any():
             return "too_long"
-    size = sum(len(content.encode()) for _, content in messages)
+    text = tokenizer.decode(ids) if truncated else "".join(content for _, content in messages)
+    size = len(text.encode())
     return Encoded(ids.astype("<u2").tobytes(), mask.tobytes(), size, digest, truncated)
 
 

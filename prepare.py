@@ -233,12 +233,12 @@ def add_up(reports: list[Json]) -> Json:
 def describe_result(directory: Path, manifest: Json, short: int) -> None:
     """Says what a new dataset holds, and warns where that is hardly what was meant."""
     for name, split in manifest["splits"].items():
+        text = split["tokens"] - split.get("filled", 0)
         say(
-            f"{name}: {split['tokens']:,} tokens in {split['documents']:,} documents,"
-            f" {split['bytes'] / split['tokens']:.2f} bytes a token, {len(split['shards'])} shards"
+            f"{name}: {text:,} tokens in {split['documents']:,} documents,"
+            f" {split['bytes'] / text:.2f} bytes a token, {len(split['shards'])} shards"
         )
         if "filled" in split:
-            text = split["tokens"] - split["filled"]
             say(
                 f"{name}: {split['tokens'] // manifest['seq_len']:,} windows of"
                 f" {manifest['seq_len']}, {text / split['tokens']:.1%} filled with conversations;"

@@ -108,8 +108,8 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         if checkpoint.manifest["dataset"] != fingerprint:
             raise UserError(
                 f"{directory}: the run was trained on another dataset or mixture than"
-                f" {' and '.join(weights)}; set data.dir or data.mixture to it, or start a new run"
-                " with train.init_from"
+                f" {' and '.join(weights)} (of a mixture, order and weights count); set data.dir or"
+                " data.mixture to it, or start a new run with train.init_from"
             )
         # config.toml also knows the changes accepted since that checkpoint
         started = directory / "config.toml"
