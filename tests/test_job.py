@@ -87,6 +87,7 @@ def test_a_stopped_run_ends_in_the_same_bits(run, tmp_path):
     assert_identical(tmp_path / "reference", out)
 
 
+@pytest.mark.long
 def test_an_interrupted_evaluation_is_made_by_the_next_job(run, tmp_path):
     """Signalled inside a long one: it ends early, leaves no row, and is not missing after."""
     options = {"train__max_steps": 4, "train__eval_interval": 2, "train__eval_sequences": 300}
@@ -252,7 +253,14 @@ def test_a_process_number_used_again_is_not_the_holder(tmp_path):
         Claim(tmp_path).take()
 
 
-@pytest.mark.parametrize("left", ["nothing", "a dead job's claim", "a torn claim"])
+@pytest.mark.parametrize(
+    "left",
+    [
+        "nothing",
+        pytest.param("a dead job's claim", marks=pytest.mark.long),
+        pytest.param("a torn claim", marks=pytest.mark.long),
+    ],
+)
 def test_of_jobs_that_come_at_once_one_gets_the_run(left, tmp_path):
     program = (
         "import sys; from pathlib import Path\n"
