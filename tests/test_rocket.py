@@ -260,6 +260,7 @@ def test_init_from_starts_anew_with_old_weights(run, finished, tmp_path, tiny_to
     assert "no checkpoint" in error_of(rocket(run("none", train__init_from=tmp_path)))
 
 
+@pytest.mark.long
 def test_init_from_accepts_a_grown_tokenizer(run, dataset, finished, tmp_path, tiny_tokenizer):
     grown = tmp_path / "grown.model"
     from tokenizer import add_control_pieces
