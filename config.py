@@ -29,6 +29,7 @@ DATASET_VERSION = 1  # of the format that prepare.py writes and dataset.py reads
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 
 Resume = Literal["free", "consent", "refused"]
+Recompute = Literal["none", "selective", "block"]
 
 # Trainer options of SentencePiece that `[tokenizer]` passes on as they are. Left out are those that
 # Rocket sets itself (input, output, vocabulary size, the ids of the special pieces).
@@ -204,6 +205,17 @@ class TrainConfig:
         "compute type (weights stay float32); auto: what the device does well",
         resume="consent",
     )
+    compile: Literal["auto", "on", "off"] = key(
+        "auto", "torch.compile, which takes a minute at the start; auto: on a GPU", resume="free"
+    )
+    loss_chunk: int = key(
+        2048, "tokens whose logits exist at a time in the loss; 0: all", resume="free", low=0
+    )
+    recompute: Recompute = key(
+        "none",
+        "activation checkpointing: what the backward pass makes again to save memory",
+        resume="free",
+    )
     log_interval: int = key(10, "steps between rows of metrics.jsonl", resume="free", low=1)
     eval_interval: int = key(
         250, "steps between evaluations; 0: only at the end", resume="free", low=0
@@ -258,6 +270,11 @@ class ParallelConfig:
     )
     reshard_after_forward: bool = key(
         True, "fsdp: free gathered weights after forward", resume="free"
+    )
+    reduce_once: bool = key(
+        False,
+        "fsdp: reduce gradients once a step and not at each micro-batch, for memory as without",
+        resume="free",
     )
     timeout_seconds: float = key(
         600,

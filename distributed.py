@@ -251,6 +251,26 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def compiles(choice: str, device: torch.device) -> bool:
+    """Whether to compile the model.
+
+    Raises:
+        UserError: it is asked for on a CPU, and there is no C++ compiler.
+    """
+    if choice == "on" and device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise UserError(
+                "train.compile=on needs a C++ compiler here, such as g++ (or name one in CXX);"
+                " install it, or leave train.compile at auto"
+            ) from None
+    return choice == "on" or (choice == "auto" and device.type == "cuda")
+
+
 def shut_down() -> None:
     """Leaves the process group; references to sharded state must be gone, or gloo ranks abort."""
     gc.collect()
@@ -269,15 +289,15 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
     if config.strategy != "ddp":
         options = {
             "mesh": _device_mesh(config.strategy, world),
-            "reshard_after_forward": config.reshard_after_forward,
             # the rotary tables are inputs of the blocks and stay float32
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
         }
         for block in model.model.layers:
-            fully_shard(block, **options)
-        fully_shard(model, **options)
+            fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
+        # what is left, the output matrix above all, is what the backward pass begins with
+        fully_shard(model, reshard_after_forward=False, **options)
     model.to_empty(device=world.device)
     model.tie()
     return model
@@ -312,12 +332,18 @@ def reshard(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def gradient_sync(model: nn.Module, enabled: bool) -> Iterator[None]:
-    """Whether a backward pass of DDP reduces gradients: only a step's last micro-batch needs it.
+def gradient_sync(model: nn.Module, last: bool, config: ParallelConfig) -> Iterator[None]:
+    """Which collectives a backward pass of a step's micro-batches runs; after the last, all have.
 
-    FSDP2 reduces at each one: unreduced, every rank would hold the whole model's gradients.
+    DDP reduces at the last alone. FSDP2 reduces within its shards at each one, unless
+    parallel.reduce_once: unreduced, every rank holds the whole model's gradients in float32. HSDP
+    sums over nodes, the slower way, at the last alone.
     """
-    if isinstance(model, DistributedDataParallel) and not enabled:
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or not config.reduce_once)
+        model.set_requires_all_reduce(last)
+        model.set_is_last_backward(last)
+    if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield
     else:

@@ -13,13 +13,20 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
-from config import ModelConfig
+from config import ModelConfig, Recompute
 
 IGNORE = -100  # a target that is not trained on
 
@@ -148,8 +155,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig, layer: int, recompute: Recompute):
         super().__init__()
+        self.recompute = recompute
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
@@ -162,15 +170,52 @@ class Block(nn.Module):
         mask: Tensor | BlockMask | None,
         context: Context | None,
     ) -> Tensor:
+        if self.recompute == "none" or not torch.is_grad_enabled():
+            return self.add_both(x, rotary, mask, context)
+        keep = {"context_fn": keep_products} if self.recompute == "selective" else {}
+        # there is no dropout, hence no state of randomness to go back to
+        options = {"use_reentrant": False, "preserve_rng_state": False, **keep}
+        return checkpoint(self.add_both, x, rotary, mask, context, **options)
+
+    def add_both(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | BlockMask | None,
+        context: Context | None,
+    ) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, context)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+def keep_products() -> tuple[Any, Any]:
+    """Selective activation checkpointing (Korthikanti et al., arXiv 2205.05198): what matrix
+    products and attention made stays for the backward pass, the cheap rest is made again."""
+    return create_selective_checkpoint_contexts(
+        lambda context, operator, *args, **kwargs: (
+            CheckpointPolicy.MUST_SAVE
+            if operator in PRODUCTS
+            else CheckpointPolicy.PREFER_RECOMPUTE
+        )
+    )
+
+
+PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+
+
 class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    def __init__(self, config: ModelConfig, vocab_size: int, recompute: Recompute):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        layers = (Block(config, layer, recompute) for layer in range(config.n_layers))
+        self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
 
@@ -187,13 +232,26 @@ class Context:
 
 
 class Llama(nn.Module):
-    """Llama 2 (Touvron et al., arXiv 2307.09288)."""
+    """Llama 2 (Touvron et al., arXiv 2307.09288).
 
-    def __init__(self, config: ModelConfig, vocab_size: int):
+    Args:
+        loss_chunk: tokens whose logits exist at a time when a loss is asked for; 0: all.
+        recompute: what a backward pass makes again instead of finding it in memory.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        loss_chunk: int = 0,
+        recompute: Recompute = "none",
+    ):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.model = Decoder(config, vocab_size)
+        self.loss_chunk = loss_chunk
+        self.chunk_loss = chunk_loss
+        self.model = Decoder(config, vocab_size, recompute)
         self.lm_head = nn.Linear(config.dim, vocab_size, bias=False)
         self.tie()
 
@@ -201,6 +259,16 @@ class Llama(nn.Module):
         """Makes tied embeddings one matrix; to be called again after new memory (to_empty)."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def compile_parts(self) -> None:
+        """Compiles the blocks and the loss, without a graph break.
+
+        A block at a time, since one graph serves all of them and what shards the model goes on
+        working between them; forward alone, so that hooks stay outside and names as they are.
+        """
+        for layer in self.model.layers:
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
+        self.chunk_loss = compiled(chunk_loss)
 
     def forward(
         self,
@@ -240,12 +308,66 @@ class Llama(nn.Module):
             x = layer(x, rotary, mask, context)
         if only is not None:
             x = x[torch.arange(len(x), device=x.device), only][:, None]
-        logits = self.lm_head(self.model.norm(x))
+        x = self.model.norm(x)
         if targets is None:
-            return logits
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+            return self.lm_head(x)
+        weight, device = self.lm_head.weight, x.device.type
+        if torch.is_autocast_enabled(device):  # which does not look into a function of our own
+            x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
+        ways = self.loss_chunk, self.chunk_loss, torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), *ways)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The sum of the losses of x (N, D) with logits x Wᵀ, W (V, D), a chunk of tokens at a time.
+
+    Gradients are made along with the loss, while a chunk's logits are there: the same three
+    products as without chunks, and never more logits than a chunk's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        chunk: int,
+        chunk_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        with_gradients: bool,
+    ) -> Tensor:
+        loss = torch.zeros((), device=x.device)
+        grad_x = torch.empty_like(x) if with_gradients else None
+        # float32, lest every chunk rounds it
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
+        for start in range(0, len(x), chunk or len(x)):
+            part = slice(start, start + (chunk or len(x)))
+            lost, grad = chunk_loss(x[part] @ weight.T, targets[part])
+            loss += lost
+            if with_gradients:
+                torch.mm(grad, weight, out=grad_x[part])
+                if grad.dtype == torch.float32:
+                    grad_weight.addmm_(grad.T, x[part])
+                else:
+                    grad_weight += grad.T @ x[part]
+        if with_gradients:
+            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, share: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        return grad_x * share, grad_weight * share, None, None, None, None
+
+
+def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The summed loss (float32) of logits (N, V) and its gradient (N, V) in their type."""
+    trained = targets != IGNORE
+    index = targets.clamp(min=0)[:, None]
+    log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
+    loss = -(log_p.gather(1, index)[:, 0] * trained).sum()
+    grad = log_p.exp_()
+    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    return loss, grad.mul_(trained[:, None]).to(logits.dtype)
 
 
 def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:

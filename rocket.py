@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ from distributed import (
     World,
     autocast,
     clip_gradients,
+    compiles,
     explain_lost_rank,
     gradient_sync,
     init_distributed,
@@ -210,6 +212,10 @@ def train_steps(run: Run, progress: Progress) -> str:
     first, saved = progress.step, replace(progress)
     reason, save_due = agree(run), False
 
+    def read(step: int) -> list[tuple[Tensor, Tensor]]:
+        windows = data.step_windows(config.train.seed, step, batch_size)
+        return list(read_batches(run, data, windows))
+
     def settle(outcomes: list[Arrived[tuple[int, float]]]) -> None:
         """Rows, skipped steps and reasons to stop or save, of the steps that are known by now."""
         nonlocal reason, save_due
@@ -237,6 +243,8 @@ def train_steps(run: Run, progress: Progress) -> str:
         log.restart_clock()
         reason = reason or agree(run)
 
+    reader = reading_thread(world)
+    ahead = reader.submit(read, progress.step)
     while True:
         worth_keeping = False
         if not reason and run.val_data and evaluation_due(progress, max_steps, config):
@@ -255,8 +263,8 @@ def train_steps(run: Run, progress: Progress) -> str:
             world.once(lambda: lookout.stop_file.unlink(missing_ok=True))
             return reason
 
-        windows = data.step_windows(config.train.seed, progress.step, batch_size)
-        batches = list(load_batches(run, data, windows))
+        batches = [on_device(run, *batch) for batch in ahead.result()]
+        ahead = reader.submit(read, progress.step + 1)
         rate = learning_rate(progress.step, max_steps, config.optimizer)
         votes = cast_votes(run, steps=2, evaluation=evaluation_near(progress, max_steps, config))
         outcome = train_step(replicated, run.optimizer, batches, rate, votes, norms, config, world)
@@ -294,7 +302,7 @@ def train_step(
     trained = world.sum(sum((batch.targets != IGNORE).sum() for batch in batches))
     loss = torch.zeros((), device=world.device)
     for index, batch in enumerate(batches):
-        with gradient_sync(model, index == len(batches) - 1):
+        with gradient_sync(model, index == len(batches) - 1, config.parallel):
             with autocast(model, world):
                 share = model(*batch) / trained.clamp(min=1)
             (share * world.size).backward()
@@ -432,7 +440,8 @@ def evaluate(run: Run, model: nn.Module, step: int) -> dict[str, Any] | None:
     lagged: Lagged[None] = Lagged()
     sums = torch.zeros(len(data.names), 3, dtype=torch.float64, device=world.device)
     for own, windows in zip(sums, data.evenly_spaced(config.train.eval_sequences), strict=True):
-        for batch in load_batches(run, data, windows):
+        for tokens, targets in read_batches(run, data, windows):
+            batch = on_device(run, tokens, targets)
             with autocast(model, world):
                 own[0] += model(*batch)
             trained = batch.targets != IGNORE  # as a mask: to gather them would wait for the device
@@ -499,19 +508,26 @@ class Batch(NamedTuple):
     documents: Tensor | None
 
 
-def load_batches(run: Run, data: Mixture, windows: np.ndarray) -> Iterator[Batch]:
-    """This rank's micro-batches of a global batch."""
+def reading_thread(world: World) -> Executor:
+    """Where the next step's batches are read and pinned while the device works on this one's."""
+    if world.device.type == "cuda":  # a thread begins on GPU 0, which would be every rank's
+        return ThreadPoolExecutor(1, "data", torch.cuda.set_device, (world.device,))
+    return ThreadPoolExecutor(1, "data")
+
+
+def read_batches(run: Run, data: Mixture, windows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and targets of this rank's micro-batches of a global batch, on the host."""
     size = run.config.train.micro_batch_size
     for share in rank_share(windows, size, run.world.rank, run.world.size):
-        yield on_device(run, *data.batch(share))
+        tokens, targets = data.batch(share)
+        if run.world.device.type == "cuda":  # a copy from pageable memory waits for the device
+            tokens, targets = tokens.pin_memory(), targets.pin_memory()
+        yield tokens, targets
 
 
 def on_device(run: Run, tokens: Tensor, targets: Tensor) -> Batch:
     """A batch for the model; with data.document_mask, documents begin at each BOS of a window."""
-    device = run.world.device
-    if device.type == "cuda":  # a copy from pageable memory would wait for the device
-        tokens, targets = tokens.pin_memory(), targets.pin_memory()
-    tokens, targets = (ids.to(device, non_blocking=True) for ids in (tokens, targets))
+    tokens, targets = (ids.to(run.world.device, non_blocking=True) for ids in (tokens, targets))
     masked = run.config.data.document_mask
     documents = (tokens == run.inputs.bos_id).cumsum(dim=1) if masked else None
     return Batch(tokens, targets, documents)
@@ -521,9 +537,12 @@ def build(
     config: Config, inputs: Inputs, checkpoint: Checkpoint | None, log: RunLog, world: World
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer as the run needs them: resumed, from other weights, or fresh."""
+    cost = config.train.loss_chunk, config.train.recompute
     with torch.device("meta"):  # without memory: sharded first, the largest is never whole
-        model = Llama(config.model, inputs.vocab_size)
+        model = Llama(config.model, inputs.vocab_size, *cost)
     model = parallelize(model, config.parallel, world)
+    if compiles(config.train.compile, world.device):
+        model.compile_parts()
     optimizer = build_optimizer(model, config.optimizer)
     if checkpoint:
         load_weights(model, checkpoint)
@@ -677,6 +696,7 @@ def describe_start(
         f" {config.parallel.strategy} on {world.size} × {world.device.type},"
         f" compute in {str(world.dtype).removeprefix('torch.')}"
         + (" with TF32 products" if world.dtype == torch.float32 and on_gpu else "")
+        + (", compiled" if compiles(config.train.compile, world.device) else "")
     )
     log.say(
         f"{data.tokens:,} tokens in {data.windows:,} windows of {data.seq_len}"

@@ -85,7 +85,7 @@ def main(arguments: list[str]) -> None:
         def batches(step: int) -> list[rocket.Batch]:
             size = config.train.global_batch_size
             windows = data.step_windows(config.train.seed, step, size)
-            return list(rocket.load_batches(run, data, windows))
+            return [rocket.on_device(run, *b) for b in rocket.read_batches(run, data, windows)]
 
         def full(step: int) -> None:
             near = rocket.evaluation_near(progress, 10**9, config)
