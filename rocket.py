@@ -524,7 +524,7 @@ def build(
     with torch.device("meta"):  # without memory: sharded first, the largest is never whole
         model = Llama(config.model, inputs.vocab_size)
     model = parallelize(model, config.parallel, world)
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, world.dtype)
     if checkpoint:
         load_weights(model, checkpoint)
         load_optimizer(model, optimizer, checkpoint)
