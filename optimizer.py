@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from config import OptimizerConfig
 from distributed import local_part
 
-BATCH = 1 << 25  # elements of matrices that Muon keeps in a buffer at a time, if one is not larger
+BATCH = 1 << 25  # elements that Muon's buffer holds, or more where one matrix a rank needs more
 
 
 def build_optimizer(
@@ -54,8 +54,8 @@ class Muon(torch.optim.AdamW):
     orthogonal matrix. At 0.2 sqrt(max(rows, columns)) times that, the elements move about as far
     as AdamW's, so both share learning rate and decay (Moonlight, arXiv 2502.16982).
 
-    Each matrix is orthogonalised by one rank, and matrices of one shape in rounds of as many for
-    each rank: DDP gathers the results, one collective a round; FSDP2 and HSDP exchange rows for
+    Each matrix is orthogonalised by one rank, and matrices of one shape in rounds of equally many
+    a rank: DDP gathers the results, one collective a round; FSDP2 and HSDP exchange rows for
     whole matrices and back, two a round within the shard group (HSDP's replicas do the same work).
     A matrix of r rows and c columns, c the more, costs about 20 r²c + 10 r³ FLOPs, against the
     6 rc a token of training. The state is half of AdamW's; a round takes in memory about six times
@@ -125,9 +125,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         gram = x @ x.mT
-        x = torch.baddbmm(
-            x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445
-        )
+        higher = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, higher, x, beta=3.4445)
     return x.mT if tall else x
 
 
@@ -149,9 +148,7 @@ def _orthogonalize_together(parts: list[Tensor], like: Tensor) -> list[Tensor]:
     group, ranks = _sharers(like)
     if ranks == 1:
         return list(orthogonalize(torch.stack(parts)).unbind())
-    each = -(
-        -len(parts) // ranks
-    )  # matrices a rank orthogonalises, some of zeros in the last round
+    each = -(-len(parts) // ranks)  # matrices that a rank orthogonalises, some perhaps of zeros
     sharded = isinstance(like, DTensor)
     chunk = -(-like.shape[0] // ranks) if sharded else like.shape[0]  # as in local_part
     buffer = parts[0].new_zeros(ranks * each, chunk, like.shape[1])
