@@ -242,7 +242,9 @@ class TrainConfig:
 
 @dataclass
 class OptimizerConfig:
-    name: Literal["adamw"] = key("adamw", "optimizer")
+    name: Literal["adamw", "muon"] = key(
+        "adamw", "muon: for the matrices of the blocks, with adamw for the rest"
+    )
     learning_rate: float = key(6e-4, "peak learning rate", resume="consent", low=0)
     schedule: Literal["cosine", "linear", "wsd", "constant"] = key(
         "cosine",
@@ -256,6 +258,7 @@ class OptimizerConfig:
     decay_fraction: float = key(
         0.2, "wsd: share of the run spent on the decay", resume="consent", low=0
     )
+    momentum: float = key(0.95, "muon: decay of the momentum", resume="consent", low=0)
     beta1: float = key(0.9, "decay of the first moment", resume="consent", low=0)
     beta2: float = key(0.95, "decay of the second moment", resume="consent", low=0)
     eps: float = key(1e-8, "epsilon of AdamW", resume="consent", low=0)
@@ -494,7 +497,7 @@ def _check_relations(config: Config) -> None:
         f"train.max_steps ({train.max_steps}) and train.epochs ({train.epochs}) both set the"
         " length of the run: give one",
     )
-    for name in ("beta1", "beta2"):
+    for name in ("momentum", "beta1", "beta2"):
         beta = getattr(config.optimizer, name)
         require(beta < 1, f"optimizer.{name} must be below 1, not {beta}")
     _check_document(data.document)

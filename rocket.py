@@ -543,7 +543,7 @@ def build(
     model = parallelize(model, config.parallel, world)
     if compiles(config.train.compile, world.device):
         model.compile_parts()
-    optimizer = build_optimizer(model, config.optimizer)
+    optimizer = build_optimizer(model, config.optimizer, world.dtype)
     if checkpoint:
         load_weights(model, checkpoint)
         load_optimizer(model, optimizer, checkpoint)

@@ -148,7 +148,7 @@ LIBRARIES = {
     "chat": {"config", "tokenizer"},
     "packing": {"chat", "config", "corpus", "tokenizer"},
     "dataset": {"config", "model"},
-    "optimizer": {"config"},
+    "optimizer": {"config", "distributed"},
     "distributed": {"config"},
     "checkpoint": {"config", "distributed"},
     "job": {"checkpoint", "config"},

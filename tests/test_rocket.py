@@ -646,13 +646,16 @@ def on_two_nodes(arguments):
 
 
 @pytest.mark.long
-def test_two_nodes_with_hsdp_match_the_single_process(run, finished, tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_nodes_with_hsdp_match_the_single_process(optimizer, run, tmp_path):
     """Sharded within a node, replicated across."""
-    on_two_nodes(run(parallel__strategy="hsdp"))
-    assert np.abs(np.subtract(losses(tmp_path / "run"), losses(finished))).max() < 1e-4
-    resumed = rocket(run(train__max_steps=20))  # its sharded checkpoint opens on one process
+    reference = rocket(run("alone", optimizer__name=optimizer))
+    assert reference.returncode == 0, reference.stderr
+    on_two_nodes(run(optimizer__name=optimizer, parallel__strategy="hsdp"))
+    assert np.abs(np.subtract(losses(tmp_path / "run"), losses(tmp_path / "alone"))).max() < 1e-4
+    resumed = rocket(run(optimizer__name=optimizer))  # its sharded checkpoint opens on one process
     assert "finished at step 20" in resumed.stdout
-    ours, theirs = tensors(tmp_path / "run"), tensors(finished)
+    ours, theirs = tensors(tmp_path / "run"), tensors(tmp_path / "alone")
     assert ours.keys() == theirs.keys()
     assert all(np.allclose(ours[name], theirs[name], atol=1e-3) for name in ours)
 

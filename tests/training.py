@@ -44,6 +44,7 @@ def overrides(dataset: Path, tokenizer: Path, out: Path, **values: object) -> li
         "train__eval_sequences": 30,
         "train__sample_prompts": 2,
         "train__dtype": "float32",
+        "optimizer__name": "adamw",
         "optimizer__learning_rate": 3e-3,
         "optimizer__warmup_steps": 4,
         "checkpoint__interval": 10,
