@@ -68,10 +68,11 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def configure(strategy, **model):
+def configure(strategy=None, **model):
+    """The 70B model's configuration, changed."""
     values = read_toml(ROOT / "config" / "llama2_70b.toml")
     values["model"] |= model
-    values["parallel"]["strategy"] = strategy
+    values["parallel"] |= {"strategy": strategy} if strategy else {}
     return build_config(values)
 
 
@@ -157,12 +158,12 @@ def test_70b_builds_and_steps_in_a_world_of_64(layers, monkeypatch):
             return init_device_mesh(*args, **kwargs)
 
     monkeypatch.setattr(dist, "init_device_mesh", real_mesh)
-    config = configure("hsdp", n_layers=layers)
+    config = configure(n_layers=layers)
     with world_of(64, 63) as world, FakeTensorMode():
         model, optimizer = build(config, world)
         with Collectives() as counted:
             outcome = step(config, model, optimizer, world, 2, config.data.seq_len)
-        check_shares(model, optimizer, NODE)
-        check_collectives(counted, "hsdp", model, 2, NODE)
+        check_shares(model, optimizer, world.size)
+        check_collectives(counted, config.parallel.strategy, model, 2, world.size)
         with pytest.raises(DataDependentOutputException):
             outcome.tolist()
