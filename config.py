@@ -7,6 +7,7 @@ what every program shares: paths and the way in which a user's mistake is report
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -15,7 +16,7 @@ import math
 import os
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -25,6 +26,7 @@ import tomli
 # Relative paths start here. A run's snapshot of this code (job.py) keeps the repository's.
 ROOT = Path(os.environ.get("ROCKET_ROOT") or Path(__file__).parent).resolve()
 DEFAULT_CONFIG = ROOT / "config" / "tiny.toml"
+ACCEPT_CHANGES = "--accept-changes"
 DATASET_VERSION = 1  # of the format that prepare.py writes and dataset.py reads
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 
@@ -693,9 +695,25 @@ def markdown_table() -> str:
 
 def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a program's main; a user's mistake becomes one line and exit code 1."""
+    with _told_in_one_line():
+        main(sys.argv[1:])
+    sys.exit(0)
+
+
+def check_command_line(**expected: Any) -> None:
+    """Answers --help, and refuses what load_config(…, **expected) would in main.
+
+    Called before a program's slow imports, so that nobody waits seconds for either.
+    """
+    with _told_in_one_line():
+        load_config(sys.argv[1:], **expected)
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
     sys.stdout.reconfigure(errors="replace")  # where the terminal can't show all of Unicode
     try:
-        main(sys.argv[1:])
+        yield
     except UserError as error:
         if error.printed_by is None or os.environ.get(error.printed_by, "0") == "0":
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
@@ -705,7 +723,6 @@ def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     except BrokenPipeError:  # a reader that has left, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    sys.exit(0)
 
 
 def main(arguments: list[str]) -> None:
@@ -713,7 +730,7 @@ def main(arguments: list[str]) -> None:
     if not arguments:
         print(markdown_table())
         return
-    flags = {"--accept-changes": "as rocket.py's"}
+    flags = {ACCEPT_CHANGES: "as rocket.py's"}
     config, _ = load_config(arguments, usage=str(main.__doc__), flags=flags)
     print(resolve_path(config.train.out_dir))
 

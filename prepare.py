@@ -15,6 +15,20 @@ on where it was; a finished one says "up to date". On several machines: N tasks 
 
 from __future__ import annotations
 
+from config import check_command_line
+
+FLAGS = {
+    "--force": "prepare anew, replacing a dataset that exists",
+    "--download": "fetch the hf:// sources into data.raw_dir, and nothing else",
+    "--task=I/N": "tokenize every Nth part, from part I on (0 to N - 1), and publish nothing",
+    "--verify": "read a prepared dataset whole and check it against its manifest",
+    "--inspect": "describe a prepared dataset: lengths, rates, first documents, a picture",
+    "--bad-steps": "print the texts of the training steps that the run in train.out_dir skipped",
+}
+
+if __name__ == "__main__":  # before imports that take longer than this
+    check_command_line(usage=__doc__, sections=("tokenizer", "data"), flags=FLAGS)
+
 import contextlib
 import functools
 import hashlib
@@ -88,14 +102,6 @@ RULES = {
     "duplicate": "documents equal to an earlier one",
 }
 PROGRESS_SECONDS = 30  # between progress lines where there is no terminal for a bar
-FLAGS = {
-    "--force": "prepare anew, replacing a dataset that exists",
-    "--download": "fetch the hf:// sources into data.raw_dir, and nothing else",
-    "--task=I/N": "tokenize every Nth part, from part I on (0 to N - 1), and publish nothing",
-    "--verify": "read a prepared dataset whole and check it against its manifest",
-    "--inspect": "describe a prepared dataset: lengths, rates, first documents, a picture",
-    "--bad-steps": "print the texts of the training steps that the run in train.out_dir skipped",
-}
 
 
 class Task(NamedTuple):

@@ -8,6 +8,13 @@ Running the same command again resumes from the newest checkpoint that verifies.
 
 from __future__ import annotations
 
+from config import ACCEPT_CHANGES, check_command_line
+
+FLAGS = {ACCEPT_CHANGES: "resume although keys whose rule on resume is consent have changed"}
+
+if __name__ == "__main__":  # before torch, which takes seconds to import
+    check_command_line(usage=__doc__, flags=FLAGS)
+
 import math
 import platform
 import shutil
@@ -65,10 +72,8 @@ from distributed import (
 from job import Claim, Lookout, Signals, Votes, job_end
 from model import IGNORE, Llama, flops_per_token, initial_weight, parameter_count
 from optimizer import build_optimizer, learning_rate
-from run import ACCEPT_CHANGES, Inputs, RunLog, check_inputs, finite, open_run, preflight
+from run import Inputs, RunLog, check_inputs, finite, open_run, preflight
 from tokenizer import Tokenizer
-
-FLAGS = {ACCEPT_CHANGES: "resume although keys whose rule on resume is consent have changed"}
 
 NORM_DECAY, NORM_STEPS = 0.98, 20  # of the running mean of gradient norms; steps until it counts
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from checkpoint import Checkpoint, checkpoint_paths, readable_checkpoints, remove_leftovers
 from config import (
+    ACCEPT_CHANGES,
     Config,
     ConfigError,
     DataConfig,
@@ -40,8 +41,6 @@ from dataset import mixture_fingerprint, mixture_weights, read_manifest
 from distributed import World
 from job import Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
-
-ACCEPT_CHANGES = "--accept-changes"
 
 # Dense bfloat16 FLOP/s by the makers' datasheets; the first name found in the device's wins.
 PEAK_FLOPS = {

@@ -6,6 +6,23 @@ python train_tokenizer.py config/tiny.toml --add-pieces='<pad>,<|tool|>' --outpu
 
 from __future__ import annotations
 
+from config import check_command_line
+
+USAGE = """python train_tokenizer.py [CONFIG] [--section.key=value ...] [--force]
+
+Learns a SentencePiece model from the training split of data.sources, proves that it gives text
+back as it was, and writes it to tokenizer.path. With --add-pieces it learns nothing, but writes the
+tokenizer at tokenizer.path with more control pieces to --output."""
+
+FLAGS = {
+    "--force": "overwrite what exists, although datasets and models may have been built on it",
+    "--add-pieces=<pad>,<|x|>": "control pieces to add (the ones that exist stay as they are)",
+    "--output=PATH": "where the tokenizer with the added pieces goes; tokenizer.path needs --force",
+}
+
+if __name__ == "__main__":  # before imports that take longer than this
+    check_command_line(usage=USAGE, sections=("tokenizer", "data"), flags=FLAGS)
+
 import heapq
 import io
 import itertools
@@ -40,18 +57,6 @@ from tokenizer import (
     load_model,
     noted_options,
 )
-
-USAGE = """python train_tokenizer.py [CONFIG] [--section.key=value ...] [--force]
-
-Learns a SentencePiece model from the training split of data.sources, proves that it gives text
-back as it was, and writes it to tokenizer.path. With --add-pieces it learns nothing, but writes the
-tokenizer at tokenizer.path with more control pieces to --output."""
-
-FLAGS = {
-    "--force": "overwrite what exists, although datasets and models may have been built on it",
-    "--add-pieces=<pad>,<|x|>": "control pieces to add (the ones that exist stay as they are)",
-    "--output=PATH": "where the tokenizer with the added pieces goes; tokenizer.path needs --force",
-}
 
 # As Llama 2's tokenizer, but no space goes before a text: what is encoded is what was written.
 DEFAULTS = {

@@ -139,6 +139,17 @@ def test_help_of_every_program(program):
     assert program == "sample" or "--data.text_column" in done.stdout
 
 
+@pytest.mark.parametrize("program", ["rocket", "prepare", "train_tokenizer"])
+@pytest.mark.parametrize("argument", ["--help", "--data.dri=x"])
+def test_help_and_mistakes_come_before_slow_imports(program, argument):
+    command = [sys.executable, "-X", "importtime", str(ROOT / f"{program}.py"), argument]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == (argument != "--help")
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "config" in imported
+    assert not imported & {"torch", "numpy", "pyarrow", "sentencepiece"}
+
+
 LIBRARIES = {
     "config": set(),
     "model": {"config"},
