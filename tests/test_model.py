@@ -1,12 +1,15 @@
 """Protects the model: it is Llama 2 (transformers is the reference), sees no future and no other
 document, starts from weights that seed and name alone determine, and generates the same with and
-without its cache."""
+without its cache. What saves memory or time (chunks of the loss, recomputing, compiling) changes
+neither loss nor gradients, and does save what it is for."""
 
+import collections
 import dataclasses
 import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import ROOT, ModelConfig, build_config, read_toml
 from model import (
@@ -48,9 +51,9 @@ def config(request):
     return SHAPES[request.param]
 
 
-def build(config, seed=0, scale=1.0):
+def build(config, seed=0, scale=1.0, **options):
     """A model with its initial weights; a larger scale makes attention and logits less uniform."""
-    model = Llama(config, VOCAB)
+    model = Llama(config, VOCAB, **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             weight = initial_weight(name, parameter.shape, config, seed, torch.device("cpu"))
@@ -217,6 +220,114 @@ def test_loss_is_the_sum_over_trained_tokens():
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, expected)
     assert model(tokens, torch.full_like(targets, IGNORE)).item() == 0.0
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators, and the most rows of logits that one of them made."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts, self.logit_rows = collections.Counter(), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.counts[function] += 1
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.shape[-1:] == (VOCAB,):
+                self.logit_rows = max(self.logit_rows, tensor.numel() // VOCAB)
+        return made
+
+
+def loss_and_gradients(model, tokens, targets, **options):
+    model.zero_grad(set_to_none=True)
+    with torch.autocast("cpu", enabled=options.get("bfloat16", False)):
+        loss = model(tokens, targets)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("chunk", [0, 1, 7, 17, 1000])
+def test_the_loss_in_chunks_is_the_loss(config, chunk, bfloat16):
+    model = build(config, scale=5.0, loss_chunk=chunk)
+    tokens, targets = tokens_of(3, 17), tokens_of(3, 17, seed=1)
+    targets[0, 3:] = targets[1, 5] = IGNORE
+    with torch.autocast("cpu", enabled=bfloat16):
+        logits = model(tokens).flatten(0, 1).float()
+    expected = torch.nn.functional.cross_entropy(logits, targets.flatten(), reduction="sum")
+    wanted = dict(zip(dict(model.named_parameters()), grad_of(expected, model), strict=True))
+    loss, gradients = loss_and_gradients(model, tokens, targets, bfloat16=bfloat16)
+    assert_close(loss, expected.detach(), 1e-5)
+    for name, gradient in gradients.items():
+        assert_close(gradient, wanted[name], 2e-2 if bfloat16 else 1e-4)
+    with torch.no_grad(), torch.autocast("cpu", enabled=bfloat16):
+        assert_close(model(tokens, targets), loss, 1e-6)
+
+
+def grad_of(loss, model):
+    return torch.autograd.grad(loss, list(model.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_more_logits_than_a_chunk_ever_exist(training):
+    config = dataclasses.replace(SMALL, dim=24, n_heads=4, ffn_dim=40)  # nothing else has 64
+    seen = {}
+    for chunk in (0, 30):
+        model = build(config, loss_chunk=chunk)
+        model.requires_grad_(training)
+        with Operators() as operators, torch.set_grad_enabled(training):
+            loss = model(tokens_of(3, 20), tokens_of(3, 20, seed=1))
+            if training:
+                loss.backward()
+        seen[chunk] = operators.logit_rows
+    assert seen == {0: 60, 30: 30}
+
+
+def test_recomputing_makes_again_what_it_says_and_nothing_else():
+    products = torch.ops.aten.mm.default
+    counts, results = {}, {}
+    for recompute in ("none", "selective", "block"):
+        model = build(SMALL, scale=5.0, recompute=recompute)
+        with Operators() as operators:
+            results[recompute] = loss_and_gradients(
+                model, tokens_of(3, 17), tokens_of(3, 17, seed=1)
+            )
+        counts[recompute] = operators.counts
+        loss, gradients = results[recompute]
+        assert torch.equal(loss, results["none"][0])
+        for name, gradient in gradients.items():
+            assert torch.equal(gradient, results["none"][1][name])
+    again = counts["block"][products] - counts["none"][products]
+    assert again == 6 * SMALL.n_layers  # a block's last product is not needed to go backwards
+    assert counts["selective"][products] == counts["none"][products]
+    silu = torch.ops.aten.silu.default
+    assert counts["selective"][silu] == 2 * counts["none"][silu] == 2 * SMALL.n_layers
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("recompute", ["none", "selective", "block"])
+def test_compiled_is_the_same_in_one_graph(recompute):
+    """Of a step's two graphs, block and loss, there is one each for all layers and steps."""
+    config = dataclasses.replace(SHAPES["GQA"], n_layers=12)
+    tokens, targets = tokens_of(3, 20), tokens_of(3, 20, seed=1)
+    expected = loss_and_gradients(build(config, scale=5.0), tokens, targets)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = build(config, scale=5.0, recompute=recompute, loss_chunk=30)
+    model.compile_parts()
+    for _ in range(3):
+        loss, gradients = loss_and_gradients(model, tokens, targets)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert_close(loss, expected[0], 1e-5)
+    for name, gradient in gradients.items():
+        assert_close(gradient, expected[1][name])
+    for _ in range(2):
+        with torch.no_grad():
+            assert_close(model(tokens, targets), loss, 1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
+    assert not torch._dynamo.utils.counters["graph_break"]
+    theirs = reference(model)
+    assert_close(model(tokens), theirs(input_ids=tokens).logits)
 
 
 def test_embeddings_stay_tied_on_their_way_from_the_meta_device():
