@@ -1,0 +1,316 @@
+"""What bench.py measures with torch in a process of its own: training, sampling, checkpoint.
+
+Each benchmark is a contestant as bench.compare takes them. The parts of Rocket are the real ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity
+
+from bench import Contestant, Json, Options, load_module, whole_number, whole_numbers
+from checkpoint import Saver, find_resumable, load_optimizer, load_weights
+from config import Config, ConfigError, UserError, tables
+from dataset import rank_share
+from distributed import World, init_distributed, replicate, shut_down
+from job import Votes
+from model import Llama, flops_per_token, parameter_count
+from rocket import Batch, build, initialise, open_datasets, train_step
+from run import check_inputs, device_peak, memory_gb
+from sample import Settings, generate
+
+WARM_UP = 3  # steps before the first turn: they compile
+PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
+Generate = Callable[[list[list[int]], int], "tuple[float | None, float] | None"]
+
+
+@contextlib.contextmanager
+def joined(config: Config) -> Iterator[World]:
+    """The world of the processes that torchrun started, or of one."""
+    world = init_distributed(config)
+    try:
+        yield world
+    finally:
+        shut_down()
+
+
+def describe(world: World, parameters: int) -> Json:
+    device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
+    return {
+        "parameters": f"{parameters:,}",
+        "type": str(world.dtype).removeprefix("torch."),
+        "device": f"{world.size} × {device}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def training(config: Config, options: Options, peer: str) -> Contestant:
+    """Optimizer steps of rocket.py, or of a peer, over random tokens on the device."""
+    count, seq_len = whole_number(options, "steps"), config.data.seq_len
+    tokens = config.train.global_batch_size * seq_len
+    with joined(config) as world:
+        device = world.device
+        batches = random_batches(config, world)
+        trainer = load_module(PEERS).trainer if peer else rocket_trainer
+        step, parameters = trainer(peer, config, world, batches)
+        read, unread = (None, "") if peer else reader(config, world)
+        flops = flops_per_token(config.model, config.tokenizer.vocab_size, seq_len)
+        for _ in range(WARM_UP):
+            step()
+        if options["trace"] != "PATH":
+            profile = profiled(step, 3, device)
+            if world.rank == 0:
+                profile.export_chrome_trace(options["trace"])
+        yield describe(world, parameters) | ({"data": unread} if unread else {})
+        while True:
+            seconds, parts = timed_steps(step, count, device)
+            rate, peak = tokens / seconds, matmul_rate(device, world.dtype) * world.size
+            figures = {"training tokens/s": rate, "step ms": 1000 * seconds}
+            figures |= {f"{part} ms": 1000 * taken for part, taken in parts.items()}
+            figures["communication ms"] = 1000 * communication(step, world)
+            if read:
+                figures["data ms"] = 1000 * read()
+            figures["memory GB"] = memory_gb(device)
+            figures["matmul TFLOP/s"] = peak / world.size / 1e12
+            figures["MFU %"] = 100 * flops * rate / peak
+            if datasheet := device_peak(device):
+                figures["MFU, datasheet %"] = 100 * flops * rate / datasheet / world.size
+            yield figures
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+
+
+def build_model(config: Config, world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer as rocket.py builds them for a fresh run; no tokenizer is needed."""
+    config.train.init_from = ""
+    inputs = SimpleNamespace(vocab_size=config.tokenizer.vocab_size)
+    return build(config, inputs, None, None, world)
+
+
+def rocket_trainer(
+    _: str, config: Config, world: World, batches: list[Batch]
+) -> tuple[Callable[[], Any], int]:
+    """A step as rocket.py's loop makes it, and the number of parameters."""
+    model, optimizer = build_model(config, world)
+    called = replicate(model, world)
+    votes = torch.zeros(len(Votes._fields), device=world.device)
+    norms = torch.zeros(2, device=world.device)
+
+    def step() -> None:
+        train_step(called, optimizer, batches, 1e-4, votes, norms, config, world)
+
+    return step, parameter_count(config.model, config.tokenizer.vocab_size)
+
+
+def random_batches(config: Config, world: World) -> list[Batch]:
+    """This rank's micro-batches of a step, on the device; the same at each step."""
+    train, seq_len = config.train, config.data.seq_len
+    windows = np.arange(train.global_batch_size)
+    shape = rank_share(windows, train.micro_batch_size, world.rank, world.size).shape
+    generator = torch.Generator().manual_seed(world.rank)
+    size = (*shape, seq_len + 1)
+    ids = torch.randint(config.tokenizer.vocab_size, size, generator=generator).to(world.device)
+    tokens, targets = ids[..., :-1].contiguous(), ids[..., 1:].contiguous()
+    documents = (tokens == 1).cumsum(dim=-1) if config.data.document_mask else [None] * len(ids)
+    return [Batch(*batch) for batch in zip(tokens, targets, documents, strict=True)]
+
+
+def reader(config: Config, world: World) -> tuple[Callable[[], float] | None, str]:
+    """A function that reads a step's batches, in seconds, or why there is none."""
+    try:
+        inputs = world.once(lambda: check_inputs(Path(os.devnull), config, False))
+        data, _ = open_datasets(config, inputs)
+    except UserError as error:
+        return None, f"not measured, {error}"
+    steps = itertools.count()
+
+    def read() -> float:
+        start = time.perf_counter()
+        train = config.train
+        windows = data.step_windows(train.seed, next(steps), train.global_batch_size)
+        for share in rank_share(windows, train.micro_batch_size, world.rank, world.size):
+            data.batch(share)
+        return time.perf_counter() - start
+
+    return read, ""
+
+
+def mark(device: torch.device) -> Any:
+    """A point in time: of the host on a CPU, of the device's own queue on a GPU."""
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(start: Any, end: Any) -> float:
+    """Seconds between two marks that have passed."""
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_steps(
+    step: Callable[[], Any], count: int, device: torch.device
+) -> tuple[float, dict[str, float]]:
+    """Mean seconds of a step and of its parts, told apart by where backward begins and ends."""
+    marks: list[Any] = []
+    backward = torch.Tensor.backward
+
+    def marked(*args: Any, **kwargs: Any) -> None:
+        marks.append(mark(device))
+        backward(*args, **kwargs)
+        marks.append(mark(device))
+
+    parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+    spans = []
+    torch.Tensor.backward = marked
+    try:
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            marks = [mark(device)]
+            step()
+            spans.append([*marks, mark(device)])
+        wait_for(device)
+        seconds = time.perf_counter() - start
+    finally:
+        torch.Tensor.backward = backward
+    for points in spans:
+        *passes, rest = map(between, points, points[1:])
+        parts["forward"] += sum(passes[::2]) / count
+        parts["backward"] += sum(passes[1::2]) / count
+        parts["optimizer"] += rest / count
+    return seconds / count, parts
+
+
+def profiled(step: Callable[[], Any], count: int, device: torch.device) -> Any:
+    """torch's profile of some steps."""
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    with torch.profiler.profile(activities=kinds) as found:
+        for _ in range(count):
+            step()
+        wait_for(device)
+    return found
+
+
+def communication(step: Callable[[], Any], world: World) -> float:
+    """Seconds of a step that collectives take: kernels of NCCL on a GPU, else gloo's."""
+    if world.size == 1:
+        return 0.0
+    prefix = "ncclDevKernel" if world.device.type == "cuda" else "gloo:"
+    events = profiled(step, 1, world.device).events()
+    return sum(e.time_range.elapsed_us() for e in events if e.name.startswith(prefix)) / 1e6
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest square matrix product: the most that this device does now."""
+    rates, times = [], 4
+    for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        a @ b
+        wait_for(device)
+        start = time.perf_counter()
+        for _ in range(times):
+            a @ b
+        wait_for(device)
+        rates.append(times * 2 * size**3 / (time.perf_counter() - start))
+    return max(rates)
+
+
+def sampling(config: Config, options: Options, peer: str) -> Contestant:
+    """Prefill and decode, greedy, of random prompts with random weights."""
+    sizes = whole_numbers(options, "batch")
+    length, new = whole_number(options, "prompt"), whole_number(options, "new")
+    config.model.max_seq_len = max(config.model.max_seq_len, length + new)
+    if new < 2:
+        raise ConfigError("--new: at least 2, the first token is the prefill's")
+    with joined(config) as world:
+        sampler = load_module(PEERS).sampler if peer else rocket_sampler
+        with sampler(peer, config, world) as (generate, parameters):
+            ids = torch.randint(2, config.tokenizer.vocab_size, (max(sizes), length)).tolist()
+            sizes = [size for size in sizes if generate(ids[:size], new)]  # compiles
+            yield describe(world, parameters)
+            while True:
+                figures = {}
+                for size in sizes:
+                    first, rest = generate(ids[:size], new)
+                    if first:
+                        figures[f"prefill, batch {size} tokens/s"] = size * length / first
+                    figures[f"decode, batch {size} tokens/s"] = size * (new - 1) / rest
+                yield figures
+
+
+@contextlib.contextmanager
+def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Generate, int]]:
+    """sample.generate, timed to its first token and from there on; and the number of parameters."""
+    vocab_size = config.tokenizer.vocab_size
+    with torch.device("meta"):
+        model = Llama(config.model, vocab_size)
+    model.to_empty(device=world.device)
+    model.tie()
+    initialise(model, config)
+    model = model.to(world.dtype).requires_grad_(False)
+
+    def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
+        wait_for(world.device)
+        start = time.perf_counter()
+        steps = generate(model, prompts, Settings(new, temperature=0.0))
+        next(steps)
+        first = time.perf_counter()
+        made = sum(1 for _ in steps)
+        assert made == new - 1
+        return first - start, time.perf_counter() - first
+
+    yield timed, parameter_count(config.model, vocab_size)
+
+
+def checkpoint(config: Config, options: Options, _: str) -> Contestant:
+    """A checkpoint of CONFIG's model and optimizer: saved and synced, verified and loaded.
+
+    What is loaded was just written, so the system may have it in memory.
+    """
+    config.checkpoint.asynchronous, config.checkpoint.keep_last = False, 1
+    record = {"config": tables(config), "state": {"val_loss": None}}
+    with joined(config) as world, contextlib.ExitStack() as stack:
+        model, optimizer = build_model(config, world)
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # now it has a state
+        optimizer.zero_grad()
+        count = parameter_count(config.model, config.tokenizer.vocab_size)
+        size = 12 * count / 1e9  # weights and two moments, float32
+        run = Path(world.once(lambda: stack.enter_context(TemporaryDirectory(prefix="bench-"))))
+        saver = Saver(run, model, optimizer, config.checkpoint, lambda: None, world)
+        yield describe(world, count) | {"in": str(run.parent)}
+        for step in itertools.count(1):
+            start = time.perf_counter()
+            saver.save(step, dict(record))
+            saved = time.perf_counter()
+            found = find_resumable(run, world)
+            load_weights(model, found)
+            load_optimizer(model, optimizer, found)
+            wait_for(world.device)
+            loaded = time.perf_counter()
+            yield {
+                "save s": saved - start,
+                "save GB/s": size / (saved - start),
+                "load s": loaded - saved,
+                "load GB/s": size / (loaded - saved),
+            }
