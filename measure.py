@@ -221,8 +221,10 @@ def communication(step: Callable[[], Any], world: World) -> float:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest square matrix product: the most that this device does now."""
-    rates, times = [], 4
-    for size in (512, 1024, 2048) if device.type == "cpu" else (4096, 8192, 16384):
+    rates, times, seconds = [], 4, 0.0
+    for size in (512, 1024, 2048, 4096, 8192, 16384):
+        if seconds > 0.2:  # large enough
+            break
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
         a @ b
         wait_for(device)
@@ -230,7 +232,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         for _ in range(times):
             a @ b
         wait_for(device)
-        rates.append(times * 2 * size**3 / (time.perf_counter() - start))
+        seconds = time.perf_counter() - start
+        rates.append(times * 2 * size**3 / seconds)
     return max(rates)
 
 
