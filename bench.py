@@ -171,14 +171,30 @@ def whole_number(options: Options, name: str) -> int:
     return numbers[0]
 
 
-def report(who: Json, label: str, values: Values) -> list[Json]:
-    """Prints median, lowest and highest; returns them, each with what it is of (`who`)."""
+def report(who: Json, label: str, values: Values, base: Values | None = None) -> list[Json]:
+    """Prints median, lowest and highest; returns them, each with what it is of (`who`).
+
+    Args:
+        base: what a figure is divided by within its turn, if it is there.
+    """
     rows = []
     for (what, unit), found in values.items():
-        low, median, high = min(found), statistics.median(found), max(found)
-        say(f"{label}: {what:<22} {median:6,.2f} ({low:,.2f} to {high:,.2f}) {unit}".rstrip())
-        rows.append({"what": what, **who, "unit": unit, "low": low, "median": median, "high": high})
+        row = {"what": what, **who, "unit": unit} | spread(found)
+        text = f"{label}: {what:<22} {written(row)} {unit}".rstrip()
+        if base and all(base.get((what, unit), [0])):
+            row["ratio"] = spread([a / b for a, b in zip(found, base[what, unit], strict=True)])
+            text = f"{text:<{len(label) + 67}} × {written(row['ratio'])}"
+        say(text)
+        rows.append(row)
     return rows
+
+
+def spread(found: list[float]) -> dict[str, float]:
+    return {"low": min(found), "median": statistics.median(found), "high": max(found)}
+
+
+def written(of: Json) -> str:
+    return f"{of['median']:6,.2f} ({of['low']:,.2f} to {of['high']:,.2f})"
 
 
 def contestant(name: str, config: Config, options: Options, peer: str) -> Contestant:
@@ -235,14 +251,13 @@ def compare(name: str, config: Config, options: Options, arguments: list[str]) -
             say(f"{label}: " + ", ".join(f"{key} {value}" for key, value in next(one).items()))
         turns = [[next(one) for _, one in contestants] for _ in range(repeats)]
     rows, width = [], max(len(label) for label, _ in contestants)
-    for i, (label, _) in enumerate(contestants):
-        values: Values = {}
-        for key in turns[0][i]:
-            what, _, unit = key.rpartition(" ")
-            values[what, unit] = [turn[i][key] for turn in turns]
-            if i and all(turn[0].get(key) for turn in turns):
-                values[f"{what} / rocket", ""] = [turn[i][key] / turn[0][key] for turn in turns]
-        rows += report({"contestant": label}, f"{label:<{width}}", values)
+    values: list[Values] = [
+        {tuple(key.rsplit(" ", 1)): [turn[i][key] for turn in turns] for key in figures}
+        for i, figures in enumerate(turns[0])
+    ]
+    for (label, _), own in zip(contestants, values, strict=True):
+        base = values[0] if own is not values[0] else None
+        rows += report({"contestant": label}, f"{label:<{width}}", own, base)
     return rows
 
 

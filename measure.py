@@ -83,7 +83,7 @@ def training(config: Config, options: Options, peer: str) -> Contestant:
             if read:
                 figures["data ms"] = 1000 * read()
             figures["memory GB"] = memory_gb(device)
-            figures["matmul TFLOP/s"] = peak / world.size / 1e12
+            figures["matmul GFLOP/s"] = peak / 1e9
             figures["MFU %"] = 100 * flops * rate / peak
             if datasheet := device_peak(device):
                 figures["MFU, datasheet %"] = 100 * flops * rate / datasheet / world.size
@@ -220,20 +220,25 @@ def communication(step: Callable[[], Any], world: World) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square matrix product: the most that this device does now."""
-    rates, times, seconds = [], 4, 0.0
+    """FLOP/s of the fastest square product: the most that this device does now.
+
+    Both layouts of a linear layer count, that of its output and that of its weights' gradient: on a
+    CPU that emulates bfloat16 they differ.
+    """
+    rates, times = [], 4
     for size in (512, 1024, 2048, 4096, 8192, 16384):
+        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        for left, right in ((a, b.T), (a.T, b)):
+            left @ right
+            wait_for(device)
+            start = time.perf_counter()
+            for _ in range(times):
+                left @ right
+            wait_for(device)
+            seconds = time.perf_counter() - start
+            rates.append(times * 2 * size**3 / seconds)
         if seconds > 0.2:  # large enough
             break
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        a @ b
-        wait_for(device)
-        start = time.perf_counter()
-        for _ in range(times):
-            a @ b
-        wait_for(device)
-        seconds = time.perf_counter() - start
-        rates.append(times * 2 * size**3 / seconds)
     return max(rates)
 
 

@@ -7,24 +7,15 @@ and datasets are packages. `:compile` behind a trainer compiles its model.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import shutil
-import struct
-import subprocess
-import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from bench import load_module
-from config import Config, UserError, available_cores
+from config import Config, UserError
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of a model, of tokens and targets (B, T)
 
