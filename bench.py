@@ -117,11 +117,11 @@ def main(arguments: list[str]) -> None:
     machine |= {p: version(p) for p in ("numpy", "sentencepiece", "pyarrow", "datasets", "torch")}
     say(", ".join(f"{key} {value}" for key, value in machine.items()))
     if name == "tokenizing":
-        rows = tokenizing(config, options)
+        found = {"rows": tokenizing(config, options)}
     else:
-        rows = compare(name, config, options, arguments[1:])
+        found = compare(name, config, options, arguments[1:])
     if options["json"] != "PATH" and is_first_rank():
-        content = {"benchmark": name, "arguments": arguments, "machine": machine, "rows": rows}
+        content = {"benchmark": name, "arguments": arguments[1:], "machine": machine, **found}
         try:
             Path(options["json"]).write_text(json.dumps(content, indent=1) + "\n")
         except OSError as error:
@@ -213,8 +213,8 @@ def load_module(path: Path) -> ModuleType:
     return module
 
 
-def compare(name: str, config: Config, options: Options, arguments: list[str]) -> list[Json]:
-    """Measures all contestants in turn; prints and returns what the turns gave.
+def compare(name: str, config: Config, options: Options, arguments: list[str]) -> Json:
+    """Measures all contestants in turn; prints and returns what they are and what the turns gave.
 
     A contestant is an iterator. It first gives what it is, once it has warmed up, and then figures
     of a turn, again and again: their names, the last word of which is a unit, and values.
@@ -245,10 +245,12 @@ def compare(name: str, config: Config, options: Options, arguments: list[str]) -
         else:
             raise ConfigError("--peer: only training and sampling are compared with peers")
         contestants.append((label, one))
+    about: Json = {}
     with contextlib.ExitStack() as stack:
         for label, one in contestants:
             stack.callback(one.close)
-            say(f"{label}: " + ", ".join(f"{key} {value}" for key, value in next(one).items()))
+            about[label] = next(one)
+            say(f"{label}: " + ", ".join(f"{key} {value}" for key, value in about[label].items()))
         turns = [[next(one) for _, one in contestants] for _ in range(repeats)]
     rows, width = [], max(len(label) for label, _ in contestants)
     values: list[Values] = [
@@ -258,7 +260,7 @@ def compare(name: str, config: Config, options: Options, arguments: list[str]) -
     for (label, _), own in zip(contestants, values, strict=True):
         base = values[0] if own is not values[0] else None
         rows += report({"contestant": label}, f"{label:<{width}}", own, base)
-    return rows
+    return {"contestants": about, "rows": rows}
 
 
 def remote(label: str, arguments: list[str], *, peer: str = "", checkout: str = "") -> Contestant:

@@ -49,7 +49,7 @@ def joined(config: Config) -> Iterator[World]:
 def describe(world: World, parameters: int) -> Json:
     device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
     return {
-        "parameters": f"{parameters:,}",
+        "parameters": parameters,
         "type": str(world.dtype).removeprefix("torch."),
         "device": f"{world.size} × {device}",
         "threads": torch.get_num_threads(),

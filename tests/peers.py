@@ -174,7 +174,7 @@ def transformers_sampler(_: str, config: Config, world: Any) -> Iterator[tuple[G
 
 @contextlib.contextmanager
 def run_c(peer: str, config: Config, world: Any) -> Iterator[tuple[Generate, int]]:
-    """run.c of llama2.c, float32, one row, from BOS to as many tokens as prompt and completion have.
+    """run.c of llama2.c, float32, one row, from BOS to as many tokens as prompt and completion.
 
     The rate is the one that it prints.
     """
