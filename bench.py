@@ -201,7 +201,7 @@ def contestant(name: str, config: Config, options: Options, peer: str) -> Contes
     """A contestant in this process. torch is imported late: it takes seconds and memory."""
     if name == "startup":
         return startup(config, options, peer)
-    return getattr(load_module(HERE / "measure.py"), name)(config, options, peer)
+    return load_module(HERE / "measure.py").contestant(name, config, options, peer)
 
 
 def load_module(path: Path) -> ModuleType:

@@ -36,12 +36,15 @@ PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
 Generate = Callable[[list[list[int]], int], "tuple[float | None, float] | None"]
 
 
-@contextlib.contextmanager
-def joined(config: Config) -> Iterator[World]:
-    """The world of the processes that torchrun started, or of one."""
+def contestant(name: str, config: Config, options: Options, peer: str) -> Contestant:
+    """A benchmark among the processes that torchrun started, or in one.
+
+    Raises:
+        UserError: what stands in the way of it.
+    """
     world = init_distributed(config)
-    try:
-        yield world
+    try:  # what works with sharded state is in another frame, gone before the group is
+        yield from BENCHMARKS[name](config, options, peer, world)
     finally:
         shut_down()
 
@@ -56,40 +59,38 @@ def describe(world: World, parameters: int) -> Json:
     }
 
 
-def training(config: Config, options: Options, peer: str) -> Contestant:
+def training(config: Config, options: Options, peer: str, world: World) -> Contestant:
     """Optimizer steps of rocket.py, or of a peer, over random tokens on the device."""
     count, seq_len = whole_number(options, "steps"), config.data.seq_len
     tokens = config.train.global_batch_size * seq_len
-    with joined(config) as world:
-        device = world.device
-        batches = random_batches(config, world)
-        trainer = load_module(PEERS).trainer if peer else rocket_trainer
-        step, parameters = trainer(peer, config, world, batches)
-        read, unread = (None, "") if peer else reader(config, world)
-        flops = flops_per_token(config.model, config.tokenizer.vocab_size, seq_len)
-        for _ in range(WARM_UP):
-            step()
-        if options["trace"] != "PATH":
-            profile = profiled(step, 3, device)
-            if world.rank == 0:
-                profile.export_chrome_trace(options["trace"])
-        yield describe(world, parameters) | ({"data": unread} if unread else {})
-        while True:
-            seconds, parts = timed_steps(step, count, device)
-            rate, peak = tokens / seconds, matmul_rate(device, world.dtype) * world.size
-            figures = {"training tokens/s": rate, "step ms": 1000 * seconds}
-            figures |= {f"{part} ms": 1000 * taken for part, taken in parts.items()}
-            figures["communication ms"] = 1000 * communication(step, world)
-            if read:
-                figures["data ms"] = 1000 * read()
-            figures["memory GB"] = memory_gb(device)
-            figures["matmul GFLOP/s"] = peak / 1e9
-            figures["MFU %"] = 100 * flops * rate / peak
-            if datasheet := device_peak(device):
-                figures["MFU, datasheet %"] = 100 * flops * rate / datasheet / world.size
-            yield figures
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(device)
+    device = world.device
+    batches = random_batches(config, world)
+    trainer = load_module(PEERS).trainer if peer else rocket_trainer
+    step, parameters = trainer(peer, config, world, batches)
+    read, unread = (None, "") if peer else reader(config, world)
+    flops = flops_per_token(config.model, config.tokenizer.vocab_size, seq_len)
+    for _ in range(WARM_UP):
+        step()
+    if options["trace"] != "PATH":
+        profile = profiled(step, 3, device)
+        if world.rank == 0:
+            profile.export_chrome_trace(options["trace"])
+    yield describe(world, parameters) | ({"data": unread} if unread else {})
+    while True:
+        seconds, parts = timed_steps(step, count, device)
+        memory, rate = memory_gb(device), tokens / seconds
+        peak = matmul_rate(device, world.dtype) * world.size
+        figures = {"training tokens/s": rate, "step ms": 1000 * seconds}
+        figures |= {f"{part} ms": 1000 * taken for part, taken in parts.items()}
+        figures["communication ms"] = 1000 * communication(step, world)
+        if read:
+            figures["data ms"] = 1000 * read()
+        figures["memory GB"] = memory
+        figures["matmul GFLOP/s"] = peak / 1e9
+        figures["MFU %"] = 100 * flops * rate / peak
+        if datasheet := device_peak(device):
+            figures["MFU, datasheet %"] = 100 * flops * rate / datasheet / world.size
+        yield figures
 
 
 def build_model(config: Config, world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -242,27 +243,26 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     return max(rates)
 
 
-def sampling(config: Config, options: Options, peer: str) -> Contestant:
+def sampling(config: Config, options: Options, peer: str, world: World) -> Contestant:
     """Prefill and decode, greedy, of random prompts with random weights."""
     sizes = whole_numbers(options, "batch")
     length, new = whole_number(options, "prompt"), whole_number(options, "new")
     config.model.max_seq_len = max(config.model.max_seq_len, length + new)
     if new < 2:
         raise ConfigError("--new: at least 2, the first token is the prefill's")
-    with joined(config) as world:
-        sampler = load_module(PEERS).sampler if peer else rocket_sampler
-        with sampler(peer, config, world) as (generate, parameters):
-            ids = torch.randint(2, config.tokenizer.vocab_size, (max(sizes), length)).tolist()
-            sizes = [size for size in sizes if generate(ids[:size], new)]  # compiles
-            yield describe(world, parameters)
-            while True:
-                figures = {}
-                for size in sizes:
-                    first, rest = generate(ids[:size], new)
-                    if first:
-                        figures[f"prefill, batch {size} tokens/s"] = size * length / first
-                    figures[f"decode, batch {size} tokens/s"] = size * (new - 1) / rest
-                yield figures
+    sampler = load_module(PEERS).sampler if peer else rocket_sampler
+    with sampler(peer, config, world) as (generate, parameters):
+        ids = torch.randint(2, config.tokenizer.vocab_size, (max(sizes), length)).tolist()
+        sizes = [size for size in sizes if generate(ids[:size], new)]  # compiles
+        yield describe(world, parameters)
+        while True:
+            figures = {}
+            for size in sizes:
+                first, rest = generate(ids[:size], new)
+                if first:
+                    figures[f"prefill, batch {size} tokens/s"] = size * length / first
+                figures[f"decode, batch {size} tokens/s"] = size * (new - 1) / rest
+            yield figures
 
 
 @contextlib.contextmanager
@@ -289,21 +289,17 @@ def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Gener
     yield timed, parameter_count(config.model, vocab_size)
 
 
-def checkpoint(config: Config, options: Options, _: str) -> Contestant:
-    """A checkpoint of CONFIG's model and optimizer: saved and synced, verified and loaded.
-
-    What is loaded was just written, so the system may have it in memory.
-    """
+def checkpoint(config: Config, _: Options, __: str, world: World) -> Contestant:
+    """A checkpoint of CONFIG's model and optimizer: saved and synced, verified and loaded."""
     config.checkpoint.asynchronous, config.checkpoint.keep_last = False, 1
     record = {"config": tables(config), "state": {"val_loss": None}}
-    with joined(config) as world, contextlib.ExitStack() as stack:
-        model, optimizer = build_model(config, world)
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # now it has a state
-        optimizer.zero_grad()
-        count = parameter_count(config.model, config.tokenizer.vocab_size)
-        size = 12 * count / 1e9  # weights and two moments, float32
+    model, optimizer = build_model(config, world)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # now it has a state
+    optimizer.zero_grad()
+    count = parameter_count(config.model, config.tokenizer.vocab_size)
+    with contextlib.ExitStack() as stack:
         run = Path(world.once(lambda: stack.enter_context(TemporaryDirectory(prefix="bench-"))))
         saver = Saver(run, model, optimizer, config.checkpoint, lambda: None, world)
         yield describe(world, count) | {"in": str(run.parent)}
@@ -315,10 +311,16 @@ def checkpoint(config: Config, options: Options, _: str) -> Contestant:
             load_weights(model, found)
             load_optimizer(model, optimizer, found)
             wait_for(world.device)
+            world.each(lambda: None)  # the last rank, too, is done with the files
             loaded = time.perf_counter()
+            size = sum(file.stat().st_size for file in found.path.iterdir()) / 1e9
             yield {
+                "size GB": size,
                 "save s": saved - start,
                 "save GB/s": size / (saved - start),
                 "load s": loaded - saved,
                 "load GB/s": size / (loaded - saved),
             }
+
+
+BENCHMARKS = {"training": training, "sampling": sampling, "checkpoint": checkpoint}
