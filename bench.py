@@ -20,11 +20,10 @@ clipping. `communication` counts collectives in full, also where they overlap wi
 is the time to read a step's batches if CONFIG's dataset is prepared. `memory` is the most that the
 process held so far: resident on a CPU, allocated on a GPU.
 
-tokenizing: `ceiling`: processes that are there already and
-only encode texts in their memory; `prepare`: the program from its start to its end; `tokenizes`:
-its own figure, without what comes before and after; `datasets.map`: the same by the package
-datasets, if it is installed, from and to Arrow files, in batches, with ids as lists; `lean`: with
-arrays of uint16.
+tokenizing: `ceiling`: processes that are there already and only encode texts in their memory;
+`prepare`: the program from its start to its end; `tokenizes`: its own figure, without what comes
+before and after; `datasets.map`: the same by the package datasets, if it is installed, from and to
+Arrow files, in batches, with ids as lists; `lean`: with arrays of uint16.
 """
 
 from __future__ import annotations
@@ -72,8 +71,9 @@ FLAGS = {
     "--checkout=PATH": "compare with another checkout of Rocket; repeatable",
     "--peer=NAME": "compare with nanogpt:CLONE, llama2.c:CLONE or transformers, repeatable; with"
     " :compile behind it torch.compile trains it",
+    "--warmup=3": "training: steps before the first turn",
     "--steps=5": "training: steps a turn",
-    "--trace=PATH": "training: where to write a Chrome trace of three steps",
+    "--trace=PATH": "training: where to write a Chrome trace of three steps, which itself takes memory",
     "--batch=1,8,64": "sampling: batch sizes",
     "--prompt=128": "sampling: tokens of each prompt",
     "--new=128": "sampling: tokens of each completion",

@@ -31,7 +31,6 @@ from rocket import Batch, build, initialise, open_datasets, train_step
 from run import check_inputs, device_peak, memory_gb
 from sample import Settings, generate
 
-WARM_UP = 3  # steps before the first turn: they compile
 PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
 Generate = Callable[[list[list[int]], int], "tuple[float | None, float] | None"]
 
@@ -61,7 +60,8 @@ def describe(world: World, parameters: int) -> Json:
 
 def training(config: Config, options: Options, peer: str, world: World) -> Contestant:
     """Optimizer steps of rocket.py, or of a peer, over random tokens on the device."""
-    count, seq_len = whole_number(options, "steps"), config.data.seq_len
+    warm_up, count = whole_number(options, "warmup"), whole_number(options, "steps")
+    seq_len = config.data.seq_len
     tokens = config.train.global_batch_size * seq_len
     device = world.device
     batches = random_batches(config, world)
@@ -69,7 +69,7 @@ def training(config: Config, options: Options, peer: str, world: World) -> Conte
     step, parameters = trainer(peer, config, world, batches)
     read, unread = (None, "") if peer else reader(config, world)
     flops = flops_per_token(config.model, config.tokenizer.vocab_size, seq_len)
-    for _ in range(WARM_UP):
+    for _ in range(warm_up):
         step()
     if options["trace"] != "PATH":
         profile = profiled(step, 3, device)
@@ -254,6 +254,8 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
     with sampler(peer, config, world) as (generate, parameters):
         ids = torch.randint(2, config.tokenizer.vocab_size, (max(sizes), length)).tolist()
         sizes = [size for size in sizes if generate(ids[:size], new)]  # compiles
+        if not sizes:
+            raise ConfigError(f"--batch={options['batch']}: {peer} takes 1 alone")
         yield describe(world, parameters)
         while True:
             figures = {}
