@@ -73,7 +73,7 @@ FLAGS = {
     " :compile behind it torch.compile trains it",
     "--warmup=3": "training: steps before the first turn",
     "--steps=5": "training: steps a turn",
-    "--trace=PATH": "training: where to write a Chrome trace of three steps, which itself takes memory",
+    "--trace=PATH": "training: where to write a Chrome trace of three steps (which takes memory)",
     "--batch=1,8,64": "sampling: batch sizes",
     "--prompt=128": "sampling: tokens of each prompt",
     "--new=128": "sampling: tokens of each completion",
