@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
+import sample
 from bench import Contestant, Json, Options, load_module, whole_number, whole_numbers
 from checkpoint import Saver, find_resumable, load_optimizer, load_weights
 from config import Config, ConfigError, UserError, tables
@@ -276,7 +277,9 @@ def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Gener
     model.to_empty(device=world.device)
     model.tie()
     initialise(model, config)
-    model = model.to(world.dtype).requires_grad_(False)
+    model.requires_grad_(False)
+    prepare = getattr(sample, "prepare", Llama.to)  # other checkouts may have none
+    model = prepare(model, world.device, world.dtype)
 
     def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
         wait_for(world.device)

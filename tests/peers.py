@@ -1,8 +1,8 @@
-"""What bench.py compares Rocket with: other trainers, other samplers, and the package datasets.
+"""What bench.py compares Rocket with: other trainers and samplers, each by its own code.
 
-Each does Rocket's work in its own way: the shape of CONFIG, its own model, optimizer and loss. Of
-nanogpt and llama2.c the code comes from a clone, `nanogpt:PATH` and `llama2.c:PATH`; transformers
-and datasets are packages. `:compile` behind a trainer compiles its model.
+Each does Rocket's work in its own way: the shape of CONFIG, its own model, optimizer and loss. The
+code of nanogpt and llama2.c comes from a clone, `nanogpt:PATH` and `llama2.c:PATH`; transformers is
+a package. `:compile` behind a trainer compiles its model.
 """
 
 from __future__ import annotations
