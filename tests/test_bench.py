@@ -1,20 +1,39 @@
 """bench.py measures the real programs, on any corpus, and says what it can't take in one line.
 
-Protected here: that it runs, that all that is compared does the same work (it stops else), and
-that its figures fit each other. How fast anything is, no test asserts.
+Protected here: that it runs, that all that is compared does the same work (it stops else, and peers
+have as many parameters), and that its figures fit each other. How fast anything is, no test
+asserts. Peers that are cloned are not tried here, those that are packages are.
 """
 
 import json
 import subprocess
-import sys
 
 import pytest
 from conftest import ROOT
+from training import ENVIRONMENT, launcher, overrides
+
+SMALL = (
+    "--model.dim=64 --model.n_layers=2 --model.n_heads=4 --model.ffn_dim=192"
+    " --model.tie_embeddings=true --tokenizer.vocab_size=512 --data.seq_len=32"
+    " --train.global_batch_size=4 --train.micro_batch_size=2 --train.dtype=float32 --repeats=1"
+).split()
 
 
-def bench(*arguments):
-    command = [sys.executable, str(ROOT / "bench.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+def bench(*arguments, ranks=1):
+    command = [*launcher(ranks), str(ROOT / "bench.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
+
+
+def measured(path, *arguments, ranks=1):
+    """Contestants, and medians by contestant and name, of a run that has to succeed."""
+    result = bench(*arguments, f"--json={path}", ranks=ranks)
+    assert result.returncode == 0, result.stderr
+    figures = json.loads(path.read_text())
+    medians = {name: {} for name in figures["contestants"]}
+    for row in figures["rows"]:
+        assert row["low"] <= row["median"] <= row["high"]
+        medians[row["contestant"]][f"{row['what']} {row['unit']}"] = row["median"]
+    return figures["contestants"], medians, result.stdout
 
 
 @pytest.fixture
@@ -45,11 +64,106 @@ def test_tokenizing_writes_rates_and_ratios(corpus, tmp_path):
     assert ("not compared" in result.stdout) != compared
 
 
+def test_training_tells_where_a_step_goes(tmp_path):
+    about, medians, _ = measured(tmp_path / "figures.json", "training", *SMALL)
+    assert about["rocket"]["type"] == "float32"
+    assert "tokenizer" in about["rocket"]["data"]  # why reading is not measured
+    own, parameters = medians["rocket"], about["rocket"]["parameters"]
+    step = own["step ms"]
+    assert own["training tokens/s"] * step / 1000 == pytest.approx(4 * 32)
+    parts = [own[f"{part} ms"] for part in ("forward", "backward", "optimizer")]
+    assert min(parts) > 0
+    assert sum(parts) <= step
+    flops = 6 * parameters + 12 * 2 * 64 * 32  # a token: embeddings are tied, so all count
+    done = flops * own["training tokens/s"] / 1e9
+    assert own["MFU %"] == pytest.approx(100 * done / own["matmul GFLOP/s"])
+    assert own["memory GB"] > 0.05
+    assert own["communication ms"] == 0
+    assert "data ms" not in own
+
+
+@pytest.mark.long
+def test_training_under_torchrun_counts_communication(dataset, tiny_tokenizer, tmp_path):
+    path, trace = tmp_path / "figures.json", tmp_path / "trace.json"
+    run = overrides(dataset, tiny_tokenizer, tmp_path)
+    options = ["--repeats=1", f"--trace={trace}"]
+    about, medians, printed = measured(path, "training", *run, *options, ranks=2)
+    assert about["rocket"]["device"] == "2 × cpu"
+    assert printed.count("tokens/s") == 1  # rank 0 alone
+    assert medians["rocket"]["communication ms"] > 0
+    assert medians["rocket"]["data ms"] > 0
+    assert json.loads(trace.read_text())["traceEvents"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["training", "sampling"])
+def test_contestants_of_equal_shape_take_turns(tmp_path, name):
+    rivals = ["--peer=transformers", "--versus=--optimizer.grad_clip=0 --model.ffn_dim=64"]
+    rivals += [f"--checkout={ROOT}"]
+    options = ["--batch=1,2", "--prompt=8", "--new=4"]
+    about, medians, _ = measured(tmp_path / "f.json", name, *SMALL, *rivals, *options)
+    labels = ["rocket", "transformers", "--optimizer.grad_clip=0 --model.ffn_dim=64", str(ROOT)]
+    assert list(about) == labels
+    counts = [about[label]["parameters"] for label in labels]
+    assert counts[0] == counts[1] == counts[3] == counts[2] + 2 * 3 * 64 * 128
+    rows = json.loads((tmp_path / "f.json").read_text())["rows"]
+    rates = [row for row in rows if row["unit"] == "tokens/s"]
+    assert len(rates) == 4 * (1 if name == "training" else 4)
+    for row in rates:
+        what = f"{row['what']} tokens/s"
+        if row["contestant"] == "rocket":
+            assert "ratio" not in row
+        else:
+            own = medians[row["contestant"]][what]
+            assert row["ratio"]["median"] == pytest.approx(own / medians["rocket"][what])
+
+
+def test_sampling_measures_prefill_and_decode(tmp_path):
+    options = ["--batch=1,3", "--prompt=8", "--new=4", "--train.dtype=bfloat16"]
+    about, medians, _ = measured(tmp_path / "f.json", "sampling", *SMALL, *options)
+    assert about["rocket"]["type"] == "bfloat16"
+    kinds = ("prefill, batch 1", "decode, batch 1", "prefill, batch 3", "decode, batch 3")
+    assert list(medians["rocket"]) == [f"{kind} tokens/s" for kind in kinds]
+
+
+def test_checkpoint_measures_saving_and_loading(tmp_path):
+    about, medians, _ = measured(tmp_path / "f.json", "checkpoint", *SMALL)
+    own = medians["rocket"]
+    state = 12 * about["rocket"]["parameters"] / 1e9  # weights and two moments
+    assert state < own["size GB"] < 1.1 * state
+    for what in ("save", "load"):
+        assert own[f"{what} s"] * own[f"{what} GB/s"] == pytest.approx(own["size GB"])
+
+
+@pytest.mark.long
+def test_a_peer_that_is_not_there_is_one_line(tmp_path):
+    result = bench("training", *SMALL, f"--peer=nanogpt:{tmp_path}")
+    assert result.returncode == 1
+    assert f"nanogpt: --peer=nanogpt:{tmp_path}: {tmp_path}/model.py is not" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.long
+def test_startup_launches_the_program(dataset, tiny_tokenizer, tmp_path):
+    run = overrides(dataset, tiny_tokenizer, tmp_path)
+    _, medians, _ = measured(tmp_path / "f.json", "startup", *run, "--repeats=1")
+    assert medians["rocket"]["first step s"] > 0
+    assert not (tmp_path / "checkpoints").exists()  # it ran elsewhere
+
+
+NAMES = "training, sampling, startup, checkpoint, tokenizing"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "name first what to measure: tokenizing; not ''"),
-        (["tokenising"], "name first what to measure: tokenizing; not 'tokenising'"),
+        ([], f"name first what to measure: {NAMES}; not ''"),
+        (["tokenising"], f"name first what to measure: {NAMES}; not 'tokenising'"),
+        (["training", "--shape=large"], "--shape is one of step, memory, not 'large'"),
+        (["training", "--steps=0"], "--steps: whole numbers above 0"),
+        (["startup", "--peer=transformers"], "only training and sampling"),
+        (["startup", "--versus=--model.dim=7"], "--model.dim=7: model.dim (7) must divide"),
+        (["startup", "--data.dir=none", "--tokenizer.path=none"], "train_tokenizer.py makes it"),
         (["tokenizing", "--workers=0"], "--workers: whole numbers above 0, such as 1,2, not '0'"),
         (["tokenizing", "--repeats=x"], "--repeats: "),
         (["tokenizing", "--repeats=2,3"], "--repeats: one number"),
@@ -60,7 +174,7 @@ def test_tokenizing_writes_rates_and_ratios(corpus, tmp_path):
 def test_a_wrong_argument_is_one_line(arguments, said):
     result = bench(*arguments)
     assert result.returncode == 1
-    assert result.stdout.count("\n") <= 1  # the machine
+    assert result.stdout.count("\n") <= 2  # the machine, the first contestant
     assert result.stderr.startswith("bench.py: error: ")
     assert said in result.stderr
     assert result.stderr.count("\n") == 1
