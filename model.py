@@ -47,24 +47,22 @@ class KVCache:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        shape = (
-            config.n_layers,
-            batch_size,
-            config.n_kv_heads,
-            length,
-            config.dim // config.n_heads,
-        )
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
-        self.rows = torch.arange(batch_size, device=device)[:, None]
+        self.length = length
+        shape = (batch_size, length, config.n_kv_heads, config.dim // config.n_heads)
+        layers = range(config.n_layers)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
+        self.starts = torch.arange(batch_size, device=device)[:, None] * length
 
     def update(
-        self, layer: int, positions: Tensor, k: Tensor, v: Tensor, length: int
+        self, layer: int, places: Tensor, k: Tensor, v: Tensor, length: int
     ) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, K, T, E) at positions (B, T); returns the first `length` entries."""
-        self.keys[layer].transpose(1, 2)[self.rows, positions] = k.transpose(1, 2)
-        self.values[layer].transpose(1, 2)[self.rows, positions] = v.transpose(1, 2)
-        return self.keys[layer, :, :, :length], self.values[layer, :, :, :length]
+        """Writes k, v (B, K, T, E) at places (B T), counted over all rows; returns the first
+        `length` entries of each row (B, K, length, E)."""
+        kept = self.keys[layer], self.values[layer]
+        for entries, new in zip(kept, (k, v), strict=True):
+            entries.flatten(0, 1).index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
+        return kept[0][:, :length].transpose(1, 2), kept[1][:, :length].transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -138,7 +136,7 @@ class Attention(nn.Module):
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if context:
-            k, v = context.cache.update(self.layer, context.positions, k, v, context.length)
+            k, v = context.cache.update(self.layer, context.places, k, v, context.length)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -223,12 +221,16 @@ class Context:
     """What attention needs when generating: where the tokens stand and what came before."""
 
     def __init__(self, cache: KVCache, positions: Tensor, length: int):
-        assert length <= cache.keys.shape[3], "the cache is shorter than length"
+        assert length <= cache.length, "the cache is shorter than length"
         self.cache = cache
-        self.positions = positions
         self.length = length
+        self.places = (cache.starts + positions).flatten()
         keys = torch.arange(length, device=positions.device)
-        self.mask = (keys <= positions[..., None])[:, None]  # (B, 1, T, S)
+        unseen = (keys > positions[..., None])[:, None]  # (B, 1, T, S)
+        # Not boolean: each layer would make this of it.
+        dtype = cache.keys[0].dtype
+        self.mask = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
+        self.mask.masked_fill_(unseen, -math.inf)
 
 
 class Llama(nn.Module):

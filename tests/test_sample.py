@@ -1,6 +1,7 @@
 """Protects sampling: drawing as transformers does, the same text whoever shares the batch and with
 or without the cache, no half characters, and a run directory that is enough to sample from."""
 
+import copy
 import io
 import json
 import math
@@ -9,6 +10,7 @@ import pty
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -17,6 +19,7 @@ from training import ENVIRONMENT, overrides, run_many
 
 from checkpoint import checkpoint_paths, find_checkpoint
 from config import ROOT, ModelConfig, UserError
+from distributed import compute_dtype
 from model import Llama, initial_weight
 from sample import (
     Completion,
@@ -29,6 +32,7 @@ from sample import (
     load_model,
     main,
     penalise_repetition,
+    prepare,
     uniform_numbers,
 )
 from tokenizer import Tokenizer
@@ -131,6 +135,27 @@ def test_greedy_text_is_that_of_transformers(model):
         expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20)
         expected = expected[0, len(prompt) :].tolist()
         assert continuations(model, [prompt], SETTINGS["greedy"]) == [expected]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_preparing_changes_nothing(model, name, tied):
+    copied = copy.deepcopy(model)
+    copied.config = replace(CONFIG, tie_embeddings=tied)
+    copied.tie()
+    expected = continuations(copied, PROMPTS, SETTINGS[name])
+    prepared = prepare(copied, torch.device("cpu"), torch.float32)
+    assert not prepared.lm_head.weight.is_contiguous()
+    assert continuations(prepared, PROMPTS, SETTINGS[name]) == expected
+
+
+def test_bfloat16_weights_are_rounded_to_it(model):
+    """Whether this machine's CPU has bfloat16 units or not."""
+    prepared = prepare(copy.deepcopy(model), torch.device("cpu"), torch.bfloat16)
+    for rounded, weight in zip(prepared.parameters(), model.parameters(), strict=True):
+        assert torch.equal(rounded.float(), weight.bfloat16().float())
+    native = compute_dtype("auto", torch.device("cpu"))
+    assert {weight.dtype for weight in prepared.parameters()} == {native}
 
 
 def test_rows_end_on_their_own(model):
