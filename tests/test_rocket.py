@@ -110,6 +110,33 @@ def test_resumed_training_is_bit_identical(ranks, strategy, run, tmp_path):
     assert_identical(tmp_path / "straight", tmp_path / "halved")
 
 
+@pytest.mark.long
+@pytest.mark.parametrize(("ranks", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+def test_what_saves_time_and_memory_changes_nothing(ranks, strategy, run, tmp_path, finished):
+    """Compiled, recomputed, reduced once and with a loss in chunks: losses within 1e-4 of the plain
+    run's, and resuming is bit-identical."""
+    options = {
+        "train__compile": "on",
+        "train__recompute": "selective",
+        "train__loss_chunk": 20,
+        "train__micro_batch_size": 1,
+        "parallel__reduce_once": "true",
+        "parallel__strategy": strategy,
+    }
+    straight, halved = run("straight", **options), run("halved", **options)
+    for command in (straight, [*halved, "--train.stop_at_step=10"], halved):
+        done = rocket(command, ranks)
+        assert done.returncode == 0, done.stderr
+        assert "compiled" in done.stdout
+    assert_identical(tmp_path / "straight", tmp_path / "halved")
+    assert np.abs(np.subtract(losses(tmp_path / "straight"), losses(finished))).max() < 1e-4
+
+
+def test_compiling_without_a_compiler_is_one_line(run, monkeypatch):
+    monkeypatch.setitem(ENVIRONMENT, "CXX", "no-such-compiler")
+    assert "needs a C++ compiler" in error_of(rocket(run(train__compile="on")))
+
+
 def test_resuming_on_other_ranks_and_strategies(run, tmp_path):
     """1 process to FSDP2 on 2: same batches, losses within 1e-4. A long test goes everywhere."""
     assert rocket(run("reference", train__max_steps=40)).returncode == 0
