@@ -169,12 +169,27 @@ def keep_top_k(logits: Tensor, k: int) -> Tensor:
     return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
 
 
-def keep_top_p(logits: Tensor, p: float) -> Tensor:
-    """Leaves the fewest ids that hold the share p (nucleus, Holtzman et al., arXiv 1904.09751)."""
-    ordered, ids = logits.sort()  # the likeliest last: it always stays
-    dropped = ordered.softmax(-1).cumsum(-1) <= 1 - p
-    dropped[:, -1] = False
-    return logits.masked_fill(dropped.scatter(1, ids, dropped), -math.inf)
+def keep_top_p(logits: Tensor, p: float, among: int = 1024) -> Tensor:
+    """Leaves the fewest ids that hold the share p (nucleus, Holtzman et al., arXiv 1904.09751).
+
+    Only rows that don't find them `among` the likeliest are sorted, each row for itself: it takes
+    several times as long.
+    """
+    if among >= logits.shape[-1]:
+        ordered, ids = logits.sort()  # the likeliest last: it always stays
+        dropped = ordered.softmax(-1).cumsum(-1) <= 1 - p
+        dropped[:, -1] = False
+        return logits.masked_fill(dropped.scatter(1, ids, dropped), -math.inf)
+    ordered, ids = logits.topk(among)
+    shares = (ordered.double() - logits.double().logsumexp(-1, keepdim=True)).exp()
+    dropped = shares.cumsum(-1) - shares >= p
+    flat = ~dropped[:, -1]
+    dropped[:, 0] = False
+    others = torch.ones_like(logits, dtype=torch.bool)
+    kept = logits.masked_fill(others.scatter_(1, ids, dropped), -math.inf)
+    if flat.any():
+        kept[flat] = keep_top_p(logits[flat], p, logits.shape[-1])
+    return kept
 
 
 def uniform_numbers(settings: Settings, samples: list[int]) -> Tensor:
@@ -349,8 +364,8 @@ def prepare(model: Llama, device: torch.device, dtype: torch.dtype) -> Llama:
     """The model where and how it generates, changed in place.
 
     On a CPU without bfloat16 units, weights in bfloat16 are rounded to it and products are float32:
-    emulated ones are several times slower. Float32 matrices on a CPU are stored by columns, which
-    products with few rows read faster (1.3 times and more where measured).
+    emulated ones are slower, but for a single row. Float32 matrices on a CPU are stored by columns,
+    which products with few rows mostly read faster: 0.8 to 1.6 times at 1, 1.2 to 1.7 at 8 (AVX2).
     """
     model.to(device=device, dtype=dtype)
     if device.type == "cpu":

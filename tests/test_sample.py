@@ -216,6 +216,13 @@ def test_top_p_is_that_of_transformers(p):
     assert torch.equal(keep_top_p(logits, p), transformers.TopPLogitsWarper(p)(ids, logits))
 
 
+@pytest.mark.parametrize("p", [0.0, 1e-6, 0.5, 0.9, 0.999])
+def test_top_p_looks_among_the_likeliest_alone(p):
+    logits = logits_and_seen()[0][1:]  # without the tie, of which either may stay
+    for among in (1, 5, 30):  # too few for some rows
+        assert torch.equal(keep_top_p(logits, p, among), keep_top_p(logits, p))
+
+
 def test_draws_follow_the_distribution():
     logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0, -1.0]])
     count = 20_000
