@@ -83,15 +83,18 @@ FLAGS = {
 }
 # Both tie the embeddings, as the peers do, and have 8 dim² parameters a layer in the feed-forward,
 # as GPT-2 has: all have the same number of parameters, but for nanoGPT's learnt positions.
+SHARED = (
+    "--model.n_kv_heads=0 --model.max_seq_len=512 --model.tie_embeddings=true"
+    " --optimizer.name=adamw"
+)
 SHAPES = {
-    "step": "--model.dim=288 --model.n_layers=6 --model.n_heads=6 --model.ffn_dim=768"
+    "step": f"{SHARED} --model.dim=288 --model.n_layers=6 --model.n_heads=6 --model.ffn_dim=768"
     " --tokenizer.vocab_size=4096 --data.seq_len=256 --train.global_batch_size=16"
     " --train.micro_batch_size=16",
-    "memory": "--model.dim=768 --model.n_layers=4 --model.n_heads=12 --model.ffn_dim=2048"
-    " --tokenizer.vocab_size=32000 --data.seq_len=512 --train.global_batch_size=8"
-    " --train.micro_batch_size=8",
+    "memory": f"{SHARED} --model.dim=768 --model.n_layers=4 --model.n_heads=12"
+    " --model.ffn_dim=2048 --tokenizer.vocab_size=32000 --data.seq_len=512"
+    " --train.global_batch_size=8 --train.micro_batch_size=8",
 }
-SHARED = " --model.n_kv_heads=0 --model.max_seq_len=512 --model.tie_embeddings=true"
 # Runs this file with the modules of another checkout: its path, this file, arguments.
 WITH_MODULES_OF = (
     "import runpy, sys; sys.path[0] = sys.argv[1]; del sys.argv[:2];"
@@ -137,7 +140,7 @@ def read_arguments(arguments: list[str]) -> tuple[str, Config, Options]:
     shape = next((a.partition("=")[2] for a in rest if a.startswith("--shape=")), None)
     if shape not in (None, *SHAPES):
         raise ConfigError(f"--shape is one of {', '.join(SHAPES)}, not {shape!r}")
-    shaped = (SHAPES[shape] + SHARED).split() if shape else []
+    shaped = SHAPES[shape].split() if shape else []
     config, flags = load_config([*shaped, *rest], usage=str(__doc__), flags=FLAGS)
     return name, config, dict(flag[2:].split("=", 1) for flag in (*FLAGS, *flags))
 

@@ -30,7 +30,6 @@ from job import Votes
 from model import Llama, flops_per_token, parameter_count
 from rocket import Batch, build, initialise, open_datasets, train_step
 from run import check_inputs, device_peak, memory_gb
-from sample import Settings, generate
 
 PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
 Generate = Callable[[list[list[int]], int], "tuple[float | None, float] | None"]
@@ -284,7 +283,7 @@ def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Gener
     def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
         wait_for(world.device)
         start = time.perf_counter()
-        steps = generate(model, prompts, Settings(new, temperature=0.0))
+        steps = sample.generate(model, prompts, sample.Settings(new, temperature=0.0))
         next(steps)
         first = time.perf_counter()
         made = sum(1 for _ in steps)

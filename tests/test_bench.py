@@ -16,6 +16,7 @@ SMALL = (
     "--model.dim=64 --model.n_layers=2 --model.n_heads=4 --model.ffn_dim=192"
     " --model.tie_embeddings=true --tokenizer.vocab_size=512 --data.seq_len=32"
     " --train.global_batch_size=4 --train.micro_batch_size=2 --train.dtype=float32 --repeats=1"
+    " --optimizer.name=adamw"
 ).split()
 
 
