@@ -125,7 +125,7 @@ def test_what_saves_time_and_memory_changes_nothing(ranks, strategy, run, tmp_pa
     }
     straight, halved = run("straight", **options), run("halved", **options)
     for command in (straight, [*halved, "--train.stop_at_step=10"], halved):
-        done = rocket(command, ranks)
+        done = rocket(command, ranks, timeout=600)
         assert done.returncode == 0, done.stderr
         assert "compiled" in done.stdout
     assert_identical(tmp_path / "straight", tmp_path / "halved")

@@ -99,19 +99,22 @@ def check_shares(model, optimizer, shards):
 
 
 def check_collectives(counted, strategy, model, micro_batches, shards):
-    """FSDP2 gathers each block for both passes and reduces it at each micro-batch."""
+    """FSDP2 gathers each block for both passes and the rest once, and reduces all of it at each
+    micro-batch; HSDP sums over nodes after the last."""
     size = sum(parameter.numel() for parameter in model.parameters())
-    blocks = micro_batches * (model.config.n_layers + 1)  # and the embeddings
+    rest = sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
+    n_layers = model.config.n_layers
     few = 3  # count of trained tokens; loss, votes and damage; gradient norm
     assert counted.calls == {
-        "_allgather_base_": 2 * blocks,
-        "_reduce_scatter_base_": blocks,
-        "all_reduce": few + blocks * (strategy == "hsdp"),
+        "_allgather_base_": micro_batches * (2 * n_layers + 1),
+        "_reduce_scatter_base_": micro_batches * (n_layers + 1),
+        "all_reduce": few + (n_layers + 1) * (strategy == "hsdp"),
     }
     close = partial(pytest.approx, rel=0.01)  # rows are padded
-    assert counted.bytes["_allgather_base_"] == close(micro_batches * 2 * 2 * size)  # bfloat16
+    gathered = micro_batches * (2 * size - rest)
+    assert counted.bytes["_allgather_base_"] == close(2 * gathered)  # bfloat16
     assert counted.bytes["_reduce_scatter_base_"] == close(micro_batches * 4 * size)  # float32
-    across_nodes = micro_batches * 4 * size / shards if strategy == "hsdp" else 0
+    across_nodes = 4 * size / shards if strategy == "hsdp" else 0
     assert counted.bytes["all_reduce"] - across_nodes < 1000 + 0.01 * across_nodes
 
 
@@ -125,6 +128,19 @@ def test_sharded_collectives_are_as_many_in_a_world_of_any_size(strategy, size, 
             step(config, model, optimizer, world, micro_batches=3)
         check_shares(model, optimizer, shards)
         check_collectives(counted, strategy, model, 3, shards)
+
+
+def test_reduce_once_takes_no_gradient_collective_in_inner_micro_batches():
+    config = configure("fsdp", **SMALL)
+    config.parallel.reduce_once = True
+    config.parallel.reshard_after_forward = False
+    with world_of(8, 0) as world:
+        model, optimizer = build(config, world)
+        with Collectives() as counted:
+            step(config, model, optimizer, world, micro_batches=3)
+        blocks = config.model.n_layers + 1
+        assert counted.calls["_reduce_scatter_base_"] == blocks
+        check_shares(model, optimizer, 8)
 
 
 @pytest.mark.parametrize(("size", "rank"), [(8, 0), (64, 63)])
