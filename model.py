@@ -106,7 +106,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
     """Attention (B, H, T, E) of q over k, v (B, K, S, E); without a mask it is causal."""
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
-        return compiled(flex_attention)(q, k, v, block_mask=mask, enable_gqa=grouped)
+        flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
+        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
