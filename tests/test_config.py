@@ -176,6 +176,8 @@ def test_imports_point_one_way():
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
         allowed = LIBRARIES.get(path.stem, set(LIBRARIES))
+        if path.stem == "measure":  # the part of bench.py that runs programs, which it loads late
+            allowed = allowed | {"bench", "rocket", "sample"}
         assert imported & ours <= allowed, f"{path.name} imports {imported & ours - allowed}"
         if path.stem == "model":
             assert not {"torch.distributed", "pathlib", "os"} & imported
