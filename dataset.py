@@ -372,3 +372,8 @@ def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int
     mine = windows[rank * share : (rank + 1) * share]
     padded[: len(mine)] = mine
     return padded.reshape(micro_batches, size)
+
+
+def filled_up(windows: np.ndarray, multiple: int) -> np.ndarray:
+    """Windows with fillers behind them, so that they divide into equal batches."""
+    return np.pad(windows, (0, -len(windows) % multiple), constant_values=-1)

@@ -11,12 +11,15 @@ import gc
 import os
 import re
 import resource
+import shutil
 import socket
+import sysconfig
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -263,23 +266,22 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def check_compiler(device: torch.device) -> None:
+    """UserError if this host lacks what torch.compile calls: a compiler, for a GPU too (Triton's
+    launchers are C), and Python's headers."""
+    variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
+    names = [os.environ[variable]] if os.environ.get(variable) else names
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    missing = "" if any(map(shutil.which, names)) else f"a compiler ({' or '.join(names)})"
+    if missing := missing or ("" if headers.exists() else str(headers)):
+        raise UserError(
+            f"compiling the model needs {missing}, which {socket.gethostname()} lacks; install it,"
+            " or set train.compile=off"
+        )
+
+
 def compiles(choice: str, device: torch.device) -> bool:
-    """Whether to compile the model.
-
-    Raises:
-        UserError: it is asked for on a CPU, and there is no C++ compiler.
-    """
-    if choice == "on" and device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler  # takes seconds
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise UserError(
-                "train.compile=on needs a C++ compiler here, such as g++ (or name one in CXX);"
-                " install it, or leave train.compile at auto"
-            ) from None
+    """Whether to compile the model; auto does on a GPU."""
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
@@ -355,6 +357,7 @@ def gradient_sync(model: nn.Module, last: bool, config: ParallelConfig) -> Itera
         model.set_requires_gradient_sync(last or not config.reduce_once)
         model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
+        model.set_reshard_after_backward(last or config.reshard_after_forward)
     if isinstance(model, DistributedDataParallel) and not last:
         with model.no_sync():
             yield

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import (
     CheckpointPolicy,
@@ -108,6 +108,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
+    if grouped and mask is not None and q.shape[2] == 1:
+        # The heads of a group as so many queries: kernels that take a mask don't take groups.
+        heads = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
+        return attend(heads, k, v, mask).flatten(1, 2)[:, :, None]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
@@ -269,9 +273,11 @@ class Llama(nn.Module):
         A block at a time, since one graph serves all of them and what shards the model goes on
         working between them; forward alone, so that hooks stay outside and names as they are.
         """
+        # It would cut blocks into pieces to overlap their communication, which blocks do already.
+        torch._dynamo.config.optimize_ddp = False
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
-        self.chunk_loss = compiled(chunk_loss)
+        self.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False)
 
     def forward(
         self,
@@ -357,6 +363,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, share: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * share, grad_weight * share, None, None, None, None
@@ -368,8 +375,11 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     index = targets.clamp(min=0)[:, None]
     log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
     loss = -(log_p.gather(1, index)[:, 0] * trained).sum()
-    grad = log_p.exp_()
-    grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
+    if torch.compiler.is_compiling():  # fused: log_p is never in memory, which a scatter needs
+        grad = log_p.exp() - (torch.arange(logits.shape[-1], device=index.device) == index)
+    else:
+        grad = log_p.exp_()
+        grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
     return loss, grad.mul_(trained[:, None]).to(logits.dtype)
 
 

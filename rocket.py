@@ -50,13 +50,14 @@ from config import (
     run_program,
     tables,
 )
-from dataset import Mixture, TokenDataset, evenly_spaced, rank_share
+from dataset import Mixture, TokenDataset, evenly_spaced, filled_up, rank_share
 from distributed import (
     AgreedError,
     Arrived,
     Lagged,
     World,
     autocast,
+    check_compiler,
     clip_gradients,
     compiles,
     explain_lost_rank,
@@ -150,6 +151,8 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
         if not reason:
             size = 12 * parameter_count(config.model, inputs.vocab_size)
             preflight(directory, config, checkpoint, size, world)
+            if compiles(config.train.compile, world.device):
+                world.each(lambda: check_compiler(world.device))
             world.once(lambda: open_run(directory, config, claim, seen))
             model, optimizer = build(config, inputs, checkpoint, log, world)
             describe_start(config, model, data, val_data, checkpoint, log, world)
@@ -158,8 +161,9 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
             seconds = progress.save_seconds or 1 + max(size / world.size / 100e6, size / 2e9)
             minutes = config.checkpoint.interval_minutes
             lookout = Lookout(directory, signals, claim, saver, end, seconds, minutes)
-            run = Run(config, inputs, data, val_data, model, optimizer, saver, lookout, log, world)
-            reason = train_steps(run, progress)
+            parts = config, inputs, data, val_data, model, optimizer, saver, lookout, log, world
+            with reading_thread(world) as reader:
+                reason = train_steps(Run(*parts, reader), progress)
         advanced = (progress.step, progress.val_loss) != (start.step, start.val_loss)
         log.end(reason, progress.step, advanced)
     except BaseException as error:
@@ -200,6 +204,7 @@ class Run:
     lookout: Lookout
     log: RunLog
     world: World
+    reader: Executor
 
 
 def train_steps(run: Run, progress: Progress) -> str:
@@ -219,7 +224,7 @@ def train_steps(run: Run, progress: Progress) -> str:
 
     def read(step: int) -> list[tuple[Tensor, Tensor]]:
         windows = data.step_windows(config.train.seed, step, batch_size)
-        return list(read_batches(run, data, windows))
+        return list(read_batches(run, data, windows, config.train.micro_batch_size))
 
     def settle(outcomes: list[Arrived[tuple[int, float]]]) -> None:
         """Rows, skipped steps and reasons to stop or save, of the steps that are known by now."""
@@ -248,8 +253,7 @@ def train_steps(run: Run, progress: Progress) -> str:
         log.restart_clock()
         reason = reason or agree(run)
 
-    reader = reading_thread(world)
-    ahead = reader.submit(read, progress.step)
+    ahead = run.reader.submit(read, progress.step)
     while True:
         worth_keeping = False
         if not reason and run.val_data and evaluation_due(progress, max_steps, config):
@@ -269,7 +273,7 @@ def train_steps(run: Run, progress: Progress) -> str:
             return reason
 
         batches = [on_device(run, *batch) for batch in ahead.result()]
-        ahead = reader.submit(read, progress.step + 1)
+        ahead = run.reader.submit(read, progress.step + 1)
         rate = learning_rate(progress.step, max_steps, config.optimizer)
         votes = cast_votes(run, steps=2, evaluation=evaluation_near(progress, max_steps, config))
         outcome = train_step(replicated, run.optimizer, batches, rate, votes, norms, config, world)
@@ -444,8 +448,10 @@ def evaluate(run: Run, model: nn.Module, step: int) -> dict[str, Any] | None:
     bytes_of = torch.from_numpy(run.inputs.byte_lengths).to(world.device)
     lagged: Lagged[None] = Lagged()
     sums = torch.zeros(len(data.names), 3, dtype=torch.float64, device=world.device)
+    # Batches of the shape of training's, whatever there is to evaluate: each shape is compiled.
+    size = micro_batch_shape(config, world)[1]
     for own, windows in zip(sums, data.evenly_spaced(config.train.eval_sequences), strict=True):
-        for tokens, targets in read_batches(run, data, windows):
+        for tokens, targets in read_batches(run, data, filled_up(windows, size * world.size), size):
             batch = on_device(run, tokens, targets)
             with autocast(model, world):
                 own[0] += model(*batch)
@@ -520,9 +526,16 @@ def reading_thread(world: World) -> Executor:
     return ThreadPoolExecutor(1, "data")
 
 
-def read_batches(run: Run, data: Mixture, windows: np.ndarray) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and targets of this rank's micro-batches of a global batch, on the host."""
-    size = run.config.train.micro_batch_size
+def micro_batch_shape(config: Config, world: World) -> tuple[int, int]:
+    """A training step's micro-batches of a rank, and the sequences of each."""
+    windows = np.arange(config.train.global_batch_size)
+    return rank_share(windows, config.train.micro_batch_size, 0, world.size).shape
+
+
+def read_batches(
+    run: Run, data: Mixture, windows: np.ndarray, size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Tokens and targets of this rank's micro-batches, of at most size sequences, on the host."""
     for share in rank_share(windows, size, run.world.rank, run.world.size):
         tokens, targets = data.batch(share)
         if run.world.device.type == "cuda":  # a copy from pageable memory waits for the device
@@ -694,7 +707,7 @@ def describe_start(
 ) -> None:
     """Says what is about to run, and what of it the user may not expect."""
     batch_size = config.train.global_batch_size
-    share = rank_share(np.arange(batch_size), config.train.micro_batch_size, 0, world.size)
+    micro_batches, size = micro_batch_shape(config, world)
     on_gpu = world.device.type == "cuda"
     log.say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters,"
@@ -706,8 +719,8 @@ def describe_start(
     log.say(
         f"{data.tokens:,} tokens in {data.windows:,} windows of {data.seq_len}"
         f" ({data.unused_tokens} tokens at the end unused);"
-        f" {batch_size * data.seq_len:,} tokens a step in {share.shape[0]} micro-batches"
-        f" of {share.shape[1]}"
+        f" {batch_size * data.seq_len:,} tokens a step in {micro_batches} micro-batches"
+        f" of {size}"
     )
     if len(data.names) > 1:
         epochs = data.epochs(log.max_steps * batch_size)
@@ -718,10 +731,10 @@ def describe_start(
         log.say(f"no validation split, so not in the validation loss: {', '.join(without)}")
     if config.data.document_mask:
         log.say("attention stays within a document")
-    if fillers := share.size * world.size - batch_size:
+    if fillers := micro_batches * size * world.size - batch_size:
         log.say(
             f"global batch {batch_size} does not divide: {fillers} filler sequences a step"
-            f" ({100 * fillers / (share.size * world.size):.0f}% of the work is wasted)"
+            f" ({100 * fillers / (micro_batches * size * world.size):.0f}% of the work is wasted)"
         )
     if checkpoint:
         log.say(f"resuming from step {checkpoint.step}: {checkpoint.path}")

@@ -87,9 +87,7 @@ def generate(
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
     positions = torch.arange(longest, device=device).expand(rows, -1)
     cache = KVCache(model.config, rows, length, device, model.lm_head.weight.dtype)
-    next_logits = partial(model, cache=cache)
-    if device.type == "cuda":  # before the prompts: it writes to the cache
-        next_logits = captured(model, cache, rows)
+    next_logits = None
     logits = model(tokens, cache=cache, positions=positions, length=longest, only=lengths - 1)
     for step in range(settings.max_tokens):
         logits = logits[:, 0].float()
@@ -107,15 +105,23 @@ def generate(
             seen.scatter_(1, chosen[:, None], True)
         positions = (lengths + step).clamp(max=length - 1)[:, None]  # full rows go on in place
         now = min(longest + step + 1, length)
-        logits = next_logits(chosen[:, None], positions=positions, length=now)
+        if not next_logits:
+            on_gpu = device.type == "cuda"
+            next_logits = captured(model, cache, chosen, positions) if on_gpu else model
+        logits = next_logits(chosen[:, None], cache=cache, positions=positions, length=now)
 
 
-def captured(model: Llama, cache: KVCache, rows: int) -> Callable[..., Tensor]:
+def captured(
+    model: Llama, cache: KVCache, chosen: Tensor, positions: Tensor
+) -> Callable[..., Tensor]:
     """The model's step by one token a row as a CUDA graph: one launch, not one for each kernel.
 
     It attends over the whole cache, masked, whatever `length` is: a graph's shapes are fixed.
+
+    Args:
+        chosen, positions: of the step to come, which is made on the way.
     """
-    tokens, places = torch.zeros(2, rows, 1, dtype=torch.long, device=cache.starts.device)
+    tokens, places = chosen[:, None].clone(), positions.clone()
 
     def step() -> Tensor:
         return model(tokens, cache=cache, positions=places, length=cache.length)
@@ -129,7 +135,7 @@ def captured(model: Llama, cache: KVCache, rows: int) -> Callable[..., Tensor]:
     with torch.cuda.graph(graph):
         logits = step()
 
-    def replay(chosen: Tensor, positions: Tensor, length: int) -> Tensor:
+    def replay(chosen: Tensor, *, positions: Tensor, **_: object) -> Tensor:
         tokens.copy_(chosen)
         places.copy_(positions)
         graph.replay()

@@ -76,8 +76,9 @@ def main(arguments: list[str]) -> None:
         saver = Saver(run_directory, model, optimizer, config.checkpoint, lambda: None, world)
         claim, end = Claim(run_directory), job_end(config.train.max_hours)
         lookout = Lookout(run_directory, Signals(), claim, saver, end, 1.0, 60.0)
+        reader = rocket.reading_thread(world)
         run = rocket.Run(
-            config, inputs, data, val_data, model, optimizer, saver, lookout, log, world
+            config, inputs, data, val_data, model, optimizer, saver, lookout, log, world, reader
         )
         called, norms = replicate(model, world), torch.zeros(2)
         progress, lagged = rocket.Progress(), Lagged()
@@ -85,7 +86,8 @@ def main(arguments: list[str]) -> None:
         def batches(step: int) -> list[rocket.Batch]:
             size = config.train.global_batch_size
             windows = data.step_windows(config.train.seed, step, size)
-            return [rocket.on_device(run, *b) for b in rocket.read_batches(run, data, windows)]
+            read = rocket.read_batches(run, data, windows, config.train.micro_batch_size)
+            return [rocket.on_device(run, *batch) for batch in read]
 
         def full(step: int) -> None:
             near = rocket.evaluation_near(progress, 10**9, config)
