@@ -19,7 +19,6 @@ from training import ENVIRONMENT, overrides, run_many
 
 from checkpoint import checkpoint_paths, find_checkpoint
 from config import ROOT, ModelConfig, UserError
-from distributed import compute_dtype
 from model import Llama, initial_weight
 from sample import (
     Completion,
@@ -147,15 +146,6 @@ def test_preparing_changes_nothing(model, name, tied):
     prepared = prepare(copied, torch.device("cpu"), torch.float32)
     assert not prepared.lm_head.weight.is_contiguous()
     assert continuations(prepared, PROMPTS, SETTINGS[name]) == expected
-
-
-def test_bfloat16_weights_are_rounded_to_it(model):
-    """Whether this machine's CPU has bfloat16 units or not."""
-    prepared = prepare(copy.deepcopy(model), torch.device("cpu"), torch.bfloat16)
-    for rounded, weight in zip(prepared.parameters(), model.parameters(), strict=True):
-        assert torch.equal(rounded.float(), weight.bfloat16().float())
-    native = compute_dtype("auto", torch.device("cpu"))
-    assert {weight.dtype for weight in prepared.parameters()} == {native}
 
 
 def test_rows_end_on_their_own(model):
