@@ -253,14 +253,8 @@ def test_a_process_number_used_again_is_not_the_holder(tmp_path):
         Claim(tmp_path).take()
 
 
-@pytest.mark.parametrize(
-    "left",
-    [
-        "nothing",
-        pytest.param("a dead job's claim", marks=pytest.mark.long),
-        pytest.param("a torn claim", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("left", ["nothing", "a dead job's claim", "a torn claim"])
 def test_of_jobs_that_come_at_once_one_gets_the_run(left, tmp_path):
     program = (
         "import sys; from pathlib import Path\n"

@@ -279,6 +279,7 @@ def test_epochs_set_the_length(run, tmp_path, dataset):
     assert status(tmp_path / "run")["step"] == math.ceil(0.1 * windows / 10)
 
 
+@pytest.mark.long
 def test_init_from_starts_anew_with_old_weights(run, finished, tmp_path, tiny_tokenizer):
     """From a run; with a grown tokenizer the new rows are the mean; resume is explained."""
     done = rocket(run("same", train__init_from=finished, optimizer__learning_rate=0))
