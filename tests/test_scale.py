@@ -115,7 +115,8 @@ def check_collectives(counted, strategy, model, micro_batches, shards):
     assert counted.bytes["_allgather_base_"] == close(2 * gathered)  # bfloat16
     assert counted.bytes["_reduce_scatter_base_"] == close(micro_batches * 4 * size)  # float32
     across_nodes = 4 * size / shards if strategy == "hsdp" else 0
-    assert counted.bytes["all_reduce"] - across_nodes < 1000 + 0.01 * across_nodes
+    few = 1000 + 4 * len(list(model.parameters()))  # the norms of all gradients go together
+    assert counted.bytes["all_reduce"] - across_nodes < few + 0.01 * across_nodes
 
 
 @pytest.mark.parametrize(("size", "rank"), [(8, 0), (64, 63)])
