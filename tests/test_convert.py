@@ -8,14 +8,13 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-import numpy as np
 import pytest
 import sentencepiece
 import torch
 from training import ENVIRONMENT
 
 from chat import Template
-from checkpoint import Checkpoint, find_checkpoint, write_weights
+from checkpoint import find_checkpoint, write_weights
 from config import ROOT, DataConfig, ModelConfig, UserError, build_config, dump_toml, tables
 from convert import HARD_TEXTS, main
 from model import Llama, initial_weight
@@ -277,7 +276,7 @@ def test_the_chat_template(tmp_path, prefix, capsys):
         template=DataConfig().template,
     )
     convert("to-hf", run, tmp_path / "hf")
-    assert "chat_template" not in capsys.readouterr().out
+    assert "nothing, beside contents" not in capsys.readouterr().out
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = Template(DataConfig().template, Tokenizer(run / "tokenizer.model"))
     chat = [
@@ -300,7 +299,7 @@ def test_the_chat_template(tmp_path, prefix, capsys):
     shutil.rmtree(run)
     make_run(run, MODELS["GQA, tied"], train_tokenizer(add_dummy_prefix=prefix), template=template)
     convert("to-hf", run, tmp_path / "plain")
-    assert "plain text beside contents" in capsys.readouterr().out
+    assert "nothing, beside contents" in capsys.readouterr().out
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
     shown = theirs.apply_chat_template(messages[:1], tokenize=False)
     assert shown == '<s><|system|>\n" Be\nbrief. "\\<|end|></s>'
@@ -330,3 +329,180 @@ def test_a_round_trip_keeps_every_bit(runs, tmp_path):
             runs / name / "tokenizer.model"
         ).read_bytes()
         assert greedy(runs / name, "a")[1] == greedy(tmp_path / name / "run", "a")[1]
+
+
+# --- proofs ---
+
+
+CHANGES = {
+    "GELU": ("F.silu(self.gate_proj(x))", "F.gelu(self.gate_proj(x))"),
+    "a norm after attention": (
+        "x = x + self.self_attn(self.input_layernorm(x), rotary, mask, context)",
+        "x = self.input_layernorm(x + self.self_attn(self.input_layernorm(x), rotary, mask, context))",
+    ),
+    "scaled embeddings": (
+        "x = self.model.embed_tokens(tokens)",
+        "x = 6 * self.model.embed_tokens(tokens)",
+    ),
+    "soft-capped logits": ("return self.lm_head(x)", "return 30 * (self.lm_head(x) / 30).tanh()"),
+    "interleaved rotary": (
+        "turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)",
+        "turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)",
+    ),
+    "a window": ("is_causal=mask is None,", "is_causal=len(q) < 0,"),
+    "the last block left out": (
+        "for layer in self.model.layers:",
+        "for layer in self.model.layers[:-1]:",
+    ),
+    "a block taken twice": (
+        "for layer in self.model.layers:",
+        "for layer in [*self.model.layers, self.model.layers[0]]:",
+    ),
+    "weights used apart": ("return self.lm_head(x)", "return x @ self.lm_head.weight.T"),
+    "a failure": ("return self.lm_head(x)", "raise ValueError('such is\\nlife')"),
+}
+PLACES = {
+    "GELU": "another result at model.layers.0;",
+    "scaled embeddings": "before model.layers.0;",
+    "soft-capped logits": "after lm_head;",
+    "weights used apart": "after lm_head;",
+    "a failure": "can't run a part at a time: ValueError: such is life",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_refused(runs, tmp_path, monkeypatch, change):
+    old, new = CHANGES[change]
+    source = (ROOT / "model.py").read_text()
+    assert old in source
+    changed = {"__name__": "changed"}
+    exec(source.replace(old, new), changed)
+    monkeypatch.setattr("convert.Llama", changed["Llama"])
+    for command in ("to-hf", "to-gguf"):
+        with pytest.raises(UserError, match="^not proved: ") as error:
+            convert(command, runs / "MHA, untied", tmp_path / "out")
+        assert PLACES.get(change, "") in str(error.value)
+        assert "\n" not in str(error.value)
+        assert not [*tmp_path.iterdir()]
+
+
+def test_the_program_in_a_changed_tree(runs, tmp_path):
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    source = (tmp_path / "model.py").read_text().replace(*CHANGES["GELU"])
+    (tmp_path / "model.py").write_text(source)
+    run = [str(runs / "MHA, untied"), str(tmp_path / "hf")]
+    command = [sys.executable, str(tmp_path / "convert.py"), "to-hf", *run]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert "convert.py: error: not proved: another result at model.layers.0;" in done.stderr
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("hf")]
+
+
+def test_weights_that_a_llama_does_not_have_are_refused(tmp_path, tokenizer, monkeypatch):
+    source = (ROOT / "model.py").read_text()
+    changed = {"__name__": "changed"}
+    exec(source.replace("self.head_dim, bias=False)", "self.head_dim, bias=True)"), changed)
+    monkeypatch.setattr("test_convert.Llama", changed["Llama"])
+    run = make_run(tmp_path / "run", MODELS["GQA, tied"], tokenizer)
+    for command in ("to-hf", "to-gguf"):
+        with pytest.raises(
+            UserError, match=r"no plain Llama: model.layers.0.self_attn.k_proj.bias"
+        ):
+            convert(command, run, tmp_path / "out")
+
+
+def test_values_beyond_float16_are_refused(tmp_path, tokenizer, monkeypatch):
+    run = make_run(tmp_path / "run", MODELS["GQA, tied"], tokenizer)
+    file = run / "checkpoints" / "step_00000003" / "model-00000.bin"
+    weights = torch.from_file(str(file), shared=True, size=file.stat().st_size // 4)
+    weights[1000] = 70_000.0
+    monkeypatch.setattr("checkpoint.Checkpoint.verify", lambda *_, **__: None)
+    for command in ("to-hf", "to-gguf"):
+        with pytest.raises(
+            UserError, match="embed_tokens.weight has values that float16 can't hold"
+        ):
+            convert(command, run, tmp_path / "out", "--dtype=float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+# --- llama.cpp ---
+
+
+def llama_cpp(path):
+    """llama.cpp with the model; its keys and values are float32, as ours."""
+    library = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    return library.Llama(
+        str(path), n_ctx=64, n_threads=1, verbose=False, type_k=0, type_v=0, logits_all=True
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_llama_cpp_continues_the_same(runs, tmp_path, name):
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    convert("to-gguf", runs / name, tmp_path / "model.gguf")
+    theirs = llama_cpp(tmp_path / "model.gguf")
+    ids, expected, model = greedy(runs / name, "def main(")
+    assert theirs.tokenize(b"def main(", add_bos=True) == ids
+    assert theirs.n_vocab() == model.vocab_size
+    theirs.eval(ids + expected[:-1])
+    with torch.no_grad():
+        ours = model(torch.tensor([ids + expected[:-1]]))[0]
+    rows = torch.tensor(theirs.scores[: theirs.n_tokens])
+    torch.testing.assert_close(rows, ours, atol=2e-3, rtol=0)
+    allowed = drawable(Tokenizer(runs / name / "tokenizer.model"), model.vocab_size)
+    drawn = rows.masked_fill(~allowed, -torch.inf)[len(ids) - 1 :].argmax(-1)
+    assert drawn.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["Rocket's", "Llama 2's", "a prefix and blanks", "pieces across words"]
+)
+def test_llama_cpp_gives_the_same_ids(tmp_path, name):
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    run = make_run(
+        tmp_path / "run",
+        MODELS["GQA, tied"],
+        train_tokenizer(**TOKENIZERS[name]),
+        template=DataConfig().template,
+    )
+    convert("to-gguf", run, tmp_path / "model.gguf")
+    theirs, ours = llama_cpp(tmp_path / "model.gguf"), Tokenizer(run / "tokenizer.model")
+    for text in [*HARD_TEXTS, *TEXTS]:
+        ids = theirs.tokenize(text.encode(), add_bos=False, special=False)
+        assert ids == ours.encode(text).tolist(), ascii(text)
+    assert theirs.tokenize(b"<|user|>a", add_bos=False, special=True)[
+        0
+    ] == ours.processor.piece_to_id("<|user|>")
+    assert (theirs.token_bos(), theirs.token_eos()) == (ours.bos_id, ours.eos_id)
+    assert "<|assistant|>" in theirs.metadata["tokenizer.chat_template"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_llama_cpp_reads_other_types(runs, tmp_path, dtype):
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    convert("to-gguf", runs / "GQA, tied", tmp_path / "model.gguf", f"--dtype={dtype}")
+    theirs, (ids, _, model) = llama_cpp(tmp_path / "model.gguf"), greedy(runs / "GQA, tied", "a")
+    theirs.eval(ids)
+    for parameter in model.parameters():
+        parameter.copy_(parameter.to(getattr(torch, dtype)))
+    ours = model(torch.tensor([ids]))[0].detach()
+    torch.testing.assert_close(torch.tensor(theirs.scores[: len(ids)]), ours, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model_type": "unigram"}, "is not BPE"),
+        ({"byte_fallback": False}, "no byte fallback"),
+        ({"normalization_rule_name": "nfkc"}, "normalizes text"),
+        ({"treat_whitespace_as_suffix": True}, "spaces behind words"),
+    ],
+)
+def test_what_llama_cpp_cannot_tokenize_is_refused(tmp_path, options, words):
+    pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    run = make_run(tmp_path / "run", MODELS["GQA, tied"], train_tokenizer(**options))
+    with pytest.raises(UserError, match=words):
+        convert("to-gguf", run, tmp_path / "model.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
