@@ -20,7 +20,7 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -356,7 +356,7 @@ def _write_checkpoint(
 
     def write() -> list[dict[str, Any]]:
         return [
-            _write_group(temporary, group, of_group, world)
+            _write_group(temporary, group, of_group, world.rank)
             for group, of_group in pieces.items()
             if of_group
         ]
@@ -398,9 +398,35 @@ def _explained(function: Any, path: Path, size: int) -> Any:
         ) from None
 
 
-def _write_group(directory: Path, group: str, pieces: list[Piece], world: World) -> dict[str, Any]:
+def write_weights(
+    path: Path, record: dict[str, Any], weights: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Writes a checkpoint of weights alone, without a process group, a tensor at a time in memory.
+
+    It does not replace one: the caller renames the directory around it once all is there.
+
+    Args:
+        path: the checkpoint, such as run/checkpoints/step_00000000.
+        record: what the manifest holds beside the tensors: step, state, config, …
+        weights: name and float32 tensor of each parameter, tied ones once.
+    """
+    shapes = []
+
+    def pieces() -> Iterator[Piece]:
+        for index, (name, tensor) in enumerate(weights):
+            assert tensor.dtype == torch.float32, "checkpoints are float32"
+            shapes.append([name, list(tensor.shape)])
+            yield Piece(index, 0, tensor)
+
+    path.mkdir(parents=True)
+    files = [_write_group(path, "model", pieces(), 0)]
+    manifest = {"version": FORMAT_VERSION, **record, "tensors": {"model": shapes}, "files": files}
+    _write_manifest(path / "manifest.json", manifest)
+
+
+def _write_group(directory: Path, group: str, pieces: Iterable[Piece], rank: int) -> dict[str, Any]:
     """Writes the rows that this rank saves of a group into one file, hashed on the way."""
-    name = f"{group}-{world.rank:05d}.bin"
+    name = f"{group}-{rank:05d}.bin"
     written, digest = [], hashlib.sha256()
     with open(directory / name, "wb") as file:
         for index, start, rows in pieces:

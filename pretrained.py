@@ -1,0 +1,599 @@
+"""A Llama as a Hugging Face directory: config.json, safetensors shards, the tokenizer.
+
+What is read comes from anywhere, so nothing of it is executed or believed: every field of the
+configuration is known, neutral or refused by name, and each tensor is where a Llama has one, with
+the shape that it has there. What is written is a plain Llama, whose arithmetic stands here once
+more, apart from model.py's, so that the two can be held against each other.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from config import ConfigError, ModelConfig, UserError, build_config
+from tokenizer import SPACE, Tokenizer
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+NEEDS_HF = "Hugging Face models need more packages: pip install 'rocket-llama[hf]'"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+MAX_JSON_BYTES = 100_000_000
+DTYPES = ("F32", "F16", "BF16")
+# Keys of config.json that become ours, and transformers' default where one may be missing.
+SIZES = {
+    "hidden_size": ("dim", None),
+    "num_hidden_layers": ("n_layers", None),
+    "num_attention_heads": ("n_heads", None),
+    "num_key_value_heads": ("n_kv_heads", 0),
+    "intermediate_size": ("ffn_dim", None),
+    "max_position_embeddings": ("max_seq_len", 2048),
+}
+NUMBERS = {"rms_norm_eps": ("norm_eps", 1e-6), "initializer_range": ("init_std", 0.02)}
+# Keys that may only have these values, which are those of a plain Llama.
+NEUTRAL = {
+    "model_type": ("llama",),
+    "architectures": (["LlamaForCausalLM"], None),
+    "hidden_act": ("silu", "swish"),
+    "attention_dropout": (0, None),
+    "resid_pdrop": (0, None),
+    "embd_pdrop": (0, None),
+    "pretraining_tp": (1, None),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False, None),
+}
+# Keys that say nothing of what the model computes.
+HARMLESS = set(
+    "_name_or_path transformers_version use_cache bos_token_id eos_token_id pad_token_id"
+    " unk_token_id sep_token_id dtype torch_dtype id2label label2id return_dict"
+    " return_dict_in_generate chunk_size_feed_forward num_labels max_sequence_length"
+    " model_max_length max_length min_length temperature top_k top_p do_sample tokenizer_class"
+    " _attn_implementation attn_implementation"
+    " unsloth_version unsloth_fixed repetition_penalty length_penalty num_beams num_beam_groups"
+    " num_return_sequences no_repeat_ngram_size diversity_penalty typical_p output_attentions"
+    " output_hidden_states problem_type task_specific_params".split()
+)
+
+
+class Pretrained:
+    """A Llama in a Hugging Face directory: config.json and safetensors shards, mapped on demand.
+
+    Attributes:
+        config: the model as Rocket describes it.
+        vocab_size: rows of the embedding; the tokenizer may have fewer pieces.
+        tokenizer_path: its tokenizer.model.
+        template: how conversations are written, of a directory that convert.py made; else None.
+
+    Raises:
+        UserError: a file is missing or damaged, or the model is no plain Llama.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config_path = path / "config.json"
+        values = read_json(config_path)
+        self.config, self.vocab_size = read_config(values, config_path)
+        self.tokenizer_path = path / "tokenizer.model"
+        if not self.tokenizer_path.is_file():
+            raise UserError(f"{path}: no tokenizer.model; Rocket reads SentencePiece models alone")
+        tokenizer = Tokenizer(self.tokenizer_path)
+        if tokenizer.vocab_size > self.vocab_size:
+            raise UserError(
+                f"{self.tokenizer_path} has {tokenizer.vocab_size} pieces, but the model has rows"
+                f" for {self.vocab_size}; it is the tokenizer of another model"
+            )
+        self.template = self._read_tokenizer_config(values, tokenizer)
+        self._files: dict[str, Path] = {}
+        self._shapes = self._check_tensors(read_shards(path))
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Name to shape of the parameters; tied embeddings once."""
+        return dict(self._shapes)
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter in the type that it is stored in, mapped from its file, copy-on-write."""
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], "pt") as file:  # one a tensor: pages go with it
+            return file.get_tensor(name)
+
+    def _check_tensors(self, found: dict[str, Stored]) -> dict[str, list[int]]:
+        """The shapes of the parameters; UserError where the tensors are not those of this Llama."""
+        c, tied = self.config, self.config.tie_embeddings
+        names = set(found)
+        self._files = {name: stored.path for name, stored in found.items()}
+        if 2 + 9 * c.n_layers > len(names):
+            raise UserError(
+                f"{self.path}: {len(names)} tensors are too few for {c.n_layers} layers; a shard is"
+                " missing, or num_hidden_layers of config.json is wrong"
+            )
+        shapes = llama_shapes(c, self.vocab_size)
+        buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(c.n_layers)}
+        wanted = shapes | {name: [c.dim // c.n_heads // 2] for name in buffers & names}
+        if tied and HEAD in names:
+            wanted[HEAD] = shapes[EMBEDDING]
+        if missing := wanted.keys() - names:
+            raise UserError(f"{self.path}: the tensor {min(missing)} is missing")
+        if extra := names - wanted.keys():
+            raise UserError(f"{self.path}: the tensor {min(extra)!r} is none of a Llama's")
+        for name, shape in wanted.items():
+            if found[name].shape != shape:
+                raise UserError(
+                    f"{self.path}: {name} has the shape {found[name].shape}, not {shape}"
+                )
+            if found[name].dtype not in DTYPES:
+                raise UserError(
+                    f"{self.path}: {name} is of type {found[name].dtype}; Rocket reads float32,"
+                    " float16 and bfloat16"
+                )
+        for name in buffers & names:
+            if not torch.allclose(self.tensor(name).float(), inverse_frequencies(c), rtol=1e-2):
+                raise UserError(
+                    f"{self.path}: {name} is not what rope_theta = {c.rope_theta} gives"
+                )
+        if HEAD in wanted and tied and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
+            raise UserError(
+                f"{self.path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; it"
+                " has to be false where both count"
+            )
+        return shapes
+
+    def _read_tokenizer_config(
+        self, values: dict[str, Any], tokenizer: Tokenizer
+    ) -> dict[str, str] | None:
+        """The template, if there is one; UserError for tokens that tokenizer.model does not have.
+
+        A row beyond its pieces is spare, unless the directory names a token for it.
+        """
+        named = {}
+        for key in ("bos_token_id", "eos_token_id"):
+            ids = values.get(key)
+            named |= {i: key for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+        path = self.path / "tokenizer_config.json"
+        table = read_json(path) if path.exists() else {}
+        added = table.get("added_tokens_decoder") or {}
+        if isinstance(added, dict):
+            named |= {int(i): "an added token" for i in added if i.isdecimal() and len(i) < 10}
+        path = self.path / "added_tokens.json"
+        if path.exists():
+            added = read_json(path).values()
+            named |= {i: "an added token" for i in added if type(i) is int}
+        for i, name in named.items():
+            if tokenizer.vocab_size <= i < self.vocab_size:
+                raise UserError(
+                    f"{self.path}: {name} is id {i}, but tokenizer.model has only"
+                    f" {tokenizer.vocab_size} pieces; add the missing ones to it, in order, with"
+                    " train_tokenizer.py --add-pieces"
+                )
+        template = table.get("rocket_template")
+        if template is not None:
+            try:
+                build_config({"data": {"template": template}})
+            except ConfigError as error:
+                raise UserError(f"{self.path}/tokenizer_config.json: {error}") from None
+        return template
+
+
+def llama_shapes(config: ModelConfig, vocab_size: int) -> dict[str, list[int]]:
+    """Name to shape of a plain Llama's parameters, tied embeddings once."""
+    width, kv = config.dim, config.n_kv_heads * (config.dim // config.n_heads)
+    of_layer = {
+        "input_layernorm": [width],
+        "self_attn.q_proj": [width, width],
+        "self_attn.k_proj": [kv, width],
+        "self_attn.v_proj": [kv, width],
+        "self_attn.o_proj": [width, width],
+        "post_attention_layernorm": [width],
+        "mlp.gate_proj": [config.ffn_dim, width],
+        "mlp.up_proj": [config.ffn_dim, width],
+        "mlp.down_proj": [width, config.ffn_dim],
+    }
+    shapes = {EMBEDDING: [vocab_size, width]}
+    for layer in range(config.n_layers):
+        shapes |= {f"model.layers.{layer}.{part}.weight": s for part, s in of_layer.items()}
+    shapes["model.norm.weight"] = [width]
+    return shapes if config.tie_embeddings else {**shapes, HEAD: [vocab_size, width]}
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position of each pair of a head (E/2,), float32 (RoPE, arXiv 2104.09864)."""
+    head_dim = config.dim // config.n_heads
+    return config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; UserError where there is none."""
+    try:
+        if not path.is_file():
+            raise UserError(f"{path}: no such file; give a directory that transformers can load")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: more than {MAX_JSON_BYTES // 1_000_000} MB of JSON")
+        values = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not JSON, or cut short") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return values
+
+
+def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
+    """The model that a config.json describes, and the rows of its embedding.
+
+    Raises:
+        UserError: a field is missing, of another type, or makes it another model than a Llama.
+    """
+
+    def refuse(key: str, why: str) -> None:
+        raise UserError(f"{path}: {key!r} is {json.dumps(values[key])[:80]}: {why}")
+
+    if "model_type" not in values:
+        raise UserError(f"{path}: no model_type; it is llama in a Llama's configuration")
+    known = {"vocab_size", "tie_word_embeddings", "head_dim", "rope_theta", "rope_parameters"}
+    known |= {"rope_scaling", *SIZES, *NUMBERS, *NEUTRAL, *HARMLESS}
+    for key, value in values.items():
+        if key in NEUTRAL and value not in NEUTRAL[key]:
+            refuse(key, f"Rocket reads plain Llamas, where it is {json.dumps(NEUTRAL[key][0])}")
+        if (
+            key not in known
+            and value is not None
+            and value is not False
+            and value not in ("", [], {})
+        ):
+            refuse(key, "not supported: it may change what the model computes")
+
+    def number(key: str, default: float | None, kind: type) -> float:
+        value = default if values.get(key) is None else values[key]
+        if value is None:
+            raise UserError(f"{path}: no {key}")
+        low = 0 if kind is float or default == 0 else 1
+        good = type(value) in {kind, int} and low <= value < 1e15
+        if not good:
+            refuse(key, "not a sensible number")
+        return kind(value)
+
+    table = {ours: number(key, default, int) for key, (ours, default) in SIZES.items()}
+    table |= {ours: number(key, default, float) for key, (ours, default) in NUMBERS.items()}
+    table["rope_theta"] = read_rope_theta(values, path)
+    tied = values.get("tie_word_embeddings", False)
+    table["tie_embeddings"] = tied
+    rows = number("vocab_size", None, int)
+    try:
+        config = build_config(
+            {"model": table, "data": {"seq_len": min(1024, table["max_seq_len"])}}
+        ).model
+    except ConfigError as error:
+        raise UserError(f"{path}: {error}") from None
+    if values.get("head_dim") not in (None, config.dim // config.n_heads):
+        refuse("head_dim", "Rocket's heads have hidden_size / num_attention_heads")
+    return config, rows
+
+
+def read_rope_theta(values: dict[str, Any], path: Path) -> float:
+    """The base of the rotary embedding, from where transformers 4 or 5 write it.
+
+    Raises:
+        UserError: the embedding is scaled or partial; two places differ.
+    """
+    found = {"rope_theta": values.get("rope_theta")}
+    for key in ("rope_parameters", "rope_scaling"):
+        table = values.get(key) or {}
+        if not isinstance(table, dict):
+            raise UserError(f"{path}: {key} is no table")
+        for name, value in table.items():
+            if name == "rope_theta":
+                found[f"{key}.rope_theta"] = value
+            elif (name, value) not in (
+                ("rope_type", "default"),
+                ("type", "default"),
+                ("partial_rotary_factor", 1),
+            ):
+                raise UserError(
+                    f"{path}: {key}.{name} = {json.dumps(value)[:80]} is not supported; Rocket's"
+                    " rotary embedding is the default one, not scaled"
+                )
+    given = {key: value for key, value in found.items() if value is not None}
+    for key, value in given.items():
+        if type(value) not in (int, float) or not 1 <= value < 1e15:
+            raise UserError(f"{path}: {key} = {json.dumps(value)[:80]}: not a sensible number")
+    if len(set(given.values())) > 1:
+        raise UserError(f"{path}: {' and '.join(given)} differ; which one holds?")
+    return float(next(iter(given.values()), 10_000.0))
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies, and what its file's header says of it."""
+
+    path: Path
+    shape: list[int]
+    dtype: str
+
+
+def read_shards(path: Path) -> dict[str, Stored]:
+    """The tensors of a directory's safetensors files, by their headers, which are checked.
+
+    Raises:
+        UserError: no such file, one that is damaged or not named in the directory; an index that
+            does not say what the files hold.
+    """
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError:
+        raise UserError(NEEDS_HF) from None
+    single, index = path / SINGLE, path / INDEX
+    if single.exists() and index.exists():
+        raise UserError(f"{path} holds both {SINGLE} and {INDEX}; remove the one that is not meant")
+    places = None
+    if index.exists():
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise UserError(f"{index}: no weight_map")
+        for name in places.values():
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+                raise UserError(f"{index}: {json.dumps(name)[:80]} is no file of this directory")
+    elif not single.exists():
+        pickled = any([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+        hint = "; pickled weights (.bin) are not read, as they may execute code" if pickled else ""
+        raise UserError(f"{path}: neither {SINGLE} nor {INDEX}{hint}")
+    tensors: dict[str, Stored] = {}
+    for shard in sorted({path / name for name in places.values()} if places else {single}):
+        if not shard.is_file():
+            raise UserError(f"{shard}: the shard is missing; fetch it again")
+        try:
+            with safe_open(shard, "pt") as file:
+                parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                held = {n: Stored(shard, p.get_shape(), p.get_dtype()) for n, p in parts.items()}
+        except SafetensorError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{shard}: not safetensors, or damaged: {reason}") from None
+        except OSError as error:
+            raise UserError(f"{shard}: {error.strerror or error}") from None
+        if places and held.keys() != {name for name, of in places.items() if of == shard.name}:
+            raise UserError(f"{shard}: holds other tensors than {INDEX} says")
+        tensors |= held
+    return tensors
+
+
+# --- what is written beside the weights ---
+
+
+def config_json(config: ModelConfig, vocab_size: int, tokenizer: Tokenizer, dtype: str) -> dict:
+    """The config.json of a model with so many rows."""
+    values = {theirs: getattr(config, ours) for theirs, (ours, _) in (SIZES | NUMBERS).items()}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **values,
+        "head_dim": config.dim // config.n_heads,
+        "vocab_size": vocab_size,
+        "tie_word_embeddings": config.tie_embeddings,
+        # transformers 5 reads the table, 4 the number: without it 10000, in silence
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+
+
+# --- a SentencePiece model in the terms of other tokenizers ---
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+class SentencePiece(NamedTuple):
+    """What a SentencePiece model file says, by the numbers of sentencepiece_model.proto."""
+
+    pieces: list[tuple[str, float, int]]  # piece, score, type
+    kind: int  # 1 unigram, 2 BPE
+    byte_fallback: bool
+    space_as_suffix: bool
+    charsmap: bytes  # the normalization, compiled; empty: none
+    dummy_prefix: bool
+    remove_spaces: bool
+    escape_spaces: bool
+
+
+def read_sentencepiece(model: bytes) -> SentencePiece:
+    """The parts of a model file that SentencePiece's processor does not tell."""
+    pieces, parts = [], {2: b"", 3: b""}  # TrainerSpec and NormalizerSpec
+    for number, value in _fields(model):
+        if number == 1:
+            piece = dict(_fields(value))
+            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
+        elif number in parts:
+            parts[number] += value  # messages merge when their bytes are concatenated
+    trainer, normalizer = (dict(_fields(part)) for part in parts.values())
+    return SentencePiece(
+        pieces,
+        kind=trainer.get(3, 1),
+        byte_fallback=bool(trainer.get(35, 0)),
+        space_as_suffix=bool(trainer.get(24, 0)),
+        charsmap=normalizer.get(2, b""),
+        dummy_prefix=bool(normalizer.get(3, 1)),
+        remove_spaces=bool(normalizer.get(4, 1)),
+        escape_spaces=bool(normalizer.get(5, 1)),
+    )
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """Numbers and values of a protobuf message's fields: integers or bytes."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value |= (byte & 127) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(message):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        else:
+            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
+            yield number, message[at : at + size]
+            at += size
+
+
+def tokenizer_json(model: SentencePiece, bos: str) -> dict[str, Any]:
+    """The tokenizer.json that gives a SentencePiece model's ids, BOS before them.
+
+    BPE without normalization is the same to the id. SentencePiece merges by the merged piece alone,
+    `tokenizers` by pairs: where the halves of a piece overlap with themselves, as those of ababa
+    do, the cut comes first that the leftmost merge would make. A unigram model's equally likely
+    segmentations, and normalization of letters with several marks, may differ.
+
+    Raises:
+        UserError: the model does what tokenizer.json can't say.
+    """
+    kinds = {kind for _, _, kind in model.pieces}
+    for reason, holds in {
+        "is neither BPE nor unigram": model.kind not in (1, 2),
+        "writes spaces behind words": model.space_as_suffix,
+        "leaves spaces as they are": not model.escape_spaces,
+        "holds unused pieces": UNUSED in kinds,
+        "holds user-defined pieces and puts a space first": USER_DEFINED in kinds
+        and (model.dummy_prefix or model.remove_spaces),
+        "has a user-defined piece with a space": any(
+            SPACE in piece for piece, _, kind in model.pieces if kind == USER_DEFINED
+        ),
+    }.items():
+        if holds:
+            raise UserError(f"tokenizer.model {reason}, which transformers can't do")
+
+    def replace(pattern: str, text: str, kind: str = "Regex") -> dict[str, Any]:
+        return {"type": "Replace", "pattern": {kind: pattern}, "content": text}
+
+    charsmap = base64.b64encode(model.charsmap).decode()
+    normalizers = [{"type": "Precompiled", "precompiled_charsmap": charsmap}] * bool(charsmap)
+    if model.remove_spaces:
+        normalizers += [replace(r"\A +| +\z", ""), replace(" {2,}", " ")]
+    if model.dummy_prefix:
+        normalizers.append({"type": "Prepend", "prepend": SPACE})
+    normalizers.append(replace(" ", SPACE, "String"))
+    decoders = [replace(SPACE, " ", "String"), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if model.dummy_prefix or model.remove_spaces:
+        most = 1_000_000 if model.remove_spaces else 1
+        decoders.append({"type": "Strip", "content": " ", "start": most, "stop": 0})
+
+    unknown = next(i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN)
+    if model.kind == 1:
+        no_text = (UNKNOWN, CONTROL, BYTE)  # never the likeliest
+        vocab = [[piece, -1e4 if kind in no_text else s] for piece, s, kind in model.pieces]
+        core = {"type": "Unigram", "unk_id": unknown, "vocab": vocab}
+    else:
+        vocab = {piece: i for i, (piece, _, _) in enumerate(model.pieces)}
+        core = {"type": "BPE", "unk_token": model.pieces[unknown][0], "fuse_unk": True}
+        core |= {"dropout": None, "ignore_merges": False, "vocab": vocab, "merges": _merges(model)}
+        core |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"))
+    added = [
+        {
+            "id": i,
+            "content": piece,
+            "special": kind != USER_DEFINED,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for i, (piece, _, kind) in enumerate(model.pieces)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    (bos_id,) = (i for i, (piece, _, _) in enumerate(model.pieces) if piece == bos)
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, a],
+            "pair": [start, a, start, b],
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {**core, "byte_fallback": model.byte_fallback},
+    }
+
+
+def _merges(model: SentencePiece) -> list[str]:
+    """The pairs that make a piece, the best piece's first."""
+    scores = {piece: score for piece, score, kind in model.pieces if kind == NORMAL}
+    merges = []
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        cuts = [i for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
+        cuts.sort(key=lambda i: (piece[i:] != piece[:-i], -i))
+        merges += [f"{piece[:i]} {piece[i:]}" for i in cuts]
+    return merges
+
+
+# --- the arithmetic of a plain Llama, a part at a time ---
+
+
+def llama_parts(config: ModelConfig) -> list[str]:
+    """The parts in the order in which a token goes through them."""
+    layers = [f"model.layers.{layer}" for layer in range(config.n_layers)]
+    return ["model.embed_tokens", *layers, "model.norm", "lm_head"]
+
+
+def llama_part(part: str, x: Tensor, weight: Callable[[str], Tensor], c: ModelConfig) -> Tensor:
+    """What a part makes of x: ids (B, T) to the residual stream (B, T, D), at the end to logits.
+
+    Written out, without any of model.py (Touvron et al., arXiv 2302.13971 and 2307.09288).
+
+    Args:
+        weight: the part's float32 parameters, by what comes after its name.
+    """
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).rsqrt() * weight(name)
+
+    if part == "model.embed_tokens":
+        return weight("weight")[x]
+    if part == "model.norm":
+        return norm(x, "weight")
+    if part == "lm_head":
+        return x @ weight("weight").T
+    T, head_dim = x.shape[1], c.dim // c.n_heads
+    angles = torch.outer(torch.arange(T).float(), inverse_frequencies(c))
+    cos, sin = angles.cos(), angles.sin()  # (T, E/2)
+
+    def heads(name: str, turned: bool) -> Tensor:
+        y = (h @ weight(f"self_attn.{name}_proj.weight").T).unflatten(-1, (-1, head_dim))
+        y = y.transpose(1, 2)
+        if turned:
+            a, b = y.chunk(2, dim=-1)
+            y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+        return y.repeat_interleave(c.n_heads // y.shape[1], dim=1)
+
+    h = norm(x, "input_layernorm.weight")
+    scores = heads("q", True) @ heads("k", True).transpose(2, 3) / math.sqrt(head_dim)
+    scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
+    y = (scores.softmax(-1) @ heads("v", False)).transpose(1, 2).flatten(2)
+    x = x + y @ weight("self_attn.o_proj.weight").T
+    h = norm(x, "post_attention_layernorm.weight")
+    gate = h @ weight("mlp.gate_proj.weight").T
+    up = h @ weight("mlp.up_proj.weight").T
+    return x + (gate * torch.sigmoid(gate) * up) @ weight("mlp.down_proj.weight").T
