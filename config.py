@@ -695,7 +695,7 @@ def markdown_table() -> str:
 
 def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a program's main; a user's mistake becomes one line and exit code 1."""
-    with _told_in_one_line():
+    with told_in_one_line():
         main(sys.argv[1:])
     sys.exit(0)
 
@@ -705,12 +705,13 @@ def check_command_line(**expected: Any) -> None:
 
     Called before a program's slow imports, so that nobody waits seconds for either.
     """
-    with _told_in_one_line():
+    with told_in_one_line():
         load_config(sys.argv[1:], **expected)
 
 
 @contextlib.contextmanager
-def _told_in_one_line() -> Iterator[None]:
+def told_in_one_line() -> Iterator[None]:
+    """Within it a user's mistake becomes one line and exit code 1."""
     sys.stdout.reconfigure(errors="replace")  # where the terminal can't show all of Unicode
     try:
         yield
