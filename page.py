@@ -9,19 +9,20 @@ from __future__ import annotations
 import html
 import json
 import math
+import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 440, 250, 50, 10, 36, 13  # of a chart, in its own units
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "5 2 1 2 1 2")
-SHAPES = (  # of radius 1; as many as have no divisor in common with the dashes
-    "m-1 0a1 1 0 1 0 2 0a1 1 0 1 0-2 0",
-    "m-1-1h2v2h-2z",
-    "m0-1.3l1.2 2.2h-2.4z",
-    "m0-1.4l1.4 1.4-1.4 1.4-1.4-1.4z",
-    "m-1.2-1.2l2.4 2.4m0-2.4l-2.4 2.4",
-    "m0 1.3l1.2-2.2h-2.4z",
-    "m-1.4 0h2.8m-1.4-1.4v2.8",
+SHAPES = (  # about a point; as many as have no divisor in common with the dashes
+    "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
+    "m-3-3h6v6h-6z",
+    "m0-4l3.6 6.6h-7.2z",
+    "m0-4.2l4.2 4.2-4.2 4.2-4.2-4.2z",
+    "m-3.5-3.5l7 7m0-7l-7 7",
+    "m0 4l3.6-6.6h-7.2z",
+    "m-4.2 0h8.4m-4.2-4.2v8.4",
 )
 COLOURS = 8
 AXES = ("steps", "tokens", "hours")  # as a point begins
@@ -33,14 +34,8 @@ def short(value: float | None, digits: int = 4) -> str:
     if value is None:
         return "–"
     size = abs(value)
-    if size and (size < 1e-2 or size >= 1e15):
-        return (
-            f"{value:.{max(0, digits - 1)}e}".replace("e-0", "e-")
-            .replace("e+0", "e")
-            .replace(".000e", "e")
-            .replace("00e", "e")
-            .replace(".0e", "e")
-        )
+    if size and (size < 1e-3 or size >= 1e15):
+        return re.sub(r"\.?0*e\+?(-?)0*", r"e\1", f"{value:.{digits - 1}e}")
     for limit, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if size >= limit:
             return f"{value / limit:.{digits}g}{suffix}"
@@ -214,11 +209,8 @@ def dashes(line: Line) -> str:
 
 def markers(style: int, spots: Iterable[tuple[float, float]]) -> str:
     shape = SHAPES[style % len(SHAPES)]
-    scaled = "".join(
-        f'<path d="{shape}" transform="translate({left:.1f} {top:.1f}) scale(3)"/>'
-        for left, top in spots
-    )
-    return f'<g class="marker s{style % COLOURS}">{scaled}</g>'
+    drawn = "".join(f"M{left:.1f} {top:.1f}{shape}" for left, top in spots)
+    return f'<path class="marker s{style % COLOURS}" d="{drawn}"/>'
 
 
 def swatch(line: Line, width: int = 30) -> str:
@@ -325,7 +317,7 @@ figcaption span{margin-left:14px;white-space:nowrap}
 svg text{font-size:11.5px;fill:var(--soft)}text.y{text-anchor:end}text.x{text-anchor:middle}
 polyline{fill:none;stroke-width:1.4;stroke-linejoin:round}
 .grid{stroke:var(--line);fill:none}.leader{stroke:var(--soft);stroke-width:.5;fill:none}
-.marker path{fill:var(--bg);stroke-width:.45}.cursor{stroke:var(--soft);fill:none}
+.marker{fill:var(--bg);stroke-width:1.3}.cursor{stroke:var(--soft);fill:none}
 path.restart{stroke:var(--s3);stroke-width:1.2;stroke-dasharray:2 3;fill:none}
 path.skipped{stroke:var(--warn);stroke-width:1.6;fill:none}
 .swatch{width:30px;height:12px;vertical-align:-1px;margin-right:5px}

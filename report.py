@@ -31,7 +31,7 @@ from config import UserError, build_config, read_toml, resolve_path, run_program
 from page import Line, Point, axis_switch, duration, figure, short, swatch, table, text, whole_page
 
 STRETCHES = 600  # of a curve; each keeps two points
-ALL_STRETCHES = 8_000  # of all curves of one panel, when runs are compared
+ALL_STRETCHES = 2_500  # of all curves of one panel, when runs are compared
 SAMPLES, SAMPLE_STEPS, EXCERPT = 6, 12, 600  # prompts, evaluations of them, characters of each text
 LISTED = 50  # jobs and skipped steps
 NAMED = 8  # more curves than these are labelled by number
@@ -398,9 +398,9 @@ def config_part(run: Run) -> str:
     others = [(f"<code>{text(k)}</code>", text(v)) for k, v in rest.items()]
     return (
         "<section><h2>Configuration</h2>"
-        f"<details open><summary>{len(rows)} keys differ from the defaults</summary>"
+        f"<details open><summary>{len(rows)} key{'s' * (len(rows) != 1)} other than by default</summary>"
         f"{table(('key', 'value', 'default'), rows, 'Keys that differ')}</details>"
-        f"<details><summary>{len(others)} keys have their default</summary>"
+        f"<details><summary>{len(others)} as by default</summary>"
         f"{table(('key', 'value'), others, 'Keys with their default')}</details></section>"
     )
 
