@@ -329,7 +329,8 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.95em}
 pre,code{font-family:ui-monospace,Menlo,Consolas,monospace}code{font-size:.92em}
 details{margin:.4em 0}summary{cursor:pointer}
 details>pre{background:var(--card);padding:8px;margin:6px 0}
-@media (max-width:600px){svg text{font-size:14px}main{padding:12px}}
+@media (max-width:600px){svg text{font-size:14px}main{padding:12px}.against{display:none}
+label{margin-right:9px}.marks{display:block}}
 """ + "".join(f".s{i}{{stroke:var(--s{i})}}text.t{i}{{fill:var(--s{i})}}" for i in range(COLOURS))
 
 # Shows the values under the pointer; they are read off the curves themselves.

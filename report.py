@@ -395,10 +395,11 @@ def config_part(run: Run) -> str:
         (f"<code>{text(k)}</code>", text(v), text(defaults[k]) if k in defaults else "–")
         for k, v in changed.items()
     ]
+    plural = "s" * (len(rows) != 1)
     others = [(f"<code>{text(k)}</code>", text(v)) for k, v in rest.items()]
     return (
         "<section><h2>Configuration</h2>"
-        f"<details open><summary>{len(rows)} key{'s' * (len(rows) != 1)} other than by default</summary>"
+        f"<details open><summary>{len(rows)} key{plural} other than by default</summary>"
         f"{table(('key', 'value', 'default'), rows, 'Keys that differ')}</details>"
         f"<details><summary>{len(others)} as by default</summary>"
         f"{table(('key', 'value'), others, 'Keys with their default')}</details></section>"
