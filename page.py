@@ -63,11 +63,11 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     if log:
         decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         every = 1 + len(decades) // 7
-        factors = (1, 2, 5) if len(decades) <= 3 else (1,)
+        factors = (1, 2, 5) if high < 200 * low else (1,)
         marks = [factor * 10.0**power for power in decades[::every] for factor in factors]
         return [mark for mark in marks if low <= mark <= high]
     step = 10.0 ** math.floor(math.log10((high - low) / 5))
-    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 6)
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 7)
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 

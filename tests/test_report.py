@@ -271,7 +271,7 @@ def test_comparison(tmp_path):
     assert float(table[0]["seeds_mean"]) == pytest.approx(2.2)
     assert float(table[0]["seeds_deviation"]) == pytest.approx(statistics.stdev([2.1, 2.2, 2.3]))
     shown = Page((tmp_path / "c.html").read_bytes())
-    assert "1, 2, 3 3 2.2 ± 0.1" in shown.text
+    assert "1, 2, 3, 7 3 2.2 ± 0.1" in shown.text
     assert "4, 5, 6 3 3.2 ± 0.1" in shown.text
     labels = {line["data-label"] for line in shown.all("polyline") if "data-label" in line}
     assert labels == {f"lr{rate}/s{seed}" for rate in (0.001, 0.002) for seed in (1, 2, 3)} | {
@@ -461,7 +461,7 @@ def pages(tmp_path_factory):
     """The page of a run with all that there can be on it, and that of a comparison."""
     folder = tmp_path_factory.mktemp("pages")
     runs = [
-        make_run(folder / f"a-run-with-a-long-name-{'x' * 60}{i}", train__seed=i) for i in "1234"
+        make_run(folder / f"a-run-with-a-long-name-{'x' * 60}{i}", train__seed=i) for i in range(4)
     ]
     for run in runs[:1]:
         write_rows(run / "jobs.jsonl", [job_row(0), job_row(40)])
@@ -481,7 +481,7 @@ def told(dom):
 @pytest.mark.browser
 def test_chromium_opens_pages_without_a_complaint(browser, pages):
     script = """
-    const charts = [...document.querySelectorAll(".charts svg")];
+    const charts = [...document.querySelectorAll(".charts figure > svg")];
     const shown = charts.filter(c => getComputedStyle(c).display !== "none");
     document.getElementById("by-hours").click();
     const then = charts.filter(c => getComputedStyle(c).display !== "none");
@@ -494,7 +494,7 @@ def test_chromium_opens_pages_without_a_complaint(browser, pages):
       readout: then[0].parentNode.querySelector(".readout").textContent,
       requests: performance.getEntriesByType("resource").length});
     """
-    for path, expected in zip(pages, ("hours 0.5", "hours 0.5"), strict=True):
+    for path in pages:
         dom, console = browser(path, script)
         assert not console
         seen = told(dom)
@@ -503,7 +503,7 @@ def test_chromium_opens_pages_without_a_complaint(browser, pages):
         assert len(seen["then"]) == len(seen["shown"]) >= 6
         assert seen["curves"]
         assert seen["requests"] == 0
-        assert re.match(r"(hours|minutes) ", seen["readout"]), expected
+        assert re.match(r"(hours|minutes) ", seen["readout"])
 
 
 @pytest.mark.browser
@@ -526,7 +526,8 @@ def test_a_phone_never_scrolls_sideways(browser, pages):
     """Chromium's windows are no narrower than 500 pixels, so a frame is the phone."""
     for path in pages:
         inner = path.with_name("inner.html")
-        script = "parent.postMessage([innerWidth, document.documentElement.scrollWidth], '*')"
+        script = "const page = document.documentElement;"
+        script += "parent.postMessage([innerWidth, page.scrollWidth - page.clientWidth], '*')"
         inner.write_text(path.read_text().replace("</body>", f"<script>{script}</script></body>"))
         outer = path.with_name("outer.html")
         outer.write_text(
@@ -534,7 +535,7 @@ def test_a_phone_never_scrolls_sideways(browser, pages):
             "</iframe><script>onmessage = e => document.title = JSON.stringify(e.data)</script>"
             "</body>"
         )
-        assert told(browser(outer)[0]) == [360, 360]
+        assert told(browser(outer)[0]) == [360, 0]
 
 
 @pytest.mark.browser
@@ -547,12 +548,12 @@ def test_text_and_lines_stand_out(browser, pages, dark):
       return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
     const contrast = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
     const ground = light(getComputedStyle(document.body).backgroundColor);
-    const grounds = [ground, light(getComputedStyle(document.querySelector("dl div, body"))
-      .backgroundColor)];
+    const card = document.querySelector("dl div") ?? document.body;
+    const grounds = [ground, light(getComputedStyle(card).backgroundColor)];
     const least = (selector, key) => Math.min(...[...document.querySelectorAll(selector)].map(e =>
       Math.min(...grounds.map(g => contrast(g, light(getComputedStyle(e)[key]))))));
-    document.title = JSON.stringify({ground,
-      text: least("h1,p,dt,dd,small,th,td,summary,pre", "color"), labels: least("svg text", "fill"), lines: least("polyline,.restart", "stroke")});
+    document.title = JSON.stringify({ground, lines: least("polyline,path.restart", "stroke"),
+      labels: least("svg text", "fill"), text: least("h1,p,dt,dd,small,th,td,pre", "color")});
     """
     for path in pages:
         seen = told(browser(path, script, dark)[0])
