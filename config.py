@@ -310,6 +310,16 @@ class CheckpointConfig:
 
 
 @dataclass
+class LogConfig:
+    report: bool = key(True, "write report.html at each evaluation and at the end", resume="free")
+    tensorboard: bool = key(
+        False,
+        "write TensorBoard's event files too, to tensorboard/ of the run directory",
+        resume="free",
+    )
+
+
+@dataclass
 class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -318,6 +328,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))

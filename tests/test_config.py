@@ -152,6 +152,7 @@ def test_help_and_mistakes_come_before_slow_imports(program, argument):
 
 LIBRARIES = {
     "config": set(),
+    "page": set(),
     "model": {"config"},
     "tokenizer": {"config"},
     "corpus": {"config"},
