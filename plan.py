@@ -1,0 +1,268 @@
+"""Plans a training before there is a job: what fits on the GPUs, how long it takes, what it costs.
+
+    python plan.py CONFIG --gpus=64 --gpu=h100 [--mfu=0.4] [--section.key=value …]
+
+Needs no GPU and no dataset. It recommends a strategy, what to recompute and a micro-batch for the
+global batch of CONFIG, and says why. Memory is reckoned from the shapes, moment by moment of a
+step (see `moments`); docs/planning.md holds it against what was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import shlex
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from config import (
+    PEAK_FLOPS,
+    Config,
+    ConfigError,
+    ModelConfig,
+    UserError,
+    load_config,
+    resolve_path,
+    run_program,
+)
+
+FLAGS = {
+    "--gpus=8": "GPUs of the job",
+    "--gpu=h100": "their kind: h100, h200, a100-40, a100-80, …; cpu: this machine's ranks",
+    "--gpus-per-node=8": "GPUs of a node",
+    "--nodes=N": "nodes, instead of --gpus",
+    "--gpu-memory-gb=GB": "memory of a GPU (10^9 bytes), where the table is wrong",
+    "--gpu-tflops=TFLOPS": "dense bfloat16 TFLOP/s of a GPU, where the table is wrong",
+    "--mfu=0.4": "share of that which training reaches; published runs: 0.39 to 0.46 (H100)",
+    "--json": "the figures as JSON",
+}
+# Memory in GiB (what nvidia-smi shows is a little less), and the name in PEAK_FLOPS.
+GPUS = {
+    "h200": (141e9, "H200"),
+    "h100": (80 * 2**30, "H100"),
+    "h100-pcie": (80 * 2**30, "H100 PCIe"),
+    "a100-80": (80 * 2**30, "A100"),
+    "a100-40": (40 * 2**30, "A100"),
+    "l40s": (48e9, "L40S"),
+    "a10": (24e9, "A10"),
+    "a10g": (24e9, "A10G"),
+    "rtx4090": (24e9, "RTX 4090"),
+}
+# What a process holds beside tensors. CPU: python, torch and its libraries, as measured. GPU: CUDA's
+# context, NCCL's buffers and cuBLAS' workspace, an estimate; nothing of it has been measured here.
+CPU_OVERHEAD, GPU_OVERHEAD = 0.36e9, 2.0e9
+GPU_SLACK = 0.05  # of a GPU's memory that the allocator loses to fragments; an estimate
+PARTS = "weights gradients optimizer activations loss communication overhead".split()
+STRATEGIES, RECOMPUTE = ("ddp", "hsdp", "fsdp"), ("none", "selective", "block")
+FP32 = 4  # bytes
+MUON_BATCH = 1 << 25  # optimizer.BATCH
+
+Memory = dict[str, float]  # bytes by PARTS
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters of a model: of a block, of its matrices, and of what is outside of blocks."""
+
+    block: int
+    matrices: int  # of a block
+    root: int  # embeddings, head, last norm
+    layers: int
+
+    @property
+    def total(self) -> int:
+        return self.layers * self.block + self.root
+
+
+def sizes(model: ModelConfig, vocab_size: int) -> Sizes:
+    """Counted as model.py builds it; tests hold it against model.parameter_count."""
+    kv_dim = model.dim // model.n_heads * model.n_kv_heads
+    matrices = 2 * model.dim * (model.dim + kv_dim) + 3 * model.dim * model.ffn_dim
+    embeddings = (1 if model.tie_embeddings else 2) * vocab_size * model.dim
+    return Sizes(matrices + 2 * model.dim, matrices, embeddings + model.dim, model.n_layers)
+
+
+def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> float:
+    """As model.flops_per_token, without torch: 6 N + 12 L D T (PaLM, arXiv 2204.02311)."""
+    embedding = 0 if model.tie_embeddings else vocab_size * model.dim
+    matrices = sizes(model, vocab_size).total - embedding
+    return 6 * matrices + 12 * model.n_layers * model.dim * seq_len
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a rank trains."""
+
+    strategy: str
+    recompute: str
+    micro_batch: int  # sequences
+    micro_batches: int  # a step
+    ranks: int
+    shards: int  # ranks that hold one copy of the model together
+    bytes: int  # of the compute type
+    compiled: bool
+    on_gpu: bool
+
+
+def activation_bytes(config: Config, setup: Setup, recompute: str) -> int:
+    """Bytes a token that a block keeps for its backward pass.
+
+    Tensors by width, D the model's, K keys' or values', F the feed-forward's. Eager, all is kept:
+    input of each norm and (where no kernel fuses it, on a CPU) its normalised form; the norm's
+    output, once for all products that take it, but under autocast once for each as a copy; rotated
+    q and k, v, attention's output and log-sum-exp; gate, up, silu(gate) and their product. Compiled,
+    the partitioner makes silu again and keeps the output of o_proj instead of the second norm's
+    input. selective keeps products and attention, block the input alone.
+    """
+    model, b = config.model, setup.bytes
+    D, F = model.dim, model.ffn_dim
+    K = model.dim // model.n_heads * model.n_kv_heads
+    residual = residual_bytes(setup)
+    if recompute == "block":
+        return residual * D
+    logsumexp = FP32 * model.n_heads
+    if recompute == "selective":
+        unused = 0 if setup.compiled else b * D  # down_proj's output, which eager mode keeps too
+        return residual * D + b * (3 * D + 2 * K + 2 * F) + unused + logsumexp
+    if setup.compiled:
+        return residual * D + b * (5 * D + 2 * K + 3 * F) + logsumexp
+    norms = 2 * D * (residual if setup.on_gpu else 2 * FP32)
+    outputs = (5 if autocasts(setup) else 2) * b * D
+    return norms + outputs + b * (2 * D + 2 * K + 4 * F) + logsumexp
+
+
+def autocasts(setup: Setup) -> bool:
+    """Whether bfloat16 comes from autocast: a sharded model casts its own weights."""
+    return setup.bytes < FP32 and setup.strategy == "ddp"
+
+
+def residual_bytes(setup: Setup) -> int:
+    """Of an element of the residual stream, which autocast leaves in float32."""
+    return setup.bytes if setup.strategy != "ddp" else FP32
+
+
+def moments(config: Config, setup: Setup) -> dict[str, Memory]:
+    """Bytes that a rank holds at the moments of a step that may be its peak.
+
+    The loss: all activations, a chunk's logits and the gradients that the loss has made by then.
+    Backward: the last block's pass, before its activations are gone. Reduction: all gradients, and
+    those of embeddings and head once more on their way. Optimizer: what Muon needs for a round.
+    """
+    model, train, v = config.model, config.train, config.tokenizer.vocab_size
+    n, b = setup.micro_batch * config.data.seq_len, setup.bytes
+    size, sharded = sizes(model, v), setup.strategy != "ddp"
+    accumulates, head = setup.micro_batches > 1, v * model.dim
+    weights = FP32 * size.total / setup.shards
+    inner = size.layers * size.matrices if config.optimizer.name == "muon" else 0
+    held = {
+        "weights": weights,
+        # two moments a parameter, one of Muon
+        "optimizer": FP32 * (2 * size.total - inner) / setup.shards,
+        "overhead": GPU_OVERHEAD if setup.on_gpu else CPU_OVERHEAD,
+    }
+    gradients = FP32 * size.total / setup.shards
+    if sharded and config.parallel.reduce_once and accumulates:
+        gradients = FP32 * size.total
+    # DDP's buckets stay; else gradients are freed after each step
+    early = gradients if accumulates or (not sharded and setup.ranks > 1) else 0.0
+
+    kept = activation_bytes(config, setup, setup.recompute)
+    final = residual_bytes(setup) + b + (0 if setup.on_gpu else FP32)
+    activations = n * (size.layers * kept + model.dim * final)
+    again = n * (activation_bytes(config, setup, "none") - kept)
+    on_the_way = n * (2 * b * (model.ffn_dim + model.dim) + residual_bytes(setup) * model.dim)
+    # weights in bfloat16 that autocast made: eager mode lets go of them when the forward pass ends
+    casts = 2 * size.layers * size.matrices if autocasts(setup) else 0
+    at_loss = casts if setup.recompute == "none" or not setup.compiled else 0
+    in_backward = casts if setup.recompute == "none" else casts / size.layers
+
+    chunk = min(train.loss_chunk or n, n)
+    # logits, log_softmax and, in bfloat16, what it is made from and the gradient in that type
+    logits = chunk * v * (2 * b if setup.compiled else 8 if b == FP32 else 10)
+    logits += chunk * v * b * (n > chunk)  # of the chunk before, its gradient
+    if b < FP32:  # the chunk's share of the gradient comes as a product of its own
+        logits = max(logits, chunk * v * b + b * head)
+    loss = n * model.dim * b + FP32 * head + logits + (b * head if autocasts(setup) else 0)
+
+    gathered = {"forward": 0.0, "backward": 0.0, "reduction": 0.0}
+    partial_gradients = FP32 * (head + size.block)
+    if sharded:  # FSDP2 has the next block's weights on their way, and in backward its gradients
+        whole = b * size.root if config.parallel.reshard_after_forward else b * size.total
+        block = b * size.block if config.parallel.reshard_after_forward else 0
+        gathered["forward"] = whole + block
+        gathered["backward"] = whole + 2 * block + FP32 * size.block
+        gathered["reduction"] = FP32 * size.root
+        partial_gradients = b * (head + size.block)
+    embedding = 0.0  # its gradient, before it is added or copied to where it belongs
+    if sharded:
+        embedding = b * size.root
+    elif early or model.tie_embeddings:
+        embedding = FP32 * head
+    largest = FP32 * model.dim * model.ffn_dim if early and not sharded else 0.0
+
+    return {
+        "loss": held
+        | {
+            "gradients": early,
+            "activations": activations + at_loss,
+            "loss": loss,
+            "communication": gathered["forward"],
+        },
+        "backward": held
+        | {
+            "gradients": (early + largest if early and not sharded else early + partial_gradients),
+            "activations": activations + again + on_the_way + in_backward,
+            "loss": 0.0,
+            "communication": gathered["backward"],
+        },
+        "head": held
+        | {
+            "gradients": early,
+            "activations": activations + in_backward,
+            "loss": 2 * b * (head + n * model.dim),
+            "communication": gathered["forward"],
+        },
+        "reduction": held
+        | {
+            "gradients": gradients + embedding,
+            "activations": n * 2 * residual_bytes(setup) * model.dim,
+            "loss": 0.0,
+            "communication": gathered["reduction"],
+        },
+        "optimizer": held
+        | {
+            "gradients": gradients,
+            "activations": 0.0,
+            "loss": 0.0,
+            "communication": muon_bytes(config, setup) if inner else 0.0,
+        },
+    }
+
+
+def muon_bytes(config: Config, setup: Setup) -> float:
+    """What a round of Muon takes (optimizer.Muon): directions, their buffers, Newton-Schulz.
+
+    Of its BATCH elements a rank orthogonalises its share; x, its successor and three squares.
+    """
+    model, b = config.model, setup.bytes
+    rows, columns = sorted((model.dim, model.ffn_dim))
+    sharers = setup.shards if setup.strategy != "ddp" else setup.ranks
+    matrix = rows * columns
+    whole = matrix * (1 if setup.strategy != "ddp" else sharers)
+    round_ = min(2 * model.n_layers, sharers * max(1, MUON_BATCH // whole))
+    each = -(-round_ // sharers)  # matrices that a rank orthogonalises
+    parts = round_ * matrix / setup.shards  # its rows of all
+    buffers = each * matrix * (1 if sharers == 1 else 2 if setup.strategy != "ddp" else sharers)
+    work = each * (3 * matrix + 3 * rows**2)
+    return b * (parts + buffers + work) + FP32 * matrix / setup.shards
+
+
+def peak(config: Config, setup: Setup) -> tuple[str, Memory]:
+    """The moment of a step at which a rank holds most, and what of each part."""
+    found = moments(config, setup)
+    name = max(found, key=lambda moment: sum(found[moment].values()))
+    return name, found[name]
