@@ -148,23 +148,24 @@ def residual_bytes(setup: Setup) -> int:
 def moments(config: Config, setup: Setup) -> dict[str, Memory]:
     """Bytes that a rank holds at the moments of a step that may be its peak.
 
-    The loss: all activations, a chunk's logits and the gradients that the loss has made by then.
-    Backward: the last block's pass, before its activations are gone. Reduction: all gradients, and
-    those of embeddings and head once more on their way. Optimizer: what Muon needs for a round.
+    The loss: all activations, a chunk's logits and the gradients that the loss makes on the way.
+    The head: its gradient scaled, the old one still there. The last block's backward pass: all
+    activations and what is made again; the second block's: nearly all gradients instead. The embedding: its
+    gradient (of a sharded model also the head's) beside all others. The optimizer: Muon's rounds.
     """
     model, train, v = config.model, config.train, config.tokenizer.vocab_size
     n, b = setup.micro_batch * config.data.seq_len, setup.bytes
     size, sharded = sizes(model, v), setup.strategy != "ddp"
-    accumulates, head = setup.micro_batches > 1, v * model.dim
-    weights = FP32 * size.total / setup.shards
+    accumulates, head, shards = setup.micro_batches > 1, v * model.dim, setup.shards
+    weights = FP32 * size.total / shards
     inner = size.layers * size.matrices if config.optimizer.name == "muon" else 0
     held = {
         "weights": weights,
         # two moments a parameter, one of Muon
-        "optimizer": FP32 * (2 * size.total - inner) / setup.shards,
+        "optimizer": FP32 * (2 * size.total - inner) / shards,
         "overhead": GPU_OVERHEAD if setup.on_gpu else CPU_OVERHEAD,
     }
-    gradients = FP32 * size.total / setup.shards
+    gradients = FP32 * size.total / shards
     if sharded and config.parallel.reduce_once and accumulates:
         gradients = FP32 * size.total
     # DDP's buckets stay; else gradients are freed after each step
@@ -188,77 +189,82 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
         logits = max(logits, chunk * v * b + b * head)
     loss = n * model.dim * b + FP32 * head + logits + (b * head if autocasts(setup) else 0)
 
-    gathered = {"forward": 0.0, "backward": 0.0, "reduction": 0.0}
-    partial_gradients = FP32 * (head + size.block)
+    gathered = dict.fromkeys(("forward", "backward", "reduction"), 0.0)
     if sharded:  # FSDP2 has the next block's weights on their way, and in backward its gradients
-        whole = b * size.root if config.parallel.reshard_after_forward else b * size.total
-        block = b * size.block if config.parallel.reshard_after_forward else 0
+        kept_whole = not config.parallel.reshard_after_forward
+        whole = b * (size.total if kept_whole else size.root)
+        block = 0 if kept_whole else b * size.block
         gathered["forward"] = whole + block
         gathered["backward"] = whole + 2 * block + FP32 * size.block
         gathered["reduction"] = FP32 * size.root
-        partial_gradients = b * (head + size.block)
-    embedding = 0.0  # its gradient, before it is added or copied to where it belongs
-    if sharded:
-        embedding = b * size.root
-    elif early or model.tie_embeddings:
-        embedding = FP32 * head
-    largest = FP32 * model.dim * model.ffn_dim if early and not sharded else 0.0
+        first = b * (head + size.block)  # gradients when the first block of the pass is done
+        moving, embedding = first, b * size.root
+        reduced = gradients if early else gradients - FP32 * (size.root + 2 * size.block) / shards
+    else:  # copied into what is there; else the tensor that was made is the gradient
+        first, reduced = 0.0 if early else FP32 * (head + size.block), gradients
+        moving = FP32 * model.dim * model.ffn_dim if early else 0.0
+        embedding = FP32 * head * (2 if model.tie_embeddings else 1 if early else 0)
 
-    return {
-        "loss": held
-        | {
-            "gradients": early,
-            "activations": activations + at_loss,
-            "loss": loss,
-            "communication": gathered["forward"],
-        },
-        "backward": held
-        | {
-            "gradients": (early + largest if early and not sharded else early + partial_gradients),
-            "activations": activations + again + on_the_way + in_backward,
-            "loss": 0.0,
-            "communication": gathered["backward"],
-        },
-        "head": held
-        | {
-            "gradients": early,
-            "activations": activations + in_backward,
-            "loss": 2 * b * (head + n * model.dim),
-            "communication": gathered["forward"],
-        },
-        "reduction": held
-        | {
-            "gradients": gradients + embedding,
-            "activations": n * 2 * residual_bytes(setup) * model.dim,
-            "loss": 0.0,
-            "communication": gathered["reduction"],
-        },
-        "optimizer": held
-        | {
-            "gradients": gradients,
-            "activations": 0.0,
-            "loss": 0.0,
-            "communication": muon_bytes(config, setup) if inner else 0.0,
-        },
+    def moment(gradients: float, activations: float, loss: float, communication: float) -> Memory:
+        parts = ("gradients", "activations", "loss", "communication")
+        values = (gradients, activations, loss, communication)
+        return held | dict(zip(parts, values, strict=True))
+
+    block_pass = again + on_the_way
+    head_pass = 2 * b * (head + n * model.dim)
+    found = {
+        "loss": moment(early, activations + at_loss, loss, gathered["forward"]),
+        "head": moment(early, activations + in_backward, head_pass, gathered["forward"]),
+        "last block": moment(
+            early + (first if not early or sharded else moving),
+            activations + in_backward + block_pass,
+            0.0,
+            gathered["backward"],
+        ),
+        "second block": moment(
+            reduced + moving,
+            n * kept + in_backward / size.layers + block_pass,
+            0.0,
+            gathered["backward"],
+        ),
+        "embedding": moment(
+            gradients + embedding,
+            2 * n * model.dim * residual_bytes(setup),
+            0.0,
+            gathered["reduction"],
+        ),
     }
+    for matrices, buffers in muon_rounds(config, setup) if inner else [(0.0, 0.0)]:
+        found[f"optimizer {len(found)}"] = moment(gradients - matrices, 0.0, 0.0, 0.0) | {
+            "optimizer": held["optimizer"] + buffers
+        }
+    return found
 
 
-def muon_bytes(config: Config, setup: Setup) -> float:
-    """What a round of Muon takes (optimizer.Muon): directions, their buffers, Newton-Schulz.
+def muon_rounds(config: Config, setup: Setup) -> list[tuple[float, float]]:
+    """Of Muon's first round of attention's and of the feed-forward's matrices, the bytes of
+    gradients that are gone by then, and those of its buffers (see optimizer.Muon).
 
-    Of its BATCH elements a rank orthogonalises its share; x, its successor and three squares.
+    There are the directions, the matrices that this rank orthogonalises (as they travel, as they
+    arrive), and of those Newton-Schulz' x, the next x and two squares.
     """
-    model, b = config.model, setup.bytes
-    rows, columns = sorted((model.dim, model.ffn_dim))
-    sharers = setup.shards if setup.strategy != "ddp" else setup.ranks
-    matrix = rows * columns
-    whole = matrix * (1 if setup.strategy != "ddp" else sharers)
-    round_ = min(2 * model.n_layers, sharers * max(1, MUON_BATCH // whole))
-    each = -(-round_ // sharers)  # matrices that a rank orthogonalises
-    parts = round_ * matrix / setup.shards  # its rows of all
-    buffers = each * matrix * (1 if sharers == 1 else 2 if setup.strategy != "ddp" else sharers)
-    work = each * (3 * matrix + 3 * rows**2)
-    return b * (parts + buffers + work) + FP32 * matrix / setup.shards
+    model, sharded = config.model, setup.strategy != "ddp"
+    sharers = setup.shards if sharded else setup.ranks
+    alike = 4 if model.n_kv_heads == model.n_heads else 2
+    rounds, gone = [], 0.0
+    for rows, columns, count in (
+        (model.dim, model.dim, alike * model.n_layers),
+        (*sorted((model.dim, model.ffn_dim)), 2 * model.n_layers),
+    ):
+        matrix = rows * columns
+        length = min(count, sharers * max(1, MUON_BATCH // (matrix * (1 if sharded else sharers))))
+        each = -(-length // sharers)
+        travel = each * matrix * (1 if sharers == 1 else 2 if sharded else sharers)
+        work = each * 2 * (matrix + rows * rows)
+        buffers = setup.bytes * (length * matrix / setup.shards + travel + work)
+        rounds.append((gone + FP32 * length * matrix / setup.shards, buffers))
+        gone += FP32 * count * matrix / setup.shards
+    return rounds
 
 
 def peak(config: Config, setup: Setup) -> tuple[str, Memory]:
