@@ -43,6 +43,7 @@ from distributed import World
 from job import Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
 
+
 def device_peak(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s of a GPU; None where it is not known."""
     if device.type != "cuda":
