@@ -30,6 +30,18 @@ ACCEPT_CHANGES = "--accept-changes"
 DATASET_VERSION = 1  # of the format that prepare.py writes and dataset.py reads
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 
+# Dense bfloat16 FLOP/s by the makers' datasheets; the first name found in the device's wins.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+}
+
 Resume = Literal["free", "consent", "refused"]
 Recompute = Literal["none", "selective", "block"]
 

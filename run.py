@@ -29,6 +29,7 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, checkpoint_paths, readable_checkpoints, remove_leftovers
 from config import (
     ACCEPT_CHANGES,
+    PEAK_FLOPS,
     Config,
     ConfigError,
     DataConfig,
@@ -45,18 +46,6 @@ from dataset import mixture_fingerprint, mixture_weights, read_manifest
 from distributed import World
 from job import CODE, Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
-
-# Dense bfloat16 FLOP/s by the makers' datasheets; the first name found in the device's wins.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-}
 
 
 def device_peak(device: torch.device) -> float | None:

@@ -165,6 +165,7 @@ LIBRARIES = {
     "checkpoint": {"config", "distributed"},
     "job": {"checkpoint", "config"},
     "inspection": {"config", "dataset", "tokenizer"},
+    "memory": {"config"},
     "run": {"checkpoint", "config", "dataset", "distributed", "job", "tokenizer"},
 }
 
