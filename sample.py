@@ -14,7 +14,6 @@ on its neighbours. Log-probabilities are the model's own, in nats: before temper
 filters.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse
