@@ -631,6 +631,26 @@ def _config_file(name: str) -> Path:
     return path
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file that the user named, its line ends as they are.
+
+    Raises:
+        UserError: it can't be read or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_rows(path: Path) -> list[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank; errors as read_utf8's."""
+    lines = enumerate(read_utf8(path).split("\n"), 1)
+    return [(row, line.removesuffix("\r")) for row, line in lines if line.strip()]
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that it appears whole or not at all, even if the machine stops."""
     temporary = path.with_name(path.name + ".tmp")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import UserError, resolve_path
+from config import UserError, read_rows, read_utf8, resolve_path
 from dataset import Mixture, TokenDataset, mixture_weights, read_manifest
 from generation import Source
 from model import IGNORE, Llama
@@ -112,16 +112,9 @@ def evaluate_text(model: Llama, tokenizer: Tokenizer, path: Path, batch_size: in
     Raises:
         UserError: it can't be read, is empty, too large or not UTF-8.
     """
-    try:
-        content = path.read_bytes() if path.stat().st_size <= MAX_TEXT_BYTES else None
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if content is None:
+    if path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
         raise UserError(f"{path}: above {MAX_TEXT_BYTES / 1e6:.0f} MB; evaluate a part of it")
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+    text = read_utf8(path)
     ids = np.concatenate(([tokenizer.bos_id], tokenizer.encode(text))).astype(np.int64)
     if len(ids) < 2:
         raise UserError(f"{path}: holds no text")
@@ -129,7 +122,7 @@ def evaluate_text(model: Llama, tokenizer: Tokenizer, path: Path, batch_size: in
     for batch in batches(ids, model.config.max_seq_len, batch_size):
         tokens, targets = (part.to(device) for part in batch)
         nats += model(tokens, targets).item()
-    return scores(nats, len(ids) - 1, len(content))
+    return scores(nats, len(ids) - 1, len(text.encode()))
 
 
 def batches(ids: np.ndarray, length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -189,13 +182,7 @@ def log_likelihood(
 def read_questions(path: Path) -> Iterator[tuple[int, str, list[str], int]]:
     """Row, prompt, choices and number of the right one, of each line of JSON."""
     form = '{"prompt": "text", "choices": ["text", …], "answer": 0}'
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    rows = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: holds no question; write {form} a line")
     for number, line in rows:

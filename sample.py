@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from config import UserError, resolve_path, run_program, told_in_one_line
+from config import UserError, read_rows, resolve_path, run_program, told_in_one_line
 
 MAX_TOKENS = 256  # where --max-tokens is not given, or what the model's context leaves
 
@@ -361,13 +361,7 @@ def read_prompts(options: argparse.Namespace) -> list[str] | None:
             return None
         raise UserError("give --prompt or --prompt-file (a terminal would be asked for prompts)")
     path = Path(options.prompt_file).expanduser()
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
-    rows = [(row, line.removesuffix("\r")) for row, line in enumerate(lines, 1) if line.strip()]
+    rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: holds no prompt")
     return [json_prompt(path, *row) if path.suffix == ".jsonl" else row[1] for row in rows]
