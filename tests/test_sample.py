@@ -407,15 +407,6 @@ def test_json_tells_each_token(run, capsys):
     assert "logprobs" not in json.loads(sample(capsys, run, *arguments).out)
 
 
-def test_help_is_quick():
-    program = [sys.executable, "-X", "importtime", ROOT / "sample.py", "--help"]
-    done = subprocess.run(program, capture_output=True, text=True, env=ENVIRONMENT)
-    assert done.returncode == 0
-    assert "--evaluate" in done.stdout
-    assert "torch" not in done.stderr
-    assert "numpy" not in done.stderr
-
-
 def test_streams_to_a_terminal(run, capsys):
     arguments = ["--prompt=def é(", "--max-tokens=20", "--stop=zzz"]
     expected = sample(capsys, run, *arguments).out
