@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import Checkpoint, find_checkpoint
@@ -86,29 +85,33 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llam
     return model.requires_grad_(False)
 
 
-def compile_products(model: Llama) -> None:
-    """Compiles the product of one token's activations with a matrix, in place: for a CPU, where the
-    libraries' read a matrix with one thread and at half the speed that memory has.
+def compile_rows(model: Llama) -> None:
+    """Compiles what one token alone goes through, in place: for a CPU, where the libraries read a
+    matrix with one thread and at half the speed that memory has.
 
     Raises:
         UserError: there is no compiler.
     """
     check_compiler(model.lm_head.weight.device)
-    product = torch.compile(row_product, dynamic=True)
 
-    def forward(linear: nn.Linear, x: Tensor) -> Tensor:
+    def part(plain: Callable, compiled: Callable, x: Tensor, *others: Any) -> Tensor:
+        return (compiled if x.numel() == x.shape[-1] else plain)(x, *others)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = RowLinear  # by its class, so that one graph serves all layers
+    for module in (*model.model.layers, model.lm_head):
+        module.forward = partial(part, module.forward, torch.compile(module.forward))
+
+
+class RowLinear(nn.Linear):
+    """A linear layer whose product with a single row the compiler can write, with all threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
         if x.numel() != x.shape[-1]:
-            return F.linear(x, linear.weight)
-        return product(x.flatten(), linear.weight).view(*x.shape[:-1], -1)
-
-    for linear in model.modules():
-        if isinstance(linear, nn.Linear):
-            linear.forward = partial(forward, linear)
-
-
-def row_product(x: Tensor, weight: Tensor) -> Tensor:
-    """weight (V, D) x (D,), summed up in float32."""
-    return (weight.float() * x.float()).sum(-1).to(x.dtype)
+            return super().forward(x)
+        product = (self.weight.float() * x.flatten().float()).sum(-1)
+        return product.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)

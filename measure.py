@@ -279,7 +279,7 @@ def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Gener
     model.requires_grad_(False)
     model = model.to(world.dtype)
     if config.train.compile == "on" and world.device.type == "cpu":
-        generation.compile_products(model)
+        generation.compile_rows(model)
 
     def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
         wait_for(world.device)

@@ -129,7 +129,7 @@ from generation import (
     Completion,
     Settings,
     Source,
-    compile_products,
+    compile_rows,
     drawable,
     generate,
     load_model,
@@ -159,7 +159,7 @@ class Sampler:
             self.stops += stops
         self.model = load_model(source, device, dtype)
         if options.compile:
-            compile_products(self.model)
+            compile_rows(self.model)
         self.allowed = drawable(self.tokenizer, self.model.vocab_size).to(device)
         self.allowed[self.stop_ids] = True
 

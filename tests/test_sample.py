@@ -22,7 +22,7 @@ from generation import (
     Completion,
     Settings,
     choose,
-    compile_products,
+    compile_rows,
     drawable,
     generate,
     keep_top_k,
@@ -139,7 +139,7 @@ def test_greedy_text_is_that_of_transformers(model):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_compiled_products_change_nothing(model, name):
     compiled = copy.deepcopy(model)
-    compile_products(compiled)
+    compile_rows(compiled)
     expected = continuations(model, PROMPTS[:1], SETTINGS[name])
     assert continuations(compiled, PROMPTS[:1], SETTINGS[name]) == expected
 
