@@ -58,6 +58,8 @@ PEAK_FLOPS = {
     "RTX 4090": 165e12,
 }
 
+REPORT_SECONDS = 300.0  # that report.py may take; a million rows are read in 11
+
 
 def device_peak(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s of a GPU; None where it is not known."""
@@ -434,9 +436,10 @@ class RunLog:
 
     def _report(self) -> None:
         command = ["nice", sys.executable, str(CODE / "report.py"), str(self.directory)]
+        options = {"capture_output": True, "text": True, "timeout": REPORT_SECONDS}
         try:  # in a session of its own: Ctrl-C at the terminal is meant for training
-            done = subprocess.run(command, capture_output=True, text=True, start_new_session=True)
-        except OSError as error:
+            done = subprocess.run(command, **options, start_new_session=True)
+        except (OSError, subprocess.TimeoutExpired) as error:
             self.say(f"no report.html: {error}")
             return
         if done.returncode:
