@@ -333,9 +333,12 @@ details>pre{background:var(--card);padding:8px;margin:6px 0}
 label{margin-right:9px}.marks{display:block}}
 """ + "".join(f".s{i}{{stroke:var(--s{i})}}text.t{i}{{fill:var(--s{i})}}" for i in range(COLOURS))
 
-# Shows the values under the pointer; they are read off the curves themselves.
+# Shows the values under the pointer, read off the curves themselves; what is printed is unfolded.
 SCRIPT = """
 "use strict";
+addEventListener("beforeprint", () => {
+  for (const part of document.querySelectorAll("details")) part.open = true;
+});
 const round = v => !v ? "0" : Math.abs(v) < 1e-3 ? v.toExponential(2)
   : Math.abs(v) >= 1e4 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
 for (const svg of document.querySelectorAll(".charts figure > svg")) {
