@@ -240,7 +240,7 @@ def end_labels(ends: list[tuple[tuple[float, float], Line]], right: float) -> st
     for ((left, y), line), top in zip(ends, tops, strict=True):
         parts.append(f'<path class="leader" d="M{left:.1f} {y:.1f}L{right + 8:.1f} {top:.1f}"/>')
         parts.append(
-            f'<text class="t{line.style % COLOURS}" x="{right + 10:.1f}" y="{top + 4:.1f}">'
+            f'<text class="end t{line.style % COLOURS}" x="{right + 10:.1f}" y="{top + 4:.1f}">'
             f"{text(line.label)}</text>"
         )
     return "".join(parts)
@@ -329,13 +329,16 @@ pre{margin:0;white-space:pre-wrap;overflow-wrap:anywhere;font-size:.95em}
 pre,code{font-family:ui-monospace,Menlo,Consolas,monospace}code{font-size:.92em}
 details{margin:.4em 0}summary{cursor:pointer}
 details>pre{background:var(--card);padding:8px;margin:6px 0}
-@media (max-width:600px){svg text{font-size:14px}main{padding:12px}.against{display:none}
+@media (max-width:600px){svg text:not(.end){font-size:14px}main{padding:12px}.against{display:none}
 label{margin-right:9px}.marks{display:block}}
 """ + "".join(f".s{i}{{stroke:var(--s{i})}}text.t{i}{{fill:var(--s{i})}}" for i in range(COLOURS))
 
-# Shows the values under the pointer; they are read off the curves themselves.
+# Shows the values under the pointer, read off the curves themselves; what is printed is unfolded.
 SCRIPT = """
 "use strict";
+addEventListener("beforeprint", () => {
+  for (const part of document.querySelectorAll("details")) part.open = true;
+});
 const round = v => !v ? "0" : Math.abs(v) < 1e-3 ? v.toExponential(2)
   : Math.abs(v) >= 1e4 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
 for (const svg of document.querySelectorAll(".charts figure > svg")) {
