@@ -47,23 +47,8 @@ from distributed import World
 from job import CODE, Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
 
-<<<<<<< HEAD
-=======
-# Dense bfloat16 FLOP/s by the makers' datasheets; the first name found in the device's wins.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-}
-
 REPORT_SECONDS = 300.0  # that report.py may take; a million rows are read in 11
 
->>>>>>> i7-report
 
 def device_peak(device: torch.device) -> float | None:
     """Dense bfloat16 FLOP/s of a GPU; None where it is not known."""
