@@ -162,7 +162,8 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
         gathered["forward"] = whole + block
         gathered["backward"] = whole + 2 * block + FP32 * size.block
         gathered["reduction"] = FP32 * size.root
-        first = b * (head + size.block)  # gradients when the first block of the pass is done
+        # gradients that are whole while a block's activations still are: the head's, down_proj's
+        first = b * (head + model.dim * model.ffn_dim)
         moving, embedding = first, b * size.root
         reduced = gradients if early else gradients - FP32 * (size.root + 2 * size.block) / shards
     else:  # copied into what is there; else the tensor that was made is the gradient
