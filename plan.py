@@ -237,8 +237,8 @@ def read_cluster(flags: set[str]) -> Cluster:
     if name not in (*GPUS, "cpu") and not given:
         near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
         raise ConfigError(
-            f"--gpu={name} is not known{f'; did you mean {near[0]}?' if near else ''};"
-            f" known: {', '.join(GPUS)}, cpu; or give --gpu-memory-gb and --gpu-tflops"
+            f"--gpu={name} is not known{f', did you mean {near[0]}?' if near else ','}"
+            f" there are {', '.join(GPUS)} and cpu; or give --gpu-memory-gb and --gpu-tflops"
         )
     if {"gpus", "nodes"} <= values.keys() and "gpus-per-node" in values:
         raise ConfigError("--gpus, --nodes and --gpus-per-node: two of them say it all")
@@ -291,8 +291,8 @@ def main(arguments: list[str]) -> None:
         least = min(found, key=lambda one: one.total)
         raise UserError(
             f"nothing fits: the least is {least.setup.strategy} with recompute ="
-            f" {least.setup.recompute}, {least.total / 1e9:,.1f} GB of the"
-            f" {cluster.memory / 1e9:,.1f} GB of a {cluster.name}; {way_out(config, cluster)}"
+            f" {least.setup.recompute}, {least.total / 1e9:,.1f} GB where {cluster.name} has"
+            f" {cluster.memory / 1e9:,.1f} to use; {way_out(config, cluster)}"
         )
 
 

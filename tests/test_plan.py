@@ -321,7 +321,7 @@ def test_epochs_are_counted_over_what_is_prepared(dataset):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--gpu=h1000"], "--gpu=h1000 is not known; did you mean h100?"),
+        (["--gpu=h1000"], "--gpu=h1000 is not known, did you mean h100? there are"),
         (["--gpus=12"], "--gpus=12 is not a multiple of the 8 GPUs of a node: give 8 or 16"),
         (["--gpus=many"], "--gpus is a whole number above 0, not 'many'"),
         (["--gpu-memory-gb=nan"], "--gpu-memory-gb is a number above 0, not 'nan'"),
