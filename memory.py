@@ -162,8 +162,10 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
         gathered["forward"] = whole + block
         gathered["backward"] = whole + 2 * block + FP32 * size.block
         gathered["reduction"] = FP32 * size.root
-        # gradients that are whole while a block's activations still are: the head's, down_proj's
-        first = b * (head + model.dim * model.ffn_dim)
+        # Whole gradients at the peak: the head's and the block's, or where what was made again is
+        # gone when those are there, down_proj's alone.
+        own = size.block if setup.recompute == "none" else model.dim * model.ffn_dim
+        first = b * (head + own)
         moving, embedding = first, b * size.root
         reduced = gradients if early else gradients - FP32 * (size.root + 2 * size.block) / shards
     else:  # copied into what is there; else the tensor that was made is the gradient
