@@ -131,8 +131,10 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
     gradients = FP32 * size.total / shards
     if sharded and config.parallel.reduce_once and accumulates:
         gradients = FP32 * size.total
-    # DDP's buckets stay; else gradients are freed after each step
-    early = gradients if accumulates or (not sharded and setup.ranks > 1) else 0.0
+    # Between micro-batches gradients stay, between steps they don't; but DDP's buckets do, and what
+    # is not reduced yet does not lie in them.
+    buckets = 0.0 if sharded or setup.ranks == 1 else gradients
+    early = buckets + (gradients if accumulates else 0.0)
 
     kept = activation_bytes(config, setup, setup.recompute)
     final = residual_bytes(setup) + b + (0 if setup.on_gpu else FP32)
@@ -160,7 +162,10 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
         gathered["forward"] = whole + block
         gathered["backward"] = whole + 2 * block + FP32 * size.block
         gathered["reduction"] = FP32 * size.root
-        first = b * (head + size.block)  # gradients when the first block of the pass is done
+        # Whole gradients at the peak: the head's and the block's, or where what was made again is
+        # gone when those are there, down_proj's alone.
+        own = size.block if setup.recompute == "none" else model.dim * model.ffn_dim
+        first = b * (head + own)
         moving, embedding = first, b * size.root
         reduced = gradients if early else gradients - FP32 * (size.root + 2 * size.block) / shards
     else:  # copied into what is there; else the tensor that was made is the gradient
@@ -207,9 +212,9 @@ def muon_rounds(config: Config, setup: Setup) -> list[tuple[str, float, float]]:
     """Of Muon's first round of attention's and of the feed-forward's matrices: the bytes of
     gradients that are gone by then, and those of its buffers (see optimizer.Muon).
 
-    Buffers are the directions; the matrices that this rank orthogonalises, stacked, for DDP those of
-    all ranks, sharded as they leave, arrive and are whole; and Newton-Schulz' x, next x and two
-    squares. Gradients of DDP are views of buckets, those of FSDP2 of one tensor a block: they stay.
+    Buffers are the directions; the matrices that this rank orthogonalises, stacked, for DDP those
+    of all ranks, sharded as they leave, arrive and are whole; and Newton-Schulz' x, next x and two
+    squares. Gradients that are views, of DDP's buckets or a block's in FSDP2, stay.
     """
     model, sharded = config.model, setup.strategy != "ddp"
     sharers = setup.shards if sharded else setup.ranks

@@ -61,10 +61,11 @@ RECOMPUTE_COST = {"none": 1.0, "selective": 1.1, "block": 4 / 3}
 GPU_SLACK = 0.05  # of a GPU's memory that the allocator loses to fragments; an estimate
 RECOMPUTE = ("none", "selective", "block")
 SHORT = {
-    "communication": "network",
+    "communication": "comm.",
     "activations": "activ.",
     "optimizer": "optim.",
     "gradients": "grads",
+    "overhead": "fixed",
 }
 
 
@@ -236,8 +237,8 @@ def read_cluster(flags: set[str]) -> Cluster:
     if name not in (*GPUS, "cpu") and not given:
         near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
         raise ConfigError(
-            f"--gpu={name} is not known{f'; did you mean {near[0]}?' if near else ''};"
-            f" known: {', '.join(GPUS)}, cpu; or give --gpu-memory-gb and --gpu-tflops"
+            f"--gpu={name} is not known{f', did you mean {near[0]}?' if near else ','}"
+            f" there are {', '.join(GPUS)} and cpu; or give --gpu-memory-gb and --gpu-tflops"
         )
     if {"gpus", "nodes"} <= values.keys() and "gpus-per-node" in values:
         raise ConfigError("--gpus, --nodes and --gpus-per-node: two of them say it all")
@@ -290,8 +291,8 @@ def main(arguments: list[str]) -> None:
         least = min(found, key=lambda one: one.total)
         raise UserError(
             f"nothing fits: the least is {least.setup.strategy} with recompute ="
-            f" {least.setup.recompute}, {least.total / 1e9:,.1f} GB of the"
-            f" {cluster.memory / 1e9:,.1f} GB of a {cluster.name}; {way_out(config, cluster)}"
+            f" {least.setup.recompute}, {least.total / 1e9:,.1f} GB where {cluster.name} has"
+            f" {cluster.memory / 1e9:,.1f} to use; {way_out(config, cluster)}"
         )
 
 
@@ -354,41 +355,47 @@ def told(
     best: Option | None,
     arguments: list[str],
 ) -> list[str]:
-    """The plan as lines of at most 100 columns."""
-    flops = f" of {cluster.flops / 1e12:,.0f} TFLOP/s" if cluster.flops else ""
-    hours = "not known: give --gpu-tflops"
+    """The plan as lines of at most 100 columns, but for the command and long paths."""
+    keep, hours = config.checkpoint, "not known: give --gpu-tflops"
     if facts["hours"]:
         hours = (
-            f"{facts['hours']:,.1f} h at an MFU of {cluster.mfu:.0%} (assumed),"
-            f" {facts['tokens_per_second']:,.0f} tokens/s: {facts['gpu_hours']:,.0f} GPU-hours"
+            f"{figure(facts['hours'])} h at {cluster.mfu:.0%} MFU (assumed),"
+            f" {facts['tokens_per_second']:,.0f} tokens/s: {figure(facts['gpu_hours'])} GPU-hours"
         )
+    rate = f", {figure(cluster.flops / 1e12)} TFLOP/s" if cluster.flops else ""
     lines = [
-        f"model         {facts['parameters'] / 1e6:,.1f}M parameters,"
-        f" {facts['flops_per_token'] / 1e9:,.2f} GFLOPs a token",
-        f"GPUs          {cluster.gpus} × {cluster.name} on {cluster.nodes} node(s),"
-        f" {cluster.memory / 1e9:,.1f} GB of each usable{flops}",
-        f"run           {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens:"
-        f" {facts['tokens'] / 1e9:,.3f} billion tokens",
-        *(f"data          {line}" for line in facts["epochs"]),
-        f"time          {hours}",
-        f"disk          {facts['disk_bytes'] / 1e9:,.1f} GB: a checkpoint has"
-        f" {facts['checkpoint_bytes'] / 1e9:,.1f} GB; keep_last {config.checkpoint.keep_last},"
-        f" keep_best {config.checkpoint.keep_best}, one in writing",
+        f"model   {figure(facts['parameters'] / 1e6)}M parameters,"
+        f" {figure(facts['flops_per_token'] / 1e9)} GFLOPs a token",
+        f"GPUs    {cluster.nodes} × {cluster.per_node} {cluster.name}:"
+        f" {figure(cluster.memory / 1e9)} GB of each to use{rate}",
+        f"run     {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens:"
+        f" {figure(facts['tokens'] / 1e9)} billion tokens",
+        *(f"data    {line}" for line in facts["epochs"]),
+        f"time    {hours}",
+        f"disk    {figure(facts['disk_bytes'] / 1e9)} GB: {figure(facts['checkpoint_bytes'] / 1e9)}"
+        f" GB a checkpoint, {keep.keep_last} kept and one being written, {keep.keep_best} best",
         "",
-        "GB a GPU at the peak of a step, with the largest micro-batch that fits:",
-        "strategy recompute micro × number"
-        + "".join(f"{name:>9}" for name in (*(SHORT.get(p, p) for p in PARTS), "total"))
-        + "   ",
+        "GB a GPU at the peak of a step, with micro-batches (number × size) that divide the global",
+        "batch best; most: the largest that fits. * is recommended, - does not fit.",
+        f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}"
+        + "".join(f"{SHORT.get(part, part):>8}" for part in (*PARTS, "total")),
     ]
     for one in found:
-        setup = one.setup
-        shape = f"{setup.micro_batch} × {setup.micro_batches}"
+        mark = "*" if one is best else " " if one.fits else "-"
+        shape = f"{one.setup.micro_batches} × {one.setup.micro_batch}"
+        digits = 2 if one.total < 100e9 else 1
+        values = (*(one.memory[part] for part in PARTS), one.total)
         lines.append(
-            f"{setup.strategy:<8} {setup.recompute:<9} {shape:>14}"
-            + "".join(f"{one.memory[part] / 1e9:9,.2f}" for part in PARTS)
-            + f"{one.total / 1e9:9,.2f}"
-            + ("  <--" if one is best else "" if one.fits else "  no")
+            f"{mark} {one.setup.strategy:<5}{one.setup.recompute:<10}{one.largest:>5}{shape:>9}"
+            + "".join(f"{value / 1e9:8,.{digits}f}" for value in values)
         )
+    strategy, recompute = config.parallel.strategy, config.train.recompute
+    own = option(config, cluster, strategy, recompute, config.train.micro_batch_size)
+    lines += [
+        f"CONFIG itself ({strategy}, {recompute}, {own.setup.micro_batches} ×"
+        f" {own.setup.micro_batch}): {own.total / 1e9:,.2f} GB, which"
+        f" {'fits' if own.fits else 'does not fit'}"
+    ]
     if not best:
         return lines
     command = launch(cluster, facts, arguments)
@@ -403,12 +410,17 @@ def told(
     ]
 
 
+def figure(number: float) -> str:
+    """A number with as many digits as count."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
 def why(config: Config, cluster: Cluster, found: list[Option], best: Option) -> list[str]:
     """The recommendation and its reasons."""
     setup = best.setup
     reasons = [
         f"Recommended: {setup.strategy}, recompute = {setup.recompute}, {setup.micro_batches}"
-        f" micro-batches of {setup.micro_batch} on each of {cluster.gpus} ranks make the global"
+        f" micro-batches of {setup.micro_batch} on each rank make the global"
         f" batch of {config.train.global_batch_size}."
     ]
     if fillers := setup.sequences - config.train.global_batch_size:
@@ -463,16 +475,17 @@ def request(config: Config, facts: dict[str, Any]) -> list[str]:
     """A paragraph for an allocation request."""
     if not facts["hours"]:
         return []
+    nodes = f"{facts['nodes']} node{'s' * (facts['nodes'] > 1)}"
     text = (
-        f"We request {facts['gpu_hours']:,.0f} GPU-hours ({facts['gpus']} {facts['gpu']} on"
-        f" {facts['nodes']} node(s) for {facts['hours']:,.0f} hours) and"
-        f" {facts['disk_bytes'] / 1e12:,.2f} TB of disk to train a Llama 2 transformer of"
-        f" {facts['parameters'] / 1e9:,.2f} billion parameters on"
-        f" {facts['tokens'] / 1e9:,.1f} billion tokens in sequences of {config.data.seq_len}."
+        f"We request {figure(facts['gpu_hours'])} GPU-hours ({facts['gpus']} {facts['gpu']} on"
+        f" {nodes} for {figure(facts['hours'])} hours) and"
+        f" {figure(facts['disk_bytes'] / 1e9)} GB of disk to train a Llama 2 transformer of"
+        f" {figure(facts['parameters'] / 1e9)} billion parameters on"
+        f" {figure(facts['tokens'] / 1e9)} billion tokens in sequences of {config.data.seq_len}."
         f" The training takes {facts['total_flops']:.2e} floating-point operations (6 a parameter"
         f" and token, and attention); the hours assume that it reaches"
-        f" {facts['mfu']:.0%} of the GPUs' dense bfloat16 rate, as published runs of this kind do"
-        " (docs/planning.md). Evaluation, checkpoints, queueing and repeated runs are not counted."
+        f" {facts['mfu']:.0%} of the GPUs' dense bfloat16 rate (published runs of this kind: 39% to"
+        " 46%). Evaluation, checkpoints, queueing and repeated runs are not counted."
     )
     return textwrap.wrap(text, 100)
 

@@ -131,7 +131,7 @@ def test_passed_on_options_are_sentencepieces_own():
         assert "unknown field" not in str(error.value).lower(), option
 
 
-@pytest.mark.parametrize("program", ["rocket", "prepare", "train_tokenizer", "sample"])
+@pytest.mark.parametrize("program", ["rocket", "prepare", "train_tokenizer", "plan", "sample"])
 def test_help_of_every_program(program):
     command = [sys.executable, str(ROOT / f"{program}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
