@@ -197,9 +197,10 @@ def init_distributed(config: Config) -> World:
 
 def _keep_freed_memory() -> None:
     """Lets glibc use freed memory again, where it would return large pieces to the system at once:
-    each step's tensors would come as new pages, and filling in those took a tenth of a step."""
+    each step's tensors would come as new pages, and filling in those took a tenth of a step.
+    MALLOC_MMAP_THRESHOLD_ in the environment is the user's own choice."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:  # glibc's; speed alone depends on it
+    if mallopt and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # glibc's
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
