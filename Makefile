@@ -40,6 +40,7 @@ test: $(READY)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
 
 test-all: $(READY)
+	$(PY) -m pip install --quiet -r tests/requirements.txt
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slurm"
 	$(PY) -m pytest -m slurm
 

@@ -30,6 +30,18 @@ ACCEPT_CHANGES = "--accept-changes"
 DATASET_VERSION = 1  # of the format that prepare.py writes and dataset.py reads
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 
+# Dense bfloat16 FLOP/s by the makers' datasheets; the first name found in the device's wins.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 4090": 165e12,
+}
+
 Resume = Literal["free", "consent", "refused"]
 Recompute = Literal["none", "selective", "block"]
 
@@ -310,6 +322,16 @@ class CheckpointConfig:
 
 
 @dataclass
+class LogConfig:
+    report: bool = key(True, "write report.html at each evaluation and at the end", resume="free")
+    tensorboard: bool = key(
+        False,
+        "write TensorBoard's event files too, to tensorboard/ of the run directory",
+        resume="free",
+    )
+
+
+@dataclass
 class Config:
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -318,6 +340,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
@@ -608,6 +631,26 @@ def _config_file(name: str) -> Path:
     return path
 
 
+def read_utf8(path: Path) -> str:
+    """The text of a file that the user named, its line ends as they are.
+
+    Raises:
+        UserError: it can't be read or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_rows(path: Path) -> list[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank; errors as read_utf8's."""
+    lines = enumerate(read_utf8(path).split("\n"), 1)
+    return [(row, line.removesuffix("\r")) for row, line in lines if line.strip()]
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file so that it appears whole or not at all, even if the machine stops."""
     temporary = path.with_name(path.name + ".tmp")
@@ -695,7 +738,7 @@ def markdown_table() -> str:
 
 def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a program's main; a user's mistake becomes one line and exit code 1."""
-    with _told_in_one_line():
+    with told_in_one_line():
         main(sys.argv[1:])
     sys.exit(0)
 
@@ -705,12 +748,13 @@ def check_command_line(**expected: Any) -> None:
 
     Called before a program's slow imports, so that nobody waits seconds for either.
     """
-    with _told_in_one_line():
+    with told_in_one_line():
         load_config(sys.argv[1:], **expected)
 
 
 @contextlib.contextmanager
-def _told_in_one_line() -> Iterator[None]:
+def told_in_one_line() -> Iterator[None]:
+    """Within it a user's mistake becomes one line and exit code 1."""
     sys.stdout.reconfigure(errors="replace")  # where the terminal can't show all of Unicode
     try:
         yield

@@ -9,7 +9,6 @@ plain Llama makes of it with the weights that were written, read back. One part 
 memory at a time. Where a proof fails nothing is left behind.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 import argparse

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity
 
-import sample
+import generation
 from bench import Contestant, Json, Options, load_module, whole_number, whole_numbers
 from checkpoint import Saver, find_resumable, load_optimizer, load_weights
 from config import Config, ConfigError, UserError, tables
@@ -269,7 +269,7 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
 
 @contextlib.contextmanager
 def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Generate, int]]:
-    """sample.generate, timed to its first token and from there on; and the number of parameters."""
+    """generation.generate, timed to its first token and from there on; the number of parameters."""
     vocab_size = config.tokenizer.vocab_size
     with torch.device("meta"):
         model = Llama(config.model, vocab_size)
@@ -277,13 +277,14 @@ def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Gener
     model.tie()
     initialise(model, config)
     model.requires_grad_(False)
-    prepare = getattr(sample, "prepare", Llama.to)  # other checkouts may have none
-    model = prepare(model, world.device, world.dtype)
+    model = model.to(world.dtype)
+    if config.train.compile == "on" and world.device.type == "cpu":
+        generation.compile_rows(model)
 
     def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
         wait_for(world.device)
         start = time.perf_counter()
-        steps = sample.generate(model, prompts, sample.Settings(new, temperature=0.0))
+        steps = generation.generate(model, prompts, generation.Settings(new, temperature=0.0))
         next(steps)
         first = time.perf_counter()
         made = sum(1 for _ in steps)

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import (
 from config import ModelConfig, Recompute
 
 IGNORE = -100  # a target that is not trained on
+SHORT = 256  # tokens, see multiplies_faster
 
 
 class KVCache:
@@ -54,15 +55,26 @@ class KVCache:
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.starts = torch.arange(batch_size, device=device)[:, None] * length
 
-    def update(
-        self, layer: int, places: Tensor, k: Tensor, v: Tensor, length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, K, T, E) at places (B T), counted over all rows; returns the first
-        `length` entries of each row (B, K, length, E)."""
-        kept = self.keys[layer], self.values[layer]
-        for entries, new in zip(kept, (k, v), strict=True):
-            entries.flatten(0, 1).index_copy_(0, places, new.transpose(1, 2).flatten(0, 1))
-        return kept[0][:, :length].transpose(1, 2), kept[1][:, :length].transpose(1, 2)
+    def layer(self, number: int, places: Tensor, length: int) -> Past:
+        """What a layer works with: places of the current tokens (B T), entries to look at."""
+        return Past(self.keys[number], self.values[number], places, length)
+
+
+class Past(NamedTuple):
+    """A layer's keys and values (B, S, K, E), where in them, counted over all rows, those of the
+    current tokens belong (B T), and how many of each row are looked at."""
+
+    keys: Tensor
+    values: Tensor
+    places: Tensor
+    length: int
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, K, T, E); returns the first entries of each row (B, K, length, E)."""
+        for kept, new in ((self.keys, k), (self.values, v)):
+            kept.flatten(0, 1).index_copy_(0, self.places, new.transpose(1, 2).flatten(0, 1))
+        keys, values = self.keys[:, : self.length], self.values[:, : self.length]
+        return keys.transpose(1, 2), values.transpose(1, 2)
 
 
 class RMSNorm(nn.Module):
@@ -112,15 +124,33 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> 
         # The heads of a group as so many queries: kernels that take a mask don't take groups.
         heads = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
         return attend(heads, k, v, mask).flatten(1, 2)[:, :, None]
+    if mask is None and multiplies_faster(q):
+        heads = q.unflatten(1, (k.shape[1], -1))
+        return attend_by_products(heads, k[:, :, None], v[:, :, None]).flatten(1, 2)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
 
 
+def multiplies_faster(q: Tensor) -> bool:
+    """Whether whole products beat the kernel that makes blocks of them: in bfloat16 on a CPU, where
+    the compiler fuses what is between them, over rows so short that all their scores may exist
+    (measured at 256 tokens, head_dim 48, both ways: half the kernel's time)."""
+    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return on_cpu and torch.compiler.is_compiling() and q.shape[2] <= SHORT
+
+
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention (B, K, H/K, T, E) of q over k, v (B, K, 1, T, E), as it is written down."""
+    places = torch.arange(q.shape[-2], device=q.device)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    scores = scores.float().masked_fill(places[:, None] < places, -math.inf)
+    return scores.softmax(-1).to(q.dtype) @ v
+
+
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.layer = layer
         self.head_dim = config.dim // config.n_heads
         self.q_proj = nn.Linear(config.dim, config.n_heads * self.head_dim, bias=False)
         self.k_proj = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
@@ -132,7 +162,7 @@ class Attention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | BlockMask | None,
-        context: Context | None,
+        past: Past | None,
     ) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
@@ -140,8 +170,8 @@ class Attention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if context:
-            k, v = context.cache.update(self.layer, context.places, k, v, context.length)
+        if past:
+            k, v = past.update(k, v)
         y = attend(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
@@ -158,11 +188,11 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, recompute: Recompute):
+    def __init__(self, config: ModelConfig, recompute: Recompute):
         super().__init__()
         self.recompute = recompute
         self.input_layernorm = RMSNorm(config.dim, config.norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
@@ -171,23 +201,23 @@ class Block(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | BlockMask | None,
-        context: Context | None,
+        past: Past | None,
     ) -> Tensor:
         if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.add_both(x, rotary, mask, context)
+            return self.add_both(x, rotary, mask, past)
         keep = {"context_fn": keep_products} if self.recompute == "selective" else {}
         # there is no dropout, hence no state of randomness to go back to
         options = {"use_reentrant": False, "preserve_rng_state": False, **keep}
-        return checkpoint(self.add_both, x, rotary, mask, context, **options)
+        return checkpoint(self.add_both, x, rotary, mask, past, **options)
 
     def add_both(
         self,
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | BlockMask | None,
-        context: Context | None,
+        past: Past | None,
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, context)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -217,25 +247,18 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, recompute: Recompute):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab_size, config.dim)
-        layers = (Block(config, layer, recompute) for layer in range(config.n_layers))
+        layers = (Block(config, recompute) for _ in range(config.n_layers))
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(config.dim, config.norm_eps)
 
 
-class Context:
-    """What attention needs when generating: where the tokens stand and what came before."""
-
-    def __init__(self, cache: KVCache, positions: Tensor, length: int):
-        assert length <= cache.length, "the cache is shorter than length"
-        self.cache = cache
-        self.length = length
-        self.places = (cache.starts + positions).flatten()
-        keys = torch.arange(length, device=positions.device)
-        unseen = (keys > positions[..., None])[:, None]  # (B, 1, T, S)
-        # Not boolean: each layer would make this of it.
-        dtype = cache.keys[0].dtype
-        self.mask = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
-        self.mask.masked_fill_(unseen, -math.inf)
+def past_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores (B, 1, T, length): a token at a position (B, T) of its row sees what
+    stands before it. Not boolean: each layer would make this of it."""
+    keys = torch.arange(length, device=positions.device)
+    unseen = (keys > positions[..., None])[:, None]
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
+    return mask.masked_fill_(unseen, -math.inf)
 
 
 class Llama(nn.Module):
@@ -303,18 +326,20 @@ class Llama(nn.Module):
             only: the one token of each row (B,) whose logits are wanted (B, 1, V): those of a long
                 prompt would take gigabytes.
         """
-        context = mask = None
+        mask, past = None, [None] * len(self.model.layers)
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             if documents is not None:
                 mask = document_mask(documents)
         else:
-            context = Context(cache, positions, length)
-            mask = context.mask
+            assert length <= cache.length, "the cache is shorter than length"
+            mask = past_mask(positions, length, cache.keys[0].dtype)
+            places = (cache.starts + positions).flatten()
+            past = [cache.layer(number, places, length) for number in range(len(past))]
         rotary = rotary_tables(positions, self.config)
         x = self.model.embed_tokens(tokens)
-        for layer in self.model.layers:
-            x = layer(x, rotary, mask, context)
+        for layer, seen in zip(self.model.layers, past, strict=True):
+            x = layer(x, rotary, mask, seen)
         if only is not None:
             x = x[torch.arange(len(x), device=x.device), only][:, None]
         x = self.model.norm(x)

@@ -137,7 +137,7 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
     max_steps = run_length(config, data)
     tokens_a_step = config.train.global_batch_size * data.seq_len
     flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
-    log = RunLog(directory, world, max_steps, tokens_a_step, flops)
+    log = RunLog(directory, config.log, world, max_steps, tokens_a_step, flops)
     claim = Claim(directory)
     progress, start, saver = Progress(), Progress(), None
     try:
@@ -217,6 +217,9 @@ def train_steps(run: Run, progress: Progress) -> str:
     batch_size, max_steps = config.train.global_batch_size, log.max_steps
     replicated = replicate(run.model, world)
     record = world.once(lambda: identity(config, run.inputs))
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    about = {"parameters": parameters, "ranks": world.size, "max_steps": max_steps}
+    log.job_row(progress.step, about | {name: record[name] for name in ("commit", "versions")})
     norms = torch.tensor(progress.norms, device=world.device)
     lagged: Lagged[tuple[int, float]] = Lagged()
     first, saved = progress.step, replace(progress)
@@ -425,6 +428,7 @@ def validate(run: Run, model: nn.Module, progress: Progress) -> bool:
         reshard(run.model)
         for row in rows:
             log.row({"step": progress.step, **row}, "samples.jsonl")
+    log.report()
     log.restart_clock()
     best = progress.best_val_losses
     is_best = not best or progress.val_loss < best[0]

@@ -7,15 +7,18 @@ lies after it, so that each step stands in the files once.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import resource
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,9 +29,11 @@ from tqdm import tqdm
 from checkpoint import Checkpoint, checkpoint_paths, readable_checkpoints, remove_leftovers
 from config import (
     ACCEPT_CHANGES,
+    PEAK_FLOPS,
     Config,
     ConfigError,
     DataConfig,
+    LogConfig,
     UserError,
     build_config,
     changes,
@@ -39,20 +44,10 @@ from config import (
 )
 from dataset import mixture_fingerprint, mixture_weights, read_manifest
 from distributed import World
-from job import Claim, changed_code, code_in_use, print_diff, snapshot_code
+from job import CODE, Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
 
-# Dense bfloat16 FLOP/s by the makers' datasheets; the first name found in the device's wins.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 4090": 165e12,
-}
+REPORT_SECONDS = 300.0  # that report.py may take; a million rows are read in 11
 
 
 def device_peak(device: torch.device) -> float | None:
@@ -95,6 +90,11 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         raise ConfigError(
             "train.init_from=resume: resuming is automatic, run the same command again;"
             " init_from takes another run or checkpoint to start a new run from"
+        )
+    if config.log.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UserError(
+            "log.tensorboard: the package tensorboard is missing:"
+            " pip install 'rocket-llama[tensorboard]'"
         )
     tokenizer = configured_tokenizer(config.tokenizer)
     weights = mixture_weights(config.data)
@@ -295,20 +295,29 @@ def _check_device(config: Config, device: torch.device) -> None:
 
 
 class RunLog:
-    """Rows, status and console of a run; ranks other than 0 write nothing."""
+    """Rows, status, report and console of a run; ranks other than 0 write nothing."""
 
-    FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl")
+    FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl", "jobs.jsonl")
 
     def __init__(
-        self, directory: Path, world: World, max_steps: int, tokens_a_step: int, flops: float
+        self,
+        directory: Path,
+        config: LogConfig,
+        world: World,
+        max_steps: int,
+        tokens_a_step: int,
+        flops: float,
     ) -> None:
-        self.directory, self.tokens_a_step = directory, tokens_a_step
+        self.directory, self.config, self.tokens_a_step = directory, config, tokens_a_step
         self.enabled = world.rank == 0
         self.device = world.device
         self.max_steps = max_steps
         peak = device_peak(world.device)
         self.peak_rate = peak * world.size / flops if peak else None  # tokens/s at 100% MFU
         self.files: dict[str, Any] = {}
+        self.boards: dict[str, Any] = {}  # TensorBoard's writers, by what their rows are of
+        self.reporter = ThreadPoolExecutor(1, "report")  # exiting Python waits for its last report
+        self.next_report: Future[None] = Future()
         self.bar = tqdm(disable=True)
         self.failed_at = self._failed_at() if self.enabled else None
 
@@ -318,11 +327,28 @@ class RunLog:
         self.restart_clock()
         if self.enabled:
             for name in self.FILES:
-                cut_rows(self.directory / name, step, evaluated)
+                known = math.inf if name == "jobs.jsonl" else step  # what came to nothing was a job
+                cut_rows(self.directory / name, known, evaluated)
                 self.files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
+            if self.config.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                for kind, first in (("train", step + 1), ("val", step + evaluated)):
+                    folder = str(self.directory / "tensorboard" / kind)
+                    self.boards[kind] = SummaryWriter(folder, purge_step=first)
         self.status("running", None, step)
+
+    def job_row(self, step: int, about: dict[str, Any]) -> None:
+        """Writes the row of the job that begins at a step, with what else is known about it."""
+        job = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "device": self.device.type,
+        }
+        self.row(self._place(step) | job | about, "jobs.jsonl")
 
     @property
     def hours(self) -> float:
@@ -356,6 +382,7 @@ class RunLog:
             row["mfu"] = row["tokens_per_second"] / self.peak_rate
         row["memory_gb"] = memory_gb(self.device)
         self.row(row)
+        self.board("train", step, row)
         self.say(
             f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {rate:.2e}"
             f" | grad norm {grad_norm:.2f} | {row['tokens_per_second']:,.0f} tok/s"
@@ -368,6 +395,7 @@ class RunLog:
     def evaluation_row(self, step: int, scores: dict[str, Any]) -> None:
         """Writes and prints the row of an evaluation."""
         self.row(self._place(step) | scores)
+        self.board("val", step, scores)
         self.say(
             f"step {step}/{self.max_steps} | val loss {{val_loss:.4f}} | perplexity"
             " {val_perplexity:.2f} | {val_bits_per_byte:.4f} bits/byte".format(**scores)
@@ -382,6 +410,31 @@ class RunLog:
             line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
             self._guarded(lambda: self.files[file].write(line.encode()))
 
+    def board(self, kind: str, step: int, row: dict[str, Any]) -> None:
+        """Passes a row's numbers on to TensorBoard, if it is to know."""
+        if kind in self.boards:
+            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+            for name, value in numbers.items():
+                self.boards[kind].add_scalar(name.removeprefix("val_"), value, step)
+
+    def report(self) -> None:
+        """Has report.html written by a process of low priority beside training, one at a time."""
+        if self.files and self.config.report:
+            self.next_report.cancel()  # if it still waits for the one before
+            self.next_report = self.reporter.submit(self._report)
+
+    def _report(self) -> None:
+        command = ["nice", sys.executable, str(CODE / "report.py"), str(self.directory)]
+        options = {"capture_output": True, "text": True, "timeout": REPORT_SECONDS}
+        try:  # in a session of its own: Ctrl-C at the terminal is meant for training
+            done = subprocess.run(command, **options, start_new_session=True)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            self.say(f"no report.html: {error}")
+            return
+        if done.returncode:
+            last = done.stderr.strip().rpartition("\n")[2]
+            self.say(f"no report.html: {last or f'exit code {done.returncode}'}")
+
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
         if self.enabled:
@@ -392,6 +445,8 @@ class RunLog:
         """Makes all rows so far durable."""
         for file in self.files.values():
             self._guarded(lambda file=file: os.fsync(file.fileno()))
+        for board in self.boards.values():
+            self._guarded(board.flush)
 
     def _guarded(self, write: Callable[[], Any]) -> None:
         try:
@@ -439,6 +494,7 @@ class RunLog:
             self.status("failed", reason, step, may_pass and self.failed_at != step)
         except UserError as error:
             print(f"no status.json: {error}", file=sys.stderr)
+        self.report()
 
     def end(self, reason: str, step: int, advanced: bool) -> None:
         """Records and says that the run ended in order.
@@ -457,12 +513,13 @@ class RunLog:
             told += " (too short for any progress: give it more)"
         requeue = reason == "signal" or (reason == "deadline" and advanced)
         self.status(told.split()[0], None if reason == "max_steps" else reason, step, requeue)
+        self.report()
         self.say(f"{told} at step {step}: {self.directory}")
 
     def close(self) -> None:
         """Closes the files and the progress bar."""
         self.bar.close()
-        for file in self.files.values():
+        for file in (*self.files.values(), *self.boards.values()):
             file.close()
 
 
@@ -471,7 +528,7 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def cut_rows(path: Path, step: int, evaluated: bool) -> None:
+def cut_rows(path: Path, step: float, evaluated: bool) -> None:
     """Cuts a file of rows behind the last whole one up to a step.
 
     If that step was not evaluated yet, rows of an evaluation that a job before began are cut too.

@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         run_directory = Path(directory)
         inputs = check_inputs(run_directory, config, False)
         data, val_data = rocket.open_datasets(config, inputs)
-        log = RunLog(run_directory, world, 10**9, 1, 1)
+        log = RunLog(run_directory, config.log, world, 10**9, 1, 1)
         log.restart_clock()
         model, optimizer = rocket.build(config, inputs, None, log, world)
         saver = Saver(run_directory, model, optimizer, config.checkpoint, lambda: None, world)

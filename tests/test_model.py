@@ -16,6 +16,8 @@ from model import (
     IGNORE,
     KVCache,
     Llama,
+    attend,
+    attend_by_products,
     flops_per_token,
     initial_weight,
     parameter_count,
@@ -90,6 +92,22 @@ def reference(model):
 def assert_close(ours, theirs, bound=1e-4):
     """Within 1e-4 of the largest, the project's bound (measured: about 1e-6)."""
     assert (ours - theirs).abs().max() <= bound * theirs.abs().max()
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2])
+def test_attention_by_products_is_the_kernels(n_kv_heads):
+    q = torch.randn(2, 4, 7, 16)
+    k, v = torch.randn(2, 2, n_kv_heads, 7, 16)
+    heads = q.unflatten(1, (n_kv_heads, -1))
+    products = attend_by_products(heads, k[:, :, None], v[:, :, None]).flatten(1, 2)
+    assert torch.allclose(products, attend(q, k, v, None), atol=1e-6)
+
+
+def test_compiled_bfloat16_attention_is_near_that_of_float32():
+    q, k, v = torch.randn(3, 2, 4, 40, 16, dtype=torch.bfloat16)
+    compiled = torch.compile(attend, fullgraph=True)(q, k, v, None)
+    exact = attend(q.float(), k.float(), v.float(), None)
+    assert (compiled.float() - exact).norm() < 2e-2 * exact.norm()
 
 
 def test_logits_and_gradients_are_those_of_transformers(config):

@@ -10,7 +10,6 @@ import pty
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -19,21 +18,22 @@ from training import ENVIRONMENT, overrides, run_many
 
 from checkpoint import checkpoint_paths, find_checkpoint
 from config import ROOT, ModelConfig, UserError
-from model import Llama, initial_weight
-from sample import (
+from generation import (
     Completion,
     Settings,
     choose,
+    compile_rows,
     drawable,
     generate,
     keep_top_k,
     keep_top_p,
     load_model,
-    main,
+    open_source,
     penalise_repetition,
-    prepare,
     uniform_numbers,
 )
+from model import Llama, initial_weight
+from sample import main
 from tokenizer import Tokenizer
 from train_tokenizer import DEFAULTS
 
@@ -136,16 +136,12 @@ def test_greedy_text_is_that_of_transformers(model):
         assert continuations(model, [prompt], SETTINGS["greedy"]) == [expected]
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_preparing_changes_nothing(model, name, tied):
-    copied = copy.deepcopy(model)
-    copied.config = replace(CONFIG, tie_embeddings=tied)
-    copied.tie()
-    expected = continuations(copied, PROMPTS, SETTINGS[name])
-    prepared = prepare(copied, torch.device("cpu"), torch.float32)
-    assert not prepared.lm_head.weight.is_contiguous()
-    assert continuations(prepared, PROMPTS, SETTINGS[name]) == expected
+def test_compiled_products_change_nothing(model, name):
+    compiled = copy.deepcopy(model)
+    compile_rows(compiled)
+    expected = continuations(model, PROMPTS[:1], SETTINGS[name])
+    assert continuations(compiled, PROMPTS[:1], SETTINGS[name]) == expected
 
 
 def test_rows_end_on_their_own(model):
@@ -352,7 +348,8 @@ def test_continues_a_prompt(run, capsys):
 @pytest.mark.parametrize("name", ["untied", "tied"])
 def test_weights_are_those_of_the_checkpoint(runs, name):
     checkpoint = find_checkpoint(runs / name, "last")
-    model = load_model(checkpoint).to(torch.float32)
+    source = open_source(runs / name, "last")
+    model = load_model(source, torch.device("cpu"), torch.float32)
     for parameter, weight in model.named_parameters():
         assert torch.equal(weight, checkpoint.tensor("model", parameter))
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == (name == "tied")
@@ -387,6 +384,27 @@ def test_prompt_files_and_json(run, tmp_path, capsys):
         assert row["end"] in ("length", "eos")
     alone = sample(capsys, run, "--prompt=import os", "--max-tokens=12", "--json").out
     assert json.loads(alone) == rows[2]
+
+
+def test_json_tells_each_token(run, capsys):
+    arguments = ["--prompt=def main(", "--max-tokens=8", "--temperature=0", "--json"]
+    shown = sample(capsys, run, *arguments, "--logprobs=3", "--seed=5").out
+    row = json.loads(shown)
+    tokens = row["logprobs"]
+    assert len(tokens) == row["tokens"]
+    assert row["settings"]["seed"] == 5
+    assert row["step"] == 20
+    source = open_source(run)
+    ids = [source.tokenizer.bos_id, *source.tokenizer.encode("def main(").tolist()]
+    ids += [token["id"] for token in tokens]
+    model = load_model(source, torch.device("cpu"), torch.float32)
+    logs = model(torch.tensor([ids])).double().log_softmax(-1)[0, -len(tokens) - 1 : -1]
+    for of_model, token in zip(logs, tokens, strict=True):
+        assert token["logprob"] == pytest.approx(of_model[token["id"]].item(), abs=1e-5)
+        best = [likely["logprob"] for likely in token["likeliest"]]
+        assert best == pytest.approx(of_model.topk(3).values.tolist(), abs=1e-5)
+        assert token["piece"] == source.tokenizer.processor.id_to_piece(token["id"])
+    assert "logprobs" not in json.loads(sample(capsys, run, *arguments).out)
 
 
 def test_streams_to_a_terminal(run, capsys):
@@ -445,6 +463,11 @@ def test_the_context_is_filled_but_for_an_explicit_wish(run, capsys):
         (["--prompt=\udce9"], "UTF-8"),
         (["--prompt-file=/nowhere"], "/nowhere: No such file"),
         ([], "--prompt"),
+        (["--prompt=a", "--logprobs=2"], "--logprobs is for --json"),
+        (["--evaluate=val", "--prompt=a"], "--evaluate and --prompt: give one"),
+        (["--evaluate=test"], "no test split"),
+        (["--evaluate=/nowhere.txt"], "/nowhere.txt: No such file"),
+        (["--choices=/nowhere.jsonl"], "/nowhere.jsonl: No such file"),
     ],
 )
 def test_mistakes(run, capsys, arguments, words):

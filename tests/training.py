@@ -48,6 +48,7 @@ def overrides(dataset: Path, tokenizer: Path, out: Path, **values: object) -> li
         "optimizer__learning_rate": 3e-3,
         "optimizer__warmup_steps": 4,
         "checkpoint__interval": 10,
+        "log__report": "false",  # a process an evaluation; tests/test_report.py has it written
         **values,
     }
     return [f"--{name.replace('__', '.')}={value}" for name, value in keys.items()]

@@ -1,0 +1,353 @@
+"""Generation: prompts to tokens, a batch at a time, and tokens to text as it becomes certain.
+
+A sample depends on its prompt, the settings, the seed and its number, never on its neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from checkpoint import Checkpoint, find_checkpoint
+from config import Config, ModelConfig, UserError
+from distributed import check_compiler
+from model import KVCache, Llama
+from pretrained import Pretrained
+from tokenizer import Tokenizer
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Source(NamedTuple):
+    """Where a model is read from: weights by name, mapped from their files, and their tokenizer.
+
+    Attributes:
+        config: of the model.
+        run_config: of the run; None for a model from elsewhere.
+        template: how conversations were written that it learnt from, if it did.
+        weights: names of the parameters, tied ones once.
+    """
+
+    path: Path
+    step: int | None
+    val_loss: float
+    config: ModelConfig
+    run_config: Config | None
+    tokenizer: Tokenizer
+    template: dict[str, str] | None
+    weights: list[str]
+    tensor: Callable[[str], Tensor]
+
+
+def open_source(path: Path, which: str = "best") -> Source:
+    """A run directory's checkpoint, "best" or "last", one checkpoint, or a Hugging Face directory.
+
+    Raises:
+        UserError: it is none of them, is damaged, or its tokenizer is not its own.
+    """
+    if (path / "config.json").is_file():
+        found = Pretrained(path)
+        tokenizer = Tokenizer(found.tokenizer_path)
+        names = [*found.shapes()]
+        parts = found.config, None, tokenizer, found.template, names, found.tensor
+        return Source(path, None, math.inf, *parts)
+    checkpoint = find_checkpoint(path, which)
+    tokenizer = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
+    if tokenizer.sha256 != checkpoint.manifest["tokenizer_sha256"]:
+        raise UserError(
+            f"{tokenizer.path} is not the tokenizer that {checkpoint.path} was trained with; put"
+            " the original back"
+        )
+    config, template = checkpoint.config, checkpoint.manifest.get("template")
+    tensor: Callable[[str], Tensor] = partial(Checkpoint.tensor, checkpoint, "model")
+    parts = config.model, config, tokenizer, template, [*checkpoint.shapes("model")], tensor
+    return Source(checkpoint.path, checkpoint.step, checkpoint.val_loss, *parts)
+
+
+def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llama:
+    """The model with a source's weights: mapped from its files where they are as they should be,
+    else converted one at a time."""
+    weights = {name: source.tensor(name).to(device, dtype) for name in source.weights}
+    with torch.device("meta"):
+        model = Llama(source.config, len(weights[EMBEDDING]), loss_chunk=2048)
+    if model.config.tie_embeddings:
+        weights[HEAD] = weights[EMBEDDING]  # stored once
+    model.load_state_dict(weights, assign=True)
+    model.tie()
+    return model.requires_grad_(False)
+
+
+def compile_rows(model: Llama) -> None:
+    """Compiles what one token alone goes through, in place: for a CPU, where the libraries read a
+    matrix with one thread and at half the speed that memory has.
+
+    Raises:
+        UserError: there is no compiler.
+    """
+    check_compiler(model.lm_head.weight.device)
+
+    def part(plain: Callable, compiled: Callable, x: Tensor, *others: Any) -> Tensor:
+        return (compiled if x.numel() == x.shape[-1] else plain)(x, *others)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.__class__ = RowLinear  # by its class, so that one graph serves all layers
+    for module in (*model.model.layers, model.lm_head):
+        module.forward = partial(part, module.forward, torch.compile(module.forward))
+
+
+class RowLinear(nn.Linear):
+    """A linear layer whose product with a single row the compiler can write, with all threads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() != x.shape[-1]:
+            return super().forward(x)
+        product = (self.weight.float() * x.flatten().float()).sum(-1)
+        return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the next token is drawn; the defaults draw from the model's own distribution."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0  # 0: the likeliest token
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+
+
+@torch.inference_mode()
+def generate(
+    model: Llama,
+    prompts: list[list[int]],
+    settings: Settings,
+    *,
+    allowed: Tensor | None = None,
+    stop_ids: Sequence[int] = (),
+    samples: list[int] | None = None,
+    watch: Callable[[Tensor, Tensor], Any] | None = None,
+) -> Iterator[list[int | None]]:
+    """Continues a batch of prompts of any lengths, a token each a step.
+
+    Args:
+        prompts: ids, BOS included; each shorter than model.max_seq_len.
+        allowed: which ids may be drawn (V,); None: all.
+        stop_ids: ids that end a row.
+        samples: the number of each row's sample, its own source of randomness; None: 0, 1, …
+        watch: called at each step with the model's logits (B, V) and the ids chosen (B,).
+
+    Yields:
+        The next id of each row; None where the row has ended: a stop id was its last, or it has
+        settings.max_tokens, or prompt and completion fill model.max_seq_len.
+    """
+    rows, device, limit = len(prompts), model.lm_head.weight.device, model.config.max_seq_len
+    longest = max(map(len, prompts))
+    assert longest < limit, "a prompt leaves no room"
+    length = min(longest + settings.max_tokens, limit)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    randoms = uniform_numbers(settings, samples or list(range(rows))).to(device)
+    seen = None
+    if settings.repetition_penalty != 1:
+        seen = torch.zeros(rows, model.vocab_size, dtype=torch.bool, device=device)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+    ended = [False] * rows
+
+    # What shorter prompts are filled up with is written over before anything attends to it.
+    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    positions = torch.arange(longest, device=device).expand(rows, -1)
+    cache = KVCache(model.config, rows, length, device, model.lm_head.weight.dtype)
+    next_logits = None
+    logits = model(tokens, cache=cache, positions=positions, length=longest, only=lengths - 1)
+    for step in range(settings.max_tokens):
+        logits = raw = logits[:, 0].float()
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed, -math.inf)
+        chosen = choose(logits, seen, settings, randoms[:, step])
+        if watch:
+            watch(raw, chosen)
+        ids = chosen.tolist()
+        yield [None if end else token for token, end in zip(ids, ended, strict=True)]
+        for row, token in enumerate(ids):
+            full = len(prompts[row]) + step + 1 >= limit
+            ended[row] = ended[row] or full or token in stop_ids
+        if all(ended) or step + 1 == settings.max_tokens:
+            return
+        if seen is not None:
+            seen.scatter_(1, chosen[:, None], True)
+        positions = (lengths + step).clamp(max=length - 1)[:, None]  # full rows go on in place
+        now = min(longest + step + 1, length)
+        if not next_logits:
+            on_gpu = device.type == "cuda"
+            next_logits = captured(model, cache, chosen, positions) if on_gpu else model
+        logits = next_logits(chosen[:, None], cache=cache, positions=positions, length=now)
+
+
+def captured(
+    model: Llama, cache: KVCache, chosen: Tensor, positions: Tensor
+) -> Callable[..., Tensor]:
+    """The model's step by one token a row as a CUDA graph: one launch, not one for each kernel.
+
+    It attends over the whole cache, masked, whatever `length` is: a graph's shapes are fixed.
+
+    Args:
+        chosen, positions: of the step to come, which is made on the way.
+    """
+    tokens, places = chosen[:, None].clone(), positions.clone()
+
+    def step() -> Tensor:
+        return model(tokens, cache=cache, positions=places, length=cache.length)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # libraries allocate what they need, which a capture can't
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step()
+
+    def replay(chosen: Tensor, *, positions: Tensor, **_: object) -> Tensor:
+        tokens.copy_(chosen)
+        places.copy_(positions)
+        graph.replay()
+        return logits
+
+    return replay
+
+
+def choose(logits: Tensor, seen: Tensor | None, settings: Settings, randoms: Tensor) -> Tensor:
+    """The next id of each row (B,) from logits (B, V), ids seen (B, V) and randoms in [0, 1) (B,).
+
+    The order is that of transformers: penalty, temperature, top-k, top-p. The penalty alone needs
+    `seen`.
+    """
+    if seen is not None:
+        logits = penalise_repetition(logits, seen, settings.repetition_penalty)
+    if settings.temperature < 0.001:  # where the division would overflow
+        return logits.argmax(-1)
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < logits.shape[-1]:
+        logits = keep_top_k(logits, settings.top_k)
+    if settings.top_p < 1:
+        logits = keep_top_p(logits, settings.top_p)
+    # Inverse of the distribution function: one random number a token, whatever the vocabulary.
+    total = logits.double().softmax(-1).cumsum(-1)
+    return torch.searchsorted(total, (randoms * total[:, -1])[:, None], right=True)[:, 0]
+
+
+def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Makes ids seen before less likely (CTRL, Keskar et al., arXiv 1909.05858)."""
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(seen, penalised, logits)
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Leaves the k likeliest ids (and what ties with the last of them)."""
+    return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float, among: int = 1024) -> Tensor:
+    """Leaves the fewest ids that hold the share p (nucleus, Holtzman et al., arXiv 1904.09751).
+
+    Only rows that don't find them `among` the likeliest are sorted, each row for itself: it takes
+    several times as long.
+    """
+    if among >= logits.shape[-1]:
+        ordered, ids = logits.sort()  # the likeliest last: it always stays
+        dropped = ordered.softmax(-1).cumsum(-1) <= 1 - p
+        dropped[:, -1] = False
+        return logits.masked_fill(dropped.scatter(1, ids, dropped), -math.inf)
+    ordered, ids = logits.topk(among)
+    shares = (ordered.double() - logits.double().logsumexp(-1, keepdim=True)).exp()
+    dropped = shares.cumsum(-1) - shares >= p
+    flat = ~dropped[:, -1]
+    dropped[:, 0] = False
+    others = torch.ones_like(logits, dtype=torch.bool)
+    kept = logits.masked_fill(others.scatter_(1, ids, dropped), -math.inf)
+    if flat.any():
+        kept[flat] = keep_top_p(logits[flat], p, logits.shape[-1])
+    return kept
+
+
+def uniform_numbers(settings: Settings, samples: list[int]) -> Tensor:
+    """Numbers in [0, 1), a row a sample and one for each token (B, max_tokens), float64."""
+    rows = []
+    for sample in samples:
+        digest = hashlib.sha256(f"{settings.seed} {sample}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+        rows.append(torch.rand(settings.max_tokens, generator=generator))
+    return torch.stack(rows).double()
+
+
+class Completion:
+    """The text of one sample while its tokens arrive.
+
+    Attributes:
+        text: what is certain of the completion; a stop string and what follows is left out.
+        tokens: number of ids taken.
+        end: None while it goes on; then eos, stop (a stop string) or length.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], stops: list[str], stop_ids: Sequence[int]
+    ):
+        self.tokenizer, self.stops, self.stop_ids = tokenizer, stops, stop_ids
+        self.text, self.tokens, self.end = "", 0, None
+        self.ids = list(prompt)
+        self.context, self.decoded = 0, len(prompt)  # ids before `decoded` are in the text
+        self.shown = 0
+
+    def add(self, token: int | None) -> str:
+        """Takes the next id, or None at the end; returns the text that can be shown now.
+
+        Held back are characters of which bytes are missing, and what may become a stop string.
+        """
+        if self.end:
+            return ""
+        start = len(self.text)
+        if token is None or token in self.stop_ids:
+            self.end = "length" if token is None else "eos"
+            self.text += self._new_text().rstrip("\ufffd")  # half a character is none
+        else:
+            self.ids.append(token)
+            new = self._new_text()
+            if not new.endswith("\ufffd"):
+                self.text += new
+                self.context, self.decoded = self.decoded, len(self.ids)
+        self.tokens += token is not None
+        for stop in self.stops:
+            at = self.text.find(stop, max(0, start - len(stop) + 1))
+            if at >= 0:
+                self.text, self.end = self.text[:at], "stop"
+        certain = len(self.text) if self.end else len(self.text) - self._possible_stop()
+        shown, self.shown = self.shown, max(self.shown, certain)
+        return self.text[shown:certain]
+
+    def _new_text(self) -> str:
+        """Text of the ids not yet decoded; those before them tell whether a space leads it."""
+        decode, ids = self.tokenizer.decode, self.ids[self.context :]
+        return decode(ids)[len(decode(ids[: self.decoded - self.context])) :]
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the text with which a stop string begins."""
+        begun = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        return max((len(part) for part in begun if self.text.endswith(part)), default=0)
+
+
+def drawable(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
+    """Which of a model's ids are drawn (V,): EOS, but no other control piece and no spare row."""
+    allowed = torch.zeros(vocab_size, dtype=torch.bool)
+    allowed[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.byte_lengths() > 0)
+    allowed[tokenizer.eos_id] = True
+    return allowed

@@ -1,0 +1,494 @@
+"""Plans a training before there is a job: what fits on the GPUs, how long it takes, what it costs.
+
+    python plan.py CONFIG --gpus=64 --gpu=h100 [--mfu=0.4] [--section.key=value …]
+
+Needs no GPU and no dataset. It recommends a strategy, what to recompute and a micro-batch for the
+global batch of CONFIG, and says why. How good its figures are: docs/planning.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import os
+import shlex
+import textwrap
+from dataclasses import dataclass
+from typing import Any
+
+from config import (
+    PEAK_FLOPS,
+    Config,
+    ConfigError,
+    UserError,
+    load_config,
+    resolve_path,
+    run_program,
+)
+from memory import FP32, PARTS, Memory, Setup, flops_per_token, peak, sizes
+
+FLAGS = {
+    "--gpus=8": "GPUs of the job",
+    "--gpu=h100": "their kind: h100, h200, a100-40, a100-80, …; cpu: this machine's ranks",
+    "--gpus-per-node=8": "GPUs of a node",
+    "--nodes=N": "nodes, instead of --gpus",
+    "--gpu-memory-gb=GB": "memory of a GPU (10^9 bytes), where the table is wrong",
+    "--gpu-tflops=TFLOPS": "dense bfloat16 TFLOP/s of a GPU, where the table is wrong",
+    "--mfu=0.4": "share of that which training reaches; published runs: 0.39 to 0.46 (H100)",
+    "--json": "the figures as JSON",
+}
+# Memory in GiB (what nvidia-smi shows is a little less), and the name in PEAK_FLOPS.
+GPUS = {
+    "h200": (141e9, "H200"),
+    "h100": (80 * 2**30, "H100"),
+    "h100-pcie": (80 * 2**30, "H100 PCIe"),
+    "a100-80": (80 * 2**30, "A100"),
+    "a100-40": (40 * 2**30, "A100"),
+    "l40s": (48e9, "L40S"),
+    "a10": (24e9, "A10"),
+    "a10g": (24e9, "A10G"),
+    "rtx4090": (24e9, "RTX 4090"),
+}
+# Published for H100: llm-foundry 0.40 to 0.46 (7B, 13B), torchtitan 0.39 (8B); docs/planning.md.
+DEFAULT_MFU = 0.4
+# Bytes a second that a GPU gets out of NVLink and a 400 Gbit/s card: assumptions for ranking.
+INSIDE_NODE, BETWEEN_NODES = 200e9, 40e9
+# Time of a step with recomputation: measured on a CPU (docs/performance.md), and one more forward
+# pass for each forward and backward, 4/3, as llm-foundry's HFU counts it.
+RECOMPUTE_COST = {"none": 1.0, "selective": 1.1, "block": 4 / 3}
+GPU_SLACK = 0.05  # of a GPU's memory that the allocator loses to fragments; an estimate
+RECOMPUTE = ("none", "selective", "block")
+SHORT = {
+    "communication": "comm.",
+    "activations": "activ.",
+    "optimizer": "optim.",
+    "gradients": "grads",
+    "overhead": "fixed",
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a job gets."""
+
+    name: str
+    gpus: int
+    per_node: int
+    memory: float  # bytes of a GPU that tensors and the overhead may take
+    flops: float | None  # of a GPU a second, dense bfloat16
+    mfu: float
+
+    @property
+    def nodes(self) -> int:
+        return self.gpus // self.per_node
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way to train, and what it takes."""
+
+    setup: Setup
+    moment: str  # of its peak
+    memory: Memory
+    fits: bool
+    cost: float  # of a step, against its arithmetic alone
+    largest: int = 0  # micro-batch that fits
+
+    @property
+    def total(self) -> float:
+        return sum(self.memory.values())
+
+
+def option(
+    config: Config, cluster: Cluster, strategy: str, recompute: str, micro_batch: int
+) -> Option:
+    """A strategy with micro-batches of at most so many sequences, cut as by dataset.rank_share."""
+    on_gpu, train = cluster.name != "cpu", config.train
+    share = -(-train.global_batch_size // cluster.gpus)
+    micro_batches = -(-share // micro_batch)
+    low = train.dtype == "bfloat16" or (train.dtype == "auto" and on_gpu)
+    setup = Setup(
+        strategy=strategy,
+        recompute=recompute,
+        micro_batch=-(-share // micro_batches),
+        micro_batches=micro_batches,
+        ranks=cluster.gpus,
+        shards={"ddp": 1, "hsdp": cluster.per_node, "fsdp": cluster.gpus}[strategy],
+        bytes=2 if low else FP32,
+        compiled=train.compile == "on" or (train.compile == "auto" and on_gpu),
+        on_gpu=on_gpu,
+    )
+    moment, memory = peak(config, setup)
+    fits = sum(memory.values()) <= cluster.memory
+    return Option(setup, moment, memory, fits, relative_cost(config, cluster, setup))
+
+
+def best_micro_batch(config: Config, cluster: Cluster, strategy: str, recompute: str) -> Option:
+    """The option with the least filler sequences and then the largest micro-batch that fits; where
+    none does, with one sequence."""
+    share = -(-config.train.global_batch_size // cluster.gpus)
+    sizes_tried = sorted({-(-share // parts) for parts in range(1, share + 1)}, reverse=True)
+    tried = [option(config, cluster, strategy, recompute, size) for size in sizes_tried]
+    fitting = [one for one in tried if one.fits]
+    if not fitting:
+        return tried[-1]
+    best = min(fitting, key=lambda one: (one.setup.sequences, one.setup.micro_batches))
+    return dataclasses.replace(best, largest=fitting[0].setup.micro_batch)
+
+
+def relative_cost(config: Config, cluster: Cluster, setup: Setup) -> float:
+    """Time of a step by its arithmetic, with what is made again, or by its communication if that is
+    more: it overlaps. FSDP2 moves 2 weights and a float32 gradient a parameter at each micro-batch,
+    DDP and HSDP's replicas twice a float32 gradient a step.
+    """
+    arithmetic = RECOMPUTE_COST[setup.recompute]
+    if cluster.flops is None or cluster.gpus == 1:
+        return arithmetic
+    parameters = sizes(config.model, config.tokenizer.vocab_size).total
+    inside, between = 1 / INSIDE_NODE, 1 / (BETWEEN_NODES if cluster.nodes > 1 else INSIDE_NODE)
+    once, each = 2 * FP32 * parameters / setup.shards * between, 0.0
+    if setup.strategy != "ddp":
+        once = once if setup.strategy == "hsdp" else 0.0
+        path = between if setup.strategy == "fsdp" else inside
+        each = (2 * setup.bytes + FP32) * parameters * path
+    tokens = setup.micro_batch * config.data.seq_len
+    flops = flops_per_token(config.model, config.tokenizer.vocab_size, config.data.seq_len)
+    seconds = setup.micro_batches * tokens * flops / (cluster.flops * cluster.mfu)
+    return max(arithmetic, (once + setup.micro_batches * each) / seconds)
+
+
+def options(config: Config, cluster: Cluster) -> list[Option]:
+    """All strategies that this cluster has, what communicates least first."""
+    strategies = ["ddp"]
+    if cluster.gpus > 1:
+        strategies += ["hsdp", "fsdp"] if cluster.nodes > 1 and cluster.per_node > 1 else ["fsdp"]
+    return [best_micro_batch(config, cluster, s, r) for s in strategies for r in RECOMPUTE]
+
+
+def recommended(found: list[Option]) -> Option | None:
+    """The cheapest that fits; where costs are within 2%, the earlier one."""
+    fitting = [one for one in found if one.fits]
+    least = min((one.cost for one in fitting), default=0.0)
+    return next((one for one in fitting if one.cost <= 1.02 * least), None)
+
+
+def run_steps(config: Config) -> tuple[int, list[str]]:
+    """Steps of the run, and lines on the epochs over what is prepared.
+
+    Raises:
+        UserError: the length is not set, or takes a dataset that is not prepared.
+    """
+    train, data = config.train, config.data
+    shares = data.mixture or {data.dir: 1.0}
+    windows = {name: prepared_windows(name, data.seq_len) for name in shares}
+    missing = [name for name, count in windows.items() if not count]
+    if not train.max_steps and not train.epochs:
+        raise ConfigError("how long to train is not set: give train.max_steps or train.epochs")
+    if train.epochs and missing:
+        raise UserError(
+            f"train.epochs = {train.epochs} takes the prepared dataset, and {missing[0]} has no"
+            " manifest.json: run prepare.py, or set train.max_steps and train.epochs=0"
+        )
+    batch = train.global_batch_size
+    steps = train.max_steps or math.ceil(train.epochs * sum(windows.values()) / batch)
+    lines = []
+    for name, weight in shares.items():
+        text = "not prepared: epochs are not known"
+        if windows[name]:
+            epochs = steps * batch * weight / sum(shares.values()) / windows[name]
+            tokens = windows[name] * data.seq_len
+            text = f"{epochs:,.2f} epochs of {tokens / 1e9:,.3f} billion tokens"
+        lines.append(f"{name}: {text}")
+    return steps, lines
+
+
+def prepared_windows(name: str, seq_len: int) -> int:
+    """Training sequences of a dataset, 0 where it is not prepared (see dataset.TokenDataset)."""
+    path = resolve_path(name) / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        tokens = sum(shard["tokens"] for shard in manifest["splits"]["train"]["shards"])
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"{path}: damaged; run prepare.py with --force") from None
+    return max(0, tokens - ("seq_len" not in manifest)) // seq_len
+
+
+def read_cluster(flags: set[str]) -> Cluster:
+    """The cluster of the command line; ConfigError for what is not there or does not divide."""
+    values = dict(flag[2:].split("=", 1) for flag in flags if "=" in flag)
+
+    def number(name: str, default: float, whole: bool = False) -> float:
+        text = values.get(name, str(default))
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:
+            value = 0
+        if not 0 < value < math.inf:
+            kind = "a whole number" if whole else "a number"
+            raise ConfigError(f"--{name} is {kind} above 0, not {text!r}")
+        return value
+
+    name = values.get("gpu", "h100").lower()
+    given = "gpu-memory-gb" in values and "gpu-tflops" in values
+    if name not in (*GPUS, "cpu") and not given:
+        near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
+        raise ConfigError(
+            f"--gpu={name} is not known{f', did you mean {near[0]}?' if near else ','}"
+            f" there are {', '.join(GPUS)} and cpu; or give --gpu-memory-gb and --gpu-tflops"
+        )
+    if {"gpus", "nodes"} <= values.keys() and "gpus-per-node" in values:
+        raise ConfigError("--gpus, --nodes and --gpus-per-node: two of them say it all")
+    per_node = int(number("gpus-per-node", 8, whole=True))
+    gpus = int(number("gpus", per_node, whole=True))
+    if "nodes" in values:
+        nodes = int(number("nodes", 1, whole=True))
+        per_node = -(-gpus // nodes) if "gpus" in values else per_node
+        gpus = gpus if "gpus" in values else nodes * per_node
+    per_node = min(per_node, gpus)
+    if gpus % per_node:
+        raise ConfigError(
+            f"--gpus={gpus} is not a multiple of the {per_node} GPUs of a node: give"
+            f" {gpus - gpus % per_node} or {gpus + per_node - gpus % per_node}, or --gpus-per-node"
+        )
+    if name == "cpu":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / per_node
+        flops = None
+    else:
+        memory, datasheet = GPUS.get(name, (0.0, ""))
+        flops = PEAK_FLOPS.get(datasheet)
+    memory = 1e9 * number("gpu-memory-gb", memory / 1e9 or 1)
+    flops = 1e12 * number("gpu-tflops", 1) if "gpu-tflops" in values else flops
+    mfu = number("mfu", DEFAULT_MFU)
+    if mfu > 1:
+        raise ConfigError(f"--mfu={mfu:g} is a share, such as 0.4, not above 1")
+    memory *= 1 if name == "cpu" else 1 - GPU_SLACK
+    return Cluster(name, gpus, per_node, memory, flops, mfu)
+
+
+def main(arguments: list[str]) -> None:
+    config, flags = load_config(arguments, usage=str(__doc__), flags=FLAGS)
+    cluster = read_cluster(flags)
+    steps, epochs = run_steps(config)
+    found = options(config, cluster)
+    best = recommended(found)
+    facts = figures(config, cluster, steps, best)
+    facts["epochs"] = epochs
+    if "--json" in flags:
+        facts["options"] = [
+            dataclasses.asdict(one.setup)
+            | {"memory": one.memory, "moment": one.moment, "cost": one.cost}
+            | {"total": one.total, "fits": one.fits, "largest": one.largest}
+            for one in found
+        ]
+        print(json.dumps(facts, indent=1))
+    else:
+        print("\n".join(told(config, cluster, facts, found, best, arguments)))
+    if not best:
+        least = min(found, key=lambda one: one.total)
+        raise UserError(
+            f"nothing fits: the least is {least.setup.strategy} with recompute ="
+            f" {least.setup.recompute}, {least.total / 1e9:,.1f} GB where {cluster.name} has"
+            f" {cluster.memory / 1e9:,.1f} to use; {way_out(config, cluster)}"
+        )
+
+
+def way_out(config: Config, cluster: Cluster) -> str:
+    """How many GPUs would do."""
+    nodes = cluster.nodes
+    while (nodes := 2 * nodes) * cluster.per_node <= 16_384:
+        more = dataclasses.replace(cluster, gpus=nodes * cluster.per_node)
+        if option(config, more, "fsdp", "block", 1).fits:
+            return f"{more.gpus} of them would do, or more memory"
+    return "more of them would not help: take GPUs with more memory, or a smaller model or seq_len"
+
+
+def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -> dict[str, Any]:
+    """The figures of the run, by name; hours are None where the FLOP/s are not known."""
+    train, v, seq_len = config.train, config.tokenizer.vocab_size, config.data.seq_len
+    size, keep = sizes(config.model, v), config.checkpoint
+    tokens = steps * train.global_batch_size * seq_len
+    flops = flops_per_token(config.model, v, seq_len)
+    rate = cluster.flops * cluster.mfu * cluster.gpus if cluster.flops else None
+    inner = size.layers * size.matrices if config.optimizer.name == "muon" else 0
+    checkpoint = FP32 * (3 * size.total - inner)
+    facts: dict[str, Any] = {
+        "parameters": size.total,
+        "flops_per_token": flops,
+        "gpus": cluster.gpus,
+        "gpu": cluster.name,
+        "nodes": cluster.nodes,
+        "memory_a_gpu": cluster.memory,
+        "mfu": cluster.mfu,
+        "tokens_a_step": train.global_batch_size * seq_len,
+        "steps": steps,
+        "tokens": tokens,
+        "total_flops": tokens * flops,
+        "tokens_per_second": rate / flops if rate else None,
+        "hours": tokens * flops / rate / 3600 if rate else None,
+        "gpu_hours": tokens * flops / rate / 3600 * cluster.gpus if rate else None,
+        "checkpoint_bytes": checkpoint,
+        # beside those that are kept one is being written
+        "disk_bytes": (keep.keep_last + 1) * checkpoint + keep.keep_best * FP32 * size.total,
+    }
+    if best:
+        setup = best.setup
+        facts |= {
+            "strategy": setup.strategy,
+            "recompute": setup.recompute,
+            "micro_batch_size": setup.micro_batch,
+            "micro_batches": setup.micro_batches,
+            "fillers": setup.sequences - train.global_batch_size,
+            "memory": best.memory,
+        }
+    return facts
+
+
+def told(
+    config: Config,
+    cluster: Cluster,
+    facts: dict[str, Any],
+    found: list[Option],
+    best: Option | None,
+    arguments: list[str],
+) -> list[str]:
+    """The plan as lines of at most 100 columns, but for the command and long paths."""
+    keep, hours = config.checkpoint, "not known: give --gpu-tflops"
+    if facts["hours"]:
+        hours = (
+            f"{figure(facts['hours'])} h at {cluster.mfu:.0%} MFU (assumed),"
+            f" {facts['tokens_per_second']:,.0f} tokens/s: {figure(facts['gpu_hours'])} GPU-hours"
+        )
+    rate = f", {figure(cluster.flops / 1e12)} TFLOP/s" if cluster.flops else ""
+    lines = [
+        f"model   {figure(facts['parameters'] / 1e6)}M parameters,"
+        f" {figure(facts['flops_per_token'] / 1e9)} GFLOPs a token",
+        f"GPUs    {cluster.nodes} × {cluster.per_node} {cluster.name}:"
+        f" {figure(cluster.memory / 1e9)} GB of each to use{rate}",
+        f"run     {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens:"
+        f" {figure(facts['tokens'] / 1e9)} billion tokens",
+        *(f"data    {line}" for line in facts["epochs"]),
+        f"time    {hours}",
+        f"disk    {figure(facts['disk_bytes'] / 1e9)} GB: {figure(facts['checkpoint_bytes'] / 1e9)}"
+        f" GB a checkpoint, {keep.keep_last} kept and one being written, {keep.keep_best} best",
+        "",
+        "GB a GPU at the peak of a step, with micro-batches (number × size) that divide the global",
+        "batch best; most: the largest that fits. * is recommended, - does not fit.",
+        f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}"
+        + "".join(f"{SHORT.get(part, part):>8}" for part in (*PARTS, "total")),
+    ]
+    for one in found:
+        mark = "*" if one is best else " " if one.fits else "-"
+        shape = f"{one.setup.micro_batches} × {one.setup.micro_batch}"
+        digits = 2 if one.total < 100e9 else 1
+        values = (*(one.memory[part] for part in PARTS), one.total)
+        lines.append(
+            f"{mark} {one.setup.strategy:<5}{one.setup.recompute:<10}{one.largest:>5}{shape:>9}"
+            + "".join(f"{value / 1e9:8,.{digits}f}" for value in values)
+        )
+    strategy, recompute = config.parallel.strategy, config.train.recompute
+    own = option(config, cluster, strategy, recompute, config.train.micro_batch_size)
+    lines += [
+        f"CONFIG itself ({strategy}, {recompute}, {own.setup.micro_batches} ×"
+        f" {own.setup.micro_batch}): {own.total / 1e9:,.2f} GB, which"
+        f" {'fits' if own.fits else 'does not fit'}"
+    ]
+    if not best:
+        return lines
+    command = launch(cluster, facts, arguments)
+    return [
+        *lines,
+        "",
+        *why(config, cluster, found, best),
+        "",
+        command,
+        "",
+        *request(config, facts),
+    ]
+
+
+def figure(number: float) -> str:
+    """A number with as many digits as count."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def why(config: Config, cluster: Cluster, found: list[Option], best: Option) -> list[str]:
+    """The recommendation and its reasons."""
+    setup = best.setup
+    reasons = [
+        f"Recommended: {setup.strategy}, recompute = {setup.recompute}, {setup.micro_batches}"
+        f" micro-batches of {setup.micro_batch} on each rank make the global"
+        f" batch of {config.train.global_batch_size}."
+    ]
+    if fillers := setup.sequences - config.train.global_batch_size:
+        reasons.append(f"{fillers} filler sequences a step are wasted: it does not divide.")
+    largest = max(best.memory, key=lambda part: best.memory[part])
+    reasons.append(
+        f"It takes {best.total / 1e9:,.1f} of {cluster.memory / 1e9:,.1f} GB, most of it {largest},"
+        f" at its peak ({best.moment})."
+    )
+    if setup.strategy != "ddp" and not any(
+        one.fits for one in found if one.setup.strategy == "ddp"
+    ):
+        least = min(one.total for one in found if one.setup.strategy == "ddp")
+        reasons.append(f"A whole model a GPU (ddp) would take at least {least / 1e9:,.1f} GB.")
+    if setup.recompute != "none":
+        reasons.append("Keeping all activations does not fit, or leaves too few tokens at a time.")
+    if cluster.flops and cluster.gpus > 1:
+        others = ", ".join(
+            f"{one.setup.strategy} {one.setup.recompute} {one.cost:.2f}"
+            for one in found
+            if one.fits
+        )
+        reasons.append(
+            f"Reckoned time, 1 where arithmetic hides all communication: {others} (assuming"
+            f" {INSIDE_NODE / 1e9:.0f} GB/s a GPU in a node, {BETWEEN_NODES / 1e9:.0f} between)."
+        )
+    return textwrap.wrap(" ".join(reasons), 100)
+
+
+def launch(cluster: Cluster, facts: dict[str, Any], arguments: list[str]) -> str:
+    """The command that runs the plan, with the overrides of this command line."""
+    chosen = {
+        "parallel.strategy": facts["strategy"],
+        "train.recompute": facts["recompute"],
+        "train.micro_batch_size": facts["micro_batch_size"],
+    }
+    config = next((a for a in arguments if not a.startswith("-")), "config/tiny.toml")
+    kept = [a for a in arguments if "." in a.partition("=")[0] and a.startswith("--")]
+    kept = [a for a in kept if a[2:].partition("=")[0] not in chosen]
+    tail = " ".join([config, *map(shlex.quote, kept), *(f"--{k}={v}" for k, v in chosen.items())])
+    if cluster.name == "cpu":
+        return f"torchrun --standalone --nproc_per_node={cluster.gpus} rocket.py {tail}"
+    # a run that takes longer than a job comes back by itself (slurm/README.md)
+    hours = min(24, math.ceil(1.2 * (facts["hours"] or 24) + 0.5))
+    return (
+        f"sbatch --nodes={cluster.nodes} --gpus-per-node={cluster.per_node}"
+        f" --time={hours}:00:00 slurm/train.sh {tail}"
+    )
+
+
+def request(config: Config, facts: dict[str, Any]) -> list[str]:
+    """A paragraph for an allocation request."""
+    if not facts["hours"]:
+        return []
+    nodes = f"{facts['nodes']} node{'s' * (facts['nodes'] > 1)}"
+    text = (
+        f"We request {figure(facts['gpu_hours'])} GPU-hours ({facts['gpus']} {facts['gpu']} on"
+        f" {nodes} for {figure(facts['hours'])} hours) and"
+        f" {figure(facts['disk_bytes'] / 1e9)} GB of disk to train a Llama 2 transformer of"
+        f" {figure(facts['parameters'] / 1e9)} billion parameters on"
+        f" {figure(facts['tokens'] / 1e9)} billion tokens in sequences of {config.data.seq_len}."
+        f" The training takes {facts['total_flops']:.2e} floating-point operations (6 a parameter"
+        f" and token, and attention); the hours assume that it reaches"
+        f" {facts['mfu']:.0%} of the GPUs' dense bfloat16 rate (published runs of this kind: 39% to"
+        " 46%). Evaluation, checkpoints, queueing and repeated runs are not counted."
+    )
+    return textwrap.wrap(text, 100)
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -1,0 +1,600 @@
+"""Shows runs to people: one as report.html in its directory, several compared with each other.
+
+    python report.py RUN [--output=FILE.html]                  writes RUN/report.html
+    python report.py RUN RUN … [--output=comparison.html]      and comparison.csv beside it
+
+A page holds all that it needs and asks the network for nothing. Rows are read once, and of a curve
+the extremes of some hundred stretches are kept: memory and page stay small, spikes are seen.
+Training writes a run's report at each evaluation; this program needs no torch for it.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import UserError, build_config, read_toml, resolve_path, run_program, tables
+from page import Line, Point, axis_switch, duration, figure, short, swatch, table, text, whole_page
+
+STRETCHES = 600  # of a curve; each keeps two points
+ALL_STRETCHES = 2_500  # of all curves of one panel, when runs are compared
+SAMPLES, SAMPLE_STEPS, EXCERPT = 6, 12, 600  # prompts, evaluations of them, characters of each text
+LISTED = 50  # jobs and skipped steps
+NAMED = 8  # more curves than these are labelled by number
+Json = dict[str, Any]
+
+
+class Panel(NamedTuple):
+    """A chart: its curves by key of metrics.jsonl, and whether the scale begins at 0."""
+
+    title: str
+    unit: str
+    curves: dict[str, str]
+    from_zero: bool
+
+
+PANELS = (
+    Panel("Loss", "nats per token", {"loss": "training", "val_loss": "validation"}, False),
+    Panel("Validation", "bits per byte", {"val_bits_per_byte": "validation"}, False),
+    Panel("Learning rate", "", {"learning_rate": "learning rate"}, True),
+    Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}, False),
+    Panel("Throughput", "tokens per second", {"tokens_per_second": "tokens per second"}, True),
+    Panel("Peak memory", "GB of rank 0", {"memory_gb": "memory"}, True),
+    Panel("MFU", "share of the peak FLOP/s", {"mfu": "MFU"}, True),
+)
+COMPARED = (
+    Panel("Validation loss", "nats per token", {"val_loss": ""}, False),
+    Panel("Training loss", "nats per token", {"loss": ""}, False),
+    *PANELS[2:],
+)
+CURVES = tuple(name for panel in PANELS for name in panel.curves)
+
+
+class Curve:
+    """A curve in bounded memory: the extremes of a limited number of stretches of steps.
+
+    A stretch doubles in length when the run outgrows them, so no length need be known before.
+    Points are (step, tokens, hours, value).
+    """
+
+    def __init__(self, stretches: int) -> None:
+        self.stretches, self.length = stretches, 1
+        self.extremes: dict[int, tuple[Point, Point]] = {}
+        self.last: Point | None = None
+
+    def add(self, point: Point) -> None:
+        self.last = point
+        index = int(point[0]) // self.length
+        while index >= self.stretches:
+            self.length, index, before = 2 * self.length, index // 2, self.extremes
+            self.extremes = {}
+            for old, pair in before.items():
+                for known in pair:
+                    self._widen(old // 2, known)
+        self._widen(index, point)
+
+    def _widen(self, index: int, point: Point) -> None:
+        low, high = self.extremes.get(index, (point, point))
+        if point[3] < low[3]:
+            low = point
+        elif point[3] >= high[3]:
+            high = point
+        self.extremes[index] = low, high
+
+    def points(self) -> list[Point]:
+        """What is kept, by step."""
+        return sorted(
+            {point for pair in self.extremes.values() for point in pair} | {self.last} - {None}
+        )
+
+
+class Thinned:
+    """The last item of a stream of unknown length, and some before it, evenly spread."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.stride, self.count = limit, 1, 0
+        self.kept: list[Any] = []
+        self.last: Any = None
+
+    def add(self, item: Any) -> None:
+        if self.count % self.stride == 0:
+            self.kept.append(item)
+            if len(self.kept) > self.limit:
+                self.kept, self.stride = self.kept[::2], 2 * self.stride
+        self.count, self.last = self.count + 1, item
+
+    def items(self) -> list[Any]:
+        return self.kept + [self.last] * (self.last is not None and self.last is not self.kept[-1])
+
+
+@dataclass
+class Run:
+    """What the files of a run directory say, as far as they can be read."""
+
+    path: Path
+    config: Json  # dotted keys
+    curves: dict[str, Curve]
+    name: str = ""
+    status: Json = field(default_factory=dict)
+    jobs: list[Json] = field(default_factory=list)  # whose steps count, in order
+    started: int = 0  # jobs, those whose steps were lost included
+    step: float = 0
+    tokens: float = 0
+    hours: float = 0
+    best: Json = field(default_factory=dict)  # the evaluation of the lowest validation loss
+    skipped: Curve = field(default_factory=lambda: Curve(STRETCHES))
+    reasons: Counter = field(default_factory=Counter)  # of skipped steps
+    last_skipped: list[Json] = field(default_factory=list)
+    samples: Thinned = field(default_factory=lambda: Thinned(SAMPLE_STEPS))
+    unreadable: Counter = field(default_factory=Counter)  # rows, by file
+
+    @property
+    def gpu_hours(self) -> float | None:
+        """Hours × ranks of all jobs, of the steps that count; None without a jobs.jsonl."""
+        ends = [*(job["hours"] for job in self.jobs[1:]), self.hours]
+        spans = zip(self.jobs, ends, strict=False)
+        used = [(end - job["hours"]) * job["ranks"] for job, end in spans if end >= job["hours"]]
+        return sum(used) if self.jobs else None
+
+    def marks(self) -> dict[str, list[Point]]:
+        """Where on each axis jobs went on and steps were skipped."""
+        places = self.curves["learning_rate"].points()  # every row of training has one
+        steps, skipped = [point[0] for point in places], []
+        for step, *_ in self.skipped.points() if places else ():
+            _, _, hours, _ = places[min(bisect_left(steps, step), len(steps) - 1)]
+            skipped.append((step, step * self.tokens / (self.step or 1), hours, 0.0))
+        keys = ("step", "tokens", "hours")
+        restarts = [(*(job[key] for key in keys), 0.0) for job in self.jobs[1:]]
+        return {"restart": restarts, "skipped": skipped}
+
+    def about(self, name: str) -> Any:
+        """What the last job said of itself."""
+        return self.jobs[-1].get(name) if self.jobs else None
+
+
+def number(value: Any) -> float | None:
+    """A JSON value as a finite number, else None."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
+        return float(value)
+    return None
+
+
+def read_rows(path: Path, unreadable: Counter) -> Iterator[Json]:
+    """The rows of a file that have a step. Others are counted, but for a torn last one: a job that
+    is writing just now, or that died of it."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                known = (number(row["step"]) or 0) >= 0 and number(row["step"]) is not None
+            except (ValueError, KeyError, TypeError, RecursionError):
+                known = False
+            if known:
+                yield row
+            elif line.endswith(b"\n"):
+                unreadable[path.name] += 1
+
+
+def read_run(path: Path, stretches: int = STRETCHES) -> Run:
+    """Reads a run directory in one pass over its rows.
+
+    Raises:
+        UserError: no such directory, or it is not that of a run, or has no metrics yet.
+    """
+    if not path.is_dir():
+        raise UserError(f"{path}: no such run directory; runs are in out/, see train.out_dir")
+    if not (path / "config.toml").is_file():
+        raise UserError(f"{path}: not a run directory: config.toml is missing")
+    if not (path / "metrics.jsonl").is_file():
+        raise UserError(f"{path}: nothing to report: the run has no metrics.jsonl yet")
+    run = Run(path, flat(read_toml(path / "config.toml")), {})
+    try:
+        _read_files(run, stretches)
+    except OSError as error:
+        raise UserError(f"{error.filename or path}: {error.strerror}") from None
+    return run
+
+
+def _read_files(run: Run, stretches: int) -> None:
+    run.curves = {name: Curve(stretches) for name in CURVES}
+    for row in read_rows(run.path / "metrics.jsonl", run.unreadable):
+        place = tuple(number(row.get(name)) for name in ("step", "tokens", "hours"))
+        if None in place:
+            run.unreadable["metrics.jsonl"] += 1
+            continue
+        run.step, run.tokens, run.hours = place
+        for name in CURVES:
+            if (value := number(row.get(name))) is not None:
+                run.curves[name].add((*place, value))
+        loss = number(row.get("val_loss"))
+        if loss is not None and loss < run.best.get("val_loss", math.inf):
+            run.best = row
+    for row in read_rows(run.path / "jobs.jsonl", run.unreadable):
+        if any(number(row.get(name)) is None for name in ("tokens", "hours", "ranks")):
+            run.unreadable["jobs.jsonl"] += 1
+            continue
+        run.started += 1
+        run.jobs = [job for job in run.jobs if job["step"] < row["step"]] + [row]
+    for row in read_rows(run.path / "bad_steps.jsonl", run.unreadable):
+        reason = str(row.get("reason") or row.get("skipped") or "skipped")
+        run.reasons[reason] += 1
+        run.last_skipped = [*run.last_skipped[1 - LISTED :], {**row, "reason": reason}]
+        run.skipped.add((number(row["step"]) or 0.0, 0.0, 0.0, 0.0))
+    rows = read_rows(run.path / "samples.jsonl", run.unreadable)
+    for step, of_step in itertools.groupby(rows, key=lambda row: row["step"]):
+        run.samples.add((step, list(itertools.islice(of_step, SAMPLES))))
+    try:
+        status = json.loads((run.path / "status.json").read_bytes())
+        run.status = status if isinstance(status, dict) else {}
+    except (FileNotFoundError, ValueError, RecursionError):
+        run.status = {}
+
+
+def flat(values: Json) -> Json:
+    """Tables as dotted keys."""
+    found = {}
+    for section, keys in values.items():
+        of_section = keys if isinstance(keys, dict) else {"": keys}
+        found |= {f"{section}.{name}".rstrip("."): value for name, value in of_section.items()}
+    return found
+
+
+def name_runs(runs: list[Run]) -> None:
+    """Names each run by its directory, with as many of those above as tell it from the others."""
+    for run in runs:
+        parts = run.path.resolve().parts
+        for depth in range(1, len(parts) + 1):
+            run.name = "/".join(parts[-depth:]).lstrip("/")
+            like = [r for r in runs if r.path.resolve().parts[-depth:] == parts[-depth:]]
+            if len(like) == 1:
+                break
+
+
+def state(run: Run) -> str:
+    """The state of a run in words."""
+    reason = run.status.get("reason")
+    return str(run.status.get("state", "unknown")) + (f" ({reason})" if reason else "")
+
+
+def report(run: Run) -> bytes:
+    """The page of one run."""
+    factor, unit = duration(run.hours)
+    where = f"{run.path}, {run.status.get('state', 'state unknown')} {run.status.get('time', '')}"
+    best, gpu = run.best, run.gpu_hours
+    on_cpu = run.about("device") == "cpu"
+    last = number(run.about("max_steps"))
+    losses = run.curves["loss"].points()
+    at_best = f"<small>at step {short(number(best.get('step')))}</small>" if best else ""
+    facts = {
+        "Status": text(state(run)),
+        "Step": f"{run.step:,.0f}" + (f"<small>of {last:,.0f}</small>" if last else ""),
+        "Tokens": short(run.tokens),
+        "Best validation loss": short(best.get("val_loss")) + at_best,
+        "Bits per byte": short(number(best.get("val_bits_per_byte"))),
+        "Training loss": short(losses[-1][3] if losses else None) + "<small>last row</small>",
+        "Parameters": short(number(run.about("parameters"))),
+        "Time": f"{short(run.hours * factor, 3)}<small>{unit}</small>",
+        "Rank-hours (CPU)" if on_cpu else "GPU-hours": short(gpu, 3)
+        + (f"<small>{run.about('ranks')} × {text(run.about('device'))}</small>" if gpu else ""),
+        "Jobs": str(run.started or "–"),
+        "Skipped steps": f"{run.reasons.total():,}",
+        "Code commit": f"<code>{text(str(run.about('commit') or '–')[:12])}</code>",
+    }
+    cards = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
+    figures, marks = [], run.marks()
+    for panel in PANELS:
+        lines = [
+            Line(label, index, run.curves[name].points(), name.startswith("val_"))
+            for index, (name, label) in enumerate(panel.curves.items())
+        ]
+        figures.append(figure(panel.title, panel.unit, lines, panel.from_zero, marks))
+    keys = ""
+    if marks["restart"]:
+        keys += '<span><i class="restart">┆</i> restart</span>'
+    if marks["skipped"]:
+        keys += '<span><i class="skipped">✕</i> skipped step</span>'
+    charts = "".join(figures) or "<p>There are no rows yet.</p>"
+    return whole_page(
+        f"{run.name}: report",
+        f"<header><h1>{text(run.name)}</h1><p>{text(where)}</p></header>{warnings([run])}"
+        f'<dl>{cards}</dl>{axis_switch()}<span class="marks">{keys}</span>'
+        f'<div class="charts">{charts}</div>'
+        + samples_part(run)
+        + jobs_part(run)
+        + config_part(run)
+        + written(),
+    )
+
+
+def warnings(runs: list[Run]) -> str:
+    """What of the files could not be read."""
+    said = [
+        f"{text(run.name)}: {count:,} unreadable row{'s' * (count > 1)} in {text(file)} left out"
+        for run in runs
+        for file, count in run.unreadable.items()
+    ]
+    return f'<p class="warning">{"<br>".join(said)}</p>' if said else ""
+
+
+def written() -> str:
+    return f"<footer>Written by report.py, {time.strftime('%Y-%m-%d %H:%M:%S %z')}</footer>"
+
+
+def samples_part(run: Run) -> str:
+    """What the model predicted for the same prompts over time."""
+    groups = run.samples.items()
+    if not groups:
+        return ""
+    parts = []
+    for index in range(max(len(rows) for _, rows in groups)):
+        told = [(step, rows[index]) for step, rows in groups if index < len(rows)]
+        last = told[-1][1]
+        rows = [
+            (f"step {step:,.0f}", f"<pre>{text(row.get('prediction', ''), EXCERPT)}</pre>")
+            for step, row in told
+        ]
+        rows.append(("truth", f"<pre>{text(last.get('truth', ''), EXCERPT)}</pre>"))
+        parts.append(
+            f"<details{' open' * (index == 0)}><summary>Prompt {index + 1}</summary>"
+            f"<pre>{text(last.get('prompt', ''), EXCERPT)}</pre>"
+            f"{table(('after', 'predicted'), rows, f'Predictions {index + 1}')}</details>"
+        )
+    note = "Each token is predicted from the true ones before it."
+    if run.samples.count > len(groups):
+        note += f" {len(groups)} of {run.samples.count} evaluations are shown."
+    return f"<section><h2>Samples over time</h2><p>{note}</p>{''.join(parts)}</section>"
+
+
+def jobs_part(run: Run) -> str:
+    """Tables of jobs and of skipped steps."""
+    parts = ""
+    if run.jobs:
+        keys = ("time", "host", "job_id", "ranks", "device", "commit")
+        rows = (
+            (f"{job['step']:,.0f}", *(text(job.get(key) or "–", 40) for key in keys))
+            for job in run.jobs[-LISTED:]
+        )
+        lost = run.started - len(run.jobs)
+        note = f", {lost} more came to nothing" if lost else ""
+        cells = table(("from step", *keys), rows, "Jobs")
+        parts += f"<details><summary>{len(run.jobs)} jobs{note}</summary>{cells}</details>"
+    if run.reasons:
+        said = ", ".join(f"{text(reason)}: {count:,}" for reason, count in run.reasons.items())
+        keys = ("reason", "loss", "grad_norm")
+        rows = (
+            (f"{row['step']:,.0f}", *(text(row.get(key)) for key in keys))
+            for row in run.last_skipped
+        )
+        cells = table(("step", *keys), rows, "Skipped steps")
+        parts += f"<details><summary>Skipped steps ({said})</summary>{cells}</details>"
+    return f"<section><h2>Jobs</h2>{parts}</section>" if parts else ""
+
+
+def config_part(run: Run) -> str:
+    """The configuration, what differs from the defaults first."""
+    defaults = flat(tables(build_config({})))
+    changed = {k: v for k, v in run.config.items() if k not in defaults or v != defaults[k]}
+    rest = {k: v for k, v in run.config.items() if k not in changed}
+    rows = [
+        (f"<code>{text(k)}</code>", text(v), text(defaults[k]) if k in defaults else "–")
+        for k, v in changed.items()
+    ]
+    plural = "s" * (len(rows) != 1)
+    others = [(f"<code>{text(k)}</code>", text(v)) for k, v in rest.items()]
+    return (
+        "<section><h2>Configuration</h2>"
+        f"<details open><summary>{len(rows)} key{plural} other than by default</summary>"
+        f"{table(('key', 'value', 'default'), rows, 'Keys that differ')}</details>"
+        f"<details><summary>{len(others)} as by default</summary>"
+        f"{table(('key', 'value'), others, 'Keys with their default')}</details></section>"
+    )
+
+
+# ---- comparison
+
+
+def differing_keys(runs: list[Run]) -> list[str]:
+    """Keys that do not have the same value in all runs, but for the run directory."""
+    every = dict.fromkeys(key for run in runs for key in run.config)
+    values = {key: [run.config.get(key) for run in runs] for key in every}
+    different = [key for key, found in values.items() if any(v != found[0] for v in found)]
+    return [key for key in different if key != "train.out_dir"]
+
+
+def seed_groups(runs: list[Run]) -> list[list[Run]]:
+    """Runs whose configurations differ in seed and directory alone, together."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        same = {k: v for k, v in run.config.items() if k not in ("train.seed", "train.out_dir")}
+        groups.setdefault(json.dumps(same, sort_keys=True, default=str), []).append(run)
+    return list(groups.values())
+
+
+def spread(runs: list[Run], name: str) -> tuple[float | None, float | None, int]:
+    """Mean and deviation (of the sample) of a figure at the best evaluations, and of how many."""
+    known = [value for run in runs if (value := number(run.best.get(name))) is not None]
+    mean = statistics.fmean(known) if known else None
+    return mean, statistics.stdev(known) if len(known) > 1 else None, len(known)
+
+
+def comparison(runs: list[Run]) -> bytes:
+    """The page of several runs."""
+    keys = differing_keys(runs)
+    lowest = min((run.best["val_loss"] for run in runs if run.best), default=None)
+    lines, rows = [], []
+    for index, run in enumerate(runs):
+        label = str(index + 1) if len(runs) > NAMED else run.name
+        label = label if len(label) <= 16 else f"{label[:7]}…{label[-8:]}"
+        lines.append(Line(label, index, [], marked=True))
+        loss = short(run.best.get("val_loss"))
+        rows.append(
+            (
+                f"{index + 1} {swatch(lines[-1])}{text(run.name)}",
+                f"<b>{loss}</b> ★" if run.best and run.best["val_loss"] == lowest else loss,
+                short(number(run.best.get("val_bits_per_byte"))),
+                short(run.tokens),
+                short(run.hours, 3),
+                short(run.gpu_hours, 3) + " (CPU)" * (run.about("device") == "cpu"),
+                f"{run.step:,.0f}",
+                text(state(run)),
+                *(text(run.config[key]) if key in run.config else "–" for key in keys),
+            )
+        )
+    head = ["run", "best validation loss", "bits per byte", "tokens", "hours", "GPU-hours", "step"]
+    head = [*head, "status", *(f"<code>{text(key)}</code>" for key in keys)]
+    figures = []
+    for panel in COMPARED:
+        (name,) = panel.curves
+        drawn = [
+            line._replace(points=run.curves[name].points())
+            for line, run in zip(lines, runs, strict=True)
+        ]
+        figures.append(figure(panel.title, panel.unit, drawn, panel.from_zero))
+    charts = "".join(figures) or "<p>There are no rows yet.</p>"
+    return whole_page(
+        f"{len(runs)} runs compared",
+        f"<header><h1>{len(runs)} runs compared</h1></header>{warnings(runs)}"
+        f"{table(head, rows, 'Runs')}<p>★ lowest. GPU-hours: hours × ranks, for the steps that"
+        f" count; – where the run has no jobs.jsonl.</p>{seeds_part(runs, keys)}"
+        f"<h2>Curves</h2>{axis_switch()}"
+        f'<div class="charts">{charts}</div>{written()}',
+    )
+
+
+def seeds_part(runs: list[Run], keys: list[str]) -> str:
+    """Mean and deviation of runs that differ in their seed alone."""
+    groups = [group for group in seed_groups(runs) if len(group) > 1]
+    if not groups:
+        return ""
+    told = [key for key in keys if key != "train.seed"]
+    numbers = {id(run): str(index + 1) for index, run in enumerate(runs)}
+    rows = []
+    for group in groups:
+        cells = []
+        for name in ("val_loss", "val_bits_per_byte"):
+            mean, deviation, _ = spread(group, name)
+            cells.append(
+                short(mean) + (f" ± {short(deviation, 2)}" if deviation is not None else "")
+            )
+        members = ", ".join(numbers[id(run)] for run in group)
+        values = (text(group[0].config.get(key, "–")) for key in told)
+        rows.append((members, str(spread(group, "val_loss")[2]), *cells, *values))
+    head = ["runs", "with evaluations", "best validation loss", "bits per byte"]
+    cells = table([*head, *(f"<code>{text(k)}</code>" for k in told)], rows, "Seeds")
+    return f"<h2>Seeds: mean ± standard deviation</h2>{cells}"
+
+
+def comparison_csv(runs: list[Run]) -> bytes:
+    """One line a run, full precision."""
+    keys = differing_keys(runs)
+    head = (
+        "run path status step tokens hours gpu_hours device ranks parameters best_val_loss"
+        " best_step bits_per_byte seeds seeds_mean seeds_deviation"
+    ).split()
+    group_of = {id(run): group for group in seed_groups(runs) for run in group}
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow([*head, *keys])
+    for run in runs:
+        mean, deviation, _ = spread(group_of[id(run)], "val_loss")
+        values = [run.config.get(key, "") for key in keys]
+        writer.writerow(
+            [
+                *(
+                    run.name,
+                    str(run.path),
+                    state(run),
+                    run.step,
+                    run.tokens,
+                    run.hours,
+                    run.gpu_hours,
+                ),
+                *(run.about(name) for name in ("device", "ranks", "parameters")),
+                *(run.best.get(name) for name in ("val_loss", "step", "val_bits_per_byte")),
+                *(len(group_of[id(run)]), mean, deviation),
+                *(v if isinstance(v, str) else json.dumps(v, default=str) for v in values),
+            ]
+        )
+    return out.getvalue().encode("utf-8", "replace")
+
+
+# ---- program
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, though another process may write the same now."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} can't be written: {error.strerror}") from None
+
+
+def run_directory(name: str) -> Path:
+    """A RUN argument: from the current directory, as shells complete it, else the repository."""
+    here = Path(name).expanduser()
+    return here if here.exists() else resolve_path(name)
+
+
+def main(arguments: list[str]) -> None:
+    if "--help" in arguments or "-h" in arguments:
+        print(__doc__.strip())
+        return
+    output = ""
+    for option in (argument for argument in arguments if argument.startswith("-")):
+        name, _, output = option.partition("=")
+        if name != "--output":
+            near = difflib.get_close_matches(name, ("--output", "--help"), n=1)
+            raise UserError(
+                f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "")
+            )
+        if not output:
+            raise UserError("--output lacks a value: write --output=FILE.html")
+    paths = [run_directory(argument) for argument in arguments if not argument.startswith("-")]
+    if not paths:
+        raise UserError("name one run directory or more, for example: python report.py out/tiny")
+    runs = []
+    for path in paths:
+        try:
+            stretches = STRETCHES if len(paths) == 1 else max(50, ALL_STRETCHES // len(paths))
+            runs.append(read_run(path, min(STRETCHES, stretches)))
+        except UserError as error:
+            if len(paths) == 1 or not path.is_dir():
+                raise
+            print(f"left out: {error}", file=sys.stderr)
+    if not runs:
+        raise UserError("none of these directories is a run with metrics")
+    name_runs(runs)
+    if len(paths) == 1:
+        target = Path(output or runs[0].path / "report.html")
+        write(target, report(runs[0]))
+    else:
+        target = Path(output or "comparison.html")
+        table = target.with_suffix(".csv")
+        if table == target:
+            raise UserError(f"--output={output}: name the page; its table becomes {table.name}")
+        write(table, comparison_csv(runs))
+        write(target, comparison(runs))
+    print(target)
+
+
+if __name__ == "__main__":
+    run_program(main)
