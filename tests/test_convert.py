@@ -397,6 +397,44 @@ def test_a_changed_model_is_refused(runs, copied, change):
     assert not [path for path in copied.iterdir() if path.name.startswith("hf")]
 
 
+def test_weights_that_a_llama_does_not_have_are_refused(tmp_path, tokenizer, monkeypatch):
+    source = (ROOT / "model.py").read_text()
+    changed = {"__name__": "changed"}
+    exec(source.replace("self.head_dim, bias=False)", "self.head_dim, bias=True)"), changed)
+    monkeypatch.setattr("test_convert.Llama", changed["Llama"])
+    run = make_run(tmp_path / "run", MODELS["GQA, tied"], tokenizer)
+    for command in ("to-hf", "to-gguf"):
+        with pytest.raises(UserError, match=r"no plain Llama: model\.layers\.0\..*k_proj\.bias"):
+            convert(command, run, tmp_path / "out")
+
+
+def test_values_beyond_float16_are_refused(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("test_convert.initial_weight", lambda _, shape, *__: torch.full(shape, 9e4))
+    run = make_run(tmp_path / "run", MODELS["GQA, tied"], tokenizer)
+    for command in ("to-hf", "to-gguf"):
+        with pytest.raises(UserError, match="has values that float16 can't hold"):
+            convert(command, run, tmp_path / "out", "--dtype=float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.long
+def test_a_sharded_checkpoint_goes_out_and_comes_back(dataset, tiny_tokenizer, tmp_path):
+    keys = {"train__max_steps": 2, "parallel__strategy": "fsdp"}
+    done = rocket(overrides(dataset, tiny_tokenizer, tmp_path / "run", **keys), ranks=2)
+    assert done.returncode == 0, done.stderr
+    old = find_checkpoint(tmp_path / "run")
+    assert len([*old.path.glob("model-*.bin")]) == 2
+    convert("to-gguf", tmp_path / "run", tmp_path / "m.gguf")
+    convert("to-hf", tmp_path / "run", tmp_path / "hf")
+    convert("from-hf", tmp_path / "hf", tmp_path / "back")
+    new = find_checkpoint(tmp_path / "back")
+    for name in old.shapes("model"):
+        assert torch.equal(old.tensor("model", name), new.tensor("model", name))
+    arguments = overrides(dataset, tiny_tokenizer, tmp_path / "new", train__max_steps=2)
+    done = rocket([*arguments, f"--train.init_from={tmp_path / 'back'}"])
+    assert done.returncode == 0, done.stderr
+
+
 # --- llama.cpp ---
 
 
