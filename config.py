@@ -352,11 +352,12 @@ def load_config(
     usage: str,
     sections: tuple[str, ...] = SECTIONS,
     flags: dict[str, str] | None = None,
-) -> tuple[Config, set[str]]:
+) -> tuple[Config, list[str]]:
     """The configuration of a program, from `[CONFIG] [--section.key=value …] [--flag …]`.
 
     Precedence: defaults < file < command line. `flags` maps each flag to its help; the ones given
-    come back as a set. One with a `=`, such as `--task=I/N`, takes a value and comes back with it.
+    come back in their order. One with a `=`, such as `--task=I/N`, takes a value and comes back
+    with it.
     `--help` prints `usage`, the flags and the keys of `sections`, and exits.
 
     Raises:
@@ -372,11 +373,11 @@ def load_config(
             f"one CONFIG at a time, got {' and '.join(names)}; overrides read --section.key=value"
         )
     values = read_toml(_config_file(names[0]) if names else DEFAULT_CONFIG)
-    given = set()
+    given: list[str] = []
     valued = tuple(flag.partition("=")[0] + "=" for flag in flags if "=" in flag)
     for argument in arguments:
         if argument in flags or argument.startswith(valued):
-            given.add(argument)
+            given.append(argument)
         elif argument.startswith("--") and "." in argument.partition("=")[0]:
             _override(values, argument)
         elif argument.startswith("-"):
@@ -631,6 +632,20 @@ def _config_file(name: str) -> Path:
     return path
 
 
+def existing_path(name: str) -> Path:
+    """A path of a command line: from the current directory if it is there, else as in resolve_path.
+
+    Raises:
+        UserError: no system can have such a path.
+    """
+    try:
+        here = Path(name).expanduser()
+        return here if here.exists() else resolve_path(name)
+    except (OSError, RuntimeError) as error:  # a name too long; ~ of nobody
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{name[:100]}: {reason}") from None
+
+
 def read_utf8(path: Path) -> str:
     """The text of a file that the user named, its line ends as they are.
 
@@ -648,7 +663,9 @@ def read_utf8(path: Path) -> str:
 def read_rows(path: Path) -> list[tuple[int, str]]:
     """Number, from 1, and text of each line that is not blank; errors as read_utf8's."""
     lines = enumerate(read_utf8(path).split("\n"), 1)
-    return [(row, line.removesuffix("\r")) for row, line in lines if line.strip()]
+    return [
+        (row, line.removesuffix("\r").removeprefix("\ufeff")) for row, line in lines if line.strip()
+    ]
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -15,7 +15,7 @@ import argparse
 import sys
 from typing import NoReturn
 
-from config import UserError, resolve_path, run_program
+from config import UserError, existing_path, resolve_path, run_program
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,6 +71,7 @@ import platform
 import random
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -144,13 +145,8 @@ class Source(NamedTuple):
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing half-written is left then too
     {"to-hf": to_hf, "to-gguf": to_gguf, "from-hf": from_hf}[options.command](options)
-
-
-def existing(name: str) -> Path:
-    """A path on the command line: from the current directory, else from the repository."""
-    here = Path(name).expanduser()
-    return here if here.exists() else resolve_path(name)
 
 
 def read_run(options: argparse.Namespace) -> Source:
@@ -158,7 +154,7 @@ def read_run(options: argparse.Namespace) -> Source:
     which, path = options.checkpoint, options.run
     if which not in ("best", "last"):
         which, path = "last", options.checkpoint
-    checkpoint = find_checkpoint(existing(path), which)
+    checkpoint = find_checkpoint(existing_path(path), which)
     tokenizer = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
     if tokenizer.sha256 != checkpoint.manifest["tokenizer_sha256"]:
         raise UserError(
@@ -180,14 +176,25 @@ def read_run(options: argparse.Namespace) -> Source:
     return Source(checkpoint, config, rows, tokenizer, pieces, template)
 
 
+def new_path(name: str) -> Path:
+    """A path of the command line that is to be made; UserError if it can't be one."""
+    try:
+        path = Path(name).expanduser().absolute()
+    except RuntimeError as error:  # ~ of nobody
+        raise UserError(f"{name}: {error}") from None
+    if not path.name:
+        raise UserError(f"{name}: give the name of what is to be made")
+    return path
+
+
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` if all goes well; otherwise nothing is left."""
-    temporary = path.with_name(path.name + ".tmp")
-    for there in (path, temporary):
-        if there.exists() or there.is_symlink():
-            raise UserError(f"{there} exists; remove it, or give another name")
+    temporary = path.parent / f"{path.name}.tmp"
     try:
+        for there in (path, temporary):
+            if there.exists() or there.is_symlink():
+                raise UserError(f"{there} exists; remove it, or give another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         for made in (*temporary.rglob("*"), temporary):
@@ -198,10 +205,11 @@ def written(path: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise UserError(f"{error.filename or path}: {reason}; nothing was written") from None
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not even made: its parent is a file
+            if temporary.is_dir():
+                shutil.rmtree(temporary)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def rounded(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:
@@ -310,7 +318,7 @@ def to_hf(options: argparse.Namespace) -> None:
         "tokenizer.json": tokenizer_json(run.pieces, piece(tokenizer, tokenizer.bos_id)),
         "tokenizer_config.json": tokenizer_config(run),
     }
-    output = Path(options.output).expanduser().absolute()
+    output = new_path(options.output)
     with written(output) as directory:
         directory.mkdir()
         for name, content in files.items():
@@ -448,10 +456,10 @@ def check_tokenizer(directory: Path, run: Source) -> None:
 
 def from_hf(options: argparse.Namespace) -> None:
     """Imports a Hugging Face directory as a run, to sample from and to start from."""
-    output = Path(options.output).expanduser().absolute()
+    output = new_path(options.output)
+    model = Pretrained(fetched(options.source, options.revision))
+    tokenizer = Tokenizer(model.tokenizer_path)
     with written(output) as directory:
-        model = Pretrained(fetched(options.source, options.revision))
-        tokenizer = Tokenizer(model.tokenizer_path)
         values = {
             "tokenizer": {"vocab_size": tokenizer.vocab_size},
             "model": asdict(model.config),
@@ -504,8 +512,8 @@ def fetched(source: str, revision: str | None) -> Path:
     Raises:
         UserError: there is no such directory, or the hub does not give it.
     """
-    if existing(source).is_dir():
-        return existing(source)
+    if existing_path(source).is_dir():
+        return existing_path(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise UserError(f"{source}: no such directory, and no OWNER/NAME on the hub")
     try:
@@ -535,7 +543,7 @@ def to_gguf(options: argparse.Namespace) -> None:
     run, dtype = read_run(options), getattr(torch, options.dtype)
     ours = partial(rounded_for_gguf, run.checkpoint, dtype)
     names = gguf_names(run.config)
-    output = Path(options.output).expanduser().absolute()
+    output = new_path(options.output)
     with written(output) as path:
         writer = gguf.GGUFWriter(path, "llama")
         describe(writer, run, dtype)

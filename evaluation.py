@@ -112,7 +112,9 @@ def evaluate_text(model: Llama, tokenizer: Tokenizer, path: Path, batch_size: in
     Raises:
         UserError: it can't be read, is empty, too large or not UTF-8.
     """
-    if path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: not a text file")
+    if path.exists() and path.stat().st_size > MAX_TEXT_BYTES:
         raise UserError(f"{path}: above {MAX_TEXT_BYTES / 1e6:.0f} MB; evaluate a part of it")
     text = read_utf8(path)
     ids = np.concatenate(([tokenizer.bos_id], tokenizer.encode(text))).astype(np.int64)

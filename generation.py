@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
     Attributes:
         config: of the model.
-        run_config: of the run; None for a model from elsewhere.
+        run_config: of the run; None for a model from elsewhere, which has no dataset.
         template: how conversations were written that it learnt from, if it did.
         weights: names of the parameters, tied ones once.
     """
@@ -67,8 +67,9 @@ def open_source(path: Path, which: str = "best") -> Source:
             " the original back"
         )
     config, template = checkpoint.config, checkpoint.manifest.get("template")
+    run_config = config if checkpoint.manifest.get("dataset") else None  # an import has none
     tensor: Callable[[str], Tensor] = partial(Checkpoint.tensor, checkpoint, "model")
-    parts = config.model, config, tokenizer, template, [*checkpoint.shapes("model")], tensor
+    parts = config.model, run_config, tokenizer, template, [*checkpoint.shapes("model")], tensor
     return Source(checkpoint.path, checkpoint.step, checkpoint.val_loss, *parts)
 
 

@@ -217,7 +217,7 @@ def prepared_windows(name: str, seq_len: int) -> int:
     return max(0, tokens - ("seq_len" not in manifest)) // seq_len
 
 
-def read_cluster(flags: set[str]) -> Cluster:
+def read_cluster(flags: list[str]) -> Cluster:
     """The cluster of the command line; ConfigError for what is not there or does not divide."""
     values = dict(flag[2:].split("=", 1) for flag in flags if "=" in flag)
 
@@ -227,7 +227,7 @@ def read_cluster(flags: set[str]) -> Cluster:
             value = int(text) if whole else float(text)
         except ValueError:
             value = 0
-        if not 0 < value < math.inf:
+        if not 1e-6 < value < 1e9:
             kind = "a whole number" if whole else "a number"
             raise ConfigError(f"--{name} is {kind} above 0, not {text!r}")
         return value
@@ -460,7 +460,8 @@ def launch(cluster: Cluster, facts: dict[str, Any], arguments: list[str]) -> str
     config = next((a for a in arguments if not a.startswith("-")), "config/tiny.toml")
     kept = [a for a in arguments if "." in a.partition("=")[0] and a.startswith("--")]
     kept = [a for a in kept if a[2:].partition("=")[0] not in chosen]
-    tail = " ".join([config, *map(shlex.quote, kept), *(f"--{k}={v}" for k, v in chosen.items())])
+    kept = [shlex.quote(a) for a in (config, *kept)]
+    tail = " ".join([*kept, *(f"--{k}={v}" for k, v in chosen.items())])
     if cluster.name == "cpu":
         return f"torchrun --standalone --nproc_per_node={cluster.gpus} rocket.py {tail}"
     # a run that takes longer than a job comes back by itself (slurm/README.md)

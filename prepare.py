@@ -125,7 +125,7 @@ def main(arguments: list[str]) -> None:
             process(directory, config, task, flags)
 
 
-def process(directory: Path, config: Config, task: Task | None, flags: set[str]) -> None:
+def process(directory: Path, config: Config, task: Task | None, flags: list[str]) -> None:
     """Prepares, verifies or describes one dataset; those of a mixture have to be there."""
     if "--verify" in flags:
         verify(directory)
@@ -152,7 +152,7 @@ def process(directory: Path, config: Config, task: Task | None, flags: set[str])
         raise UserError(f"can't write {directory}: {error.strerror or error}{where}") from None
 
 
-def read_task(flags: set[str]) -> Task | None:
+def read_task(flags: list[str]) -> Task | None:
     """The task that the flags name; ConfigError if there is none such, or another flag with it."""
     texts = [flag.partition("=")[2] for flag in flags if flag.startswith("--task=")]
     if not texts:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from config import UserError, build_config, read_toml, resolve_path, run_program, tables
+from config import UserError, build_config, existing_path, read_toml, run_program, tables
 from page import Line, Point, axis_switch, duration, figure, short, swatch, table, text, whole_page
 
 STRETCHES = 600  # of a curve; each keeps two points
@@ -215,7 +215,7 @@ def _read_files(run: Run, stretches: int) -> None:
     run.curves = {name: Curve(stretches) for name in CURVES}
     for row in read_rows(run.path / "metrics.jsonl", run.unreadable):
         place = tuple(number(row.get(name)) for name in ("step", "tokens", "hours"))
-        if None in place:
+        if None in place or min(place) < 0:
             run.unreadable["metrics.jsonl"] += 1
             continue
         run.step, run.tokens, run.hours = place
@@ -548,10 +548,19 @@ def write(path: Path, content: bytes) -> None:
         raise UserError(f"{path} can't be written: {error.strerror}") from None
 
 
-def run_directory(name: str) -> Path:
-    """A RUN argument: from the current directory, as shells complete it, else the repository."""
-    here = Path(name).expanduser()
-    return here if here.exists() else resolve_path(name)
+def page_target(name: str) -> Path:
+    """Where a page goes; UserError where something else is."""
+    path = Path(name)
+    try:
+        with open(path, "rb") as file:
+            ours = b"Content-Security-Policy" in file.read(500)
+    except FileNotFoundError:
+        return path
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror}") from None
+    if not ours:
+        raise UserError(f"{path} exists and is no report; name another --output")
+    return path
 
 
 def main(arguments: list[str]) -> None:
@@ -568,7 +577,8 @@ def main(arguments: list[str]) -> None:
             )
         if not output:
             raise UserError("--output lacks a value: write --output=FILE.html")
-    paths = [run_directory(argument) for argument in arguments if not argument.startswith("-")]
+    names = [argument for argument in arguments if not argument.startswith("-")]
+    paths = [*dict.fromkeys(existing_path(name).resolve() for name in names)]
     if not paths:
         raise UserError("name one run directory or more, for example: python report.py out/tiny")
     runs = []
@@ -577,22 +587,24 @@ def main(arguments: list[str]) -> None:
             stretches = STRETCHES if len(paths) == 1 else max(50, ALL_STRETCHES // len(paths))
             runs.append(read_run(path, min(STRETCHES, stretches)))
         except UserError as error:
-            if len(paths) == 1 or not path.is_dir():
+            if len(paths) == 1 or not path.exists():
                 raise
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError("none of these directories is a run with metrics")
     name_runs(runs)
     if len(paths) == 1:
-        target = Path(output or runs[0].path / "report.html")
+        target = page_target(output or str(runs[0].path / "report.html"))
         write(target, report(runs[0]))
     else:
-        target = Path(output or "comparison.html")
-        table = target.with_suffix(".csv")
-        if table == target:
+        table = Path(output or "comparison.html").with_suffix(".csv")
+        if str(table) == output:
             raise UserError(f"--output={output}: name the page; its table becomes {table.name}")
-        write(table, comparison_csv(runs))
+        target = page_target(output or "comparison.html")
+        if table.exists() and not target.exists():
+            raise UserError(f"{table} exists, and no page beside it; name another --output")
         write(target, comparison(runs))
+        write(table, comparison_csv(runs))
     print(target)
 
 

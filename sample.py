@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from config import UserError, read_rows, resolve_path, run_program, told_in_one_line
+from config import UserError, existing_path, read_rows, run_program, told_in_one_line
 
 MAX_TOKENS = 256  # where --max-tokens is not given, or what the model's context leaves
 
@@ -84,10 +84,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--system is for --chat")
     if options.prompt is not None and options.prompt_file is not None:
         raise UserError("--prompt and --prompt-file: give one")
+    if "" in (options.evaluate, options.choices):
+        raise UserError("--evaluate and --choices take a value: --evaluate=val")
     if options.logprobs is not None and not options.json:
         raise UserError("--logprobs is for --json")
     modes = ("evaluate", "choices", "chat", "prompt", "prompt_file")
-    given = [f"--{name.replace('_', '-')}" for name in modes if getattr(options, name)]
+    given = [name for name in modes if getattr(options, name) not in (None, False)]
+    given = [f"--{name.replace('_', '-')}" for name in given]
     if len(given) > 1 and {"--evaluate", "--choices"} & {*given}:
         raise UserError(f"{' and '.join(given)}: give one")
     return options
@@ -99,9 +102,9 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
     def read(text: str) -> Any:
         try:
             value = kind(text)
-        except ValueError:
+        except (ValueError, OverflowError):
             value = math.nan
-        if not (low <= value <= high and math.isfinite(value)):
+        if not (low <= value <= min(high, 2**62)):  # nan is not
             limit = f"at least {low}" if high == math.inf else f"{low} to {high}"
             raise argparse.ArgumentTypeError(f"{text!r}: a number, {limit}")
         return value
@@ -184,6 +187,18 @@ class Sampler:
                 )
         return encoded
 
+    def remembered(self, history: Messages, prompt: str, room: int) -> Messages:
+        """What of a chat's messages fits the context beside the prompt and room for the answer:
+        its oldest exchanges are left out, aloud."""
+        system = [message for message in history[:1] if message[0] == "system"]
+        while len(history) > len(system) and self.template:
+            ids = self.template.prompt([*history, ("user", prompt)])
+            if len(ids) + room <= self.model.config.max_seq_len:
+                break
+            history = [*system, *history[len(system) + 2 :]]
+            print("(the context is full: the oldest exchange is left out)", file=sys.stderr)
+        return history
+
     def complete(
         self,
         prompts: list[list[int]],
@@ -244,9 +259,9 @@ def main(arguments: list[str]) -> None:
     measuring = options.evaluate or options.choices
     prompts = None if measuring else read_prompts(options)
     if options.checkpoint in ("best", "last"):
-        source = open_source(existing(options.run), options.checkpoint)
+        source = open_source(existing_path(options.run), options.checkpoint)
     else:
-        source = open_source(existing(options.checkpoint))
+        source = open_source(existing_path(options.checkpoint))
     described = f"{source.path}"
     if source.step is not None:
         evaluated = f"validation loss {source.val_loss:.4f}" if source.val_loss < math.inf else ""
@@ -265,7 +280,9 @@ def main(arguments: list[str]) -> None:
         return
     while True:
         try:
-            prompt = input("> ")
+            print("> ", end="", file=sys.stderr, flush=True)  # standard output is for samples
+            prompt = input()
+            history = sampler.remembered(history, prompt, options.max_tokens or MAX_TOKENS // 4)
             texts = answer(sampler, [prompt], options, history)
         except UserError as error:
             print(error, file=sys.stderr)
@@ -284,11 +301,11 @@ def measure(source: Source, options: argparse.Namespace) -> None:
     model = load_model(source, device, torch.float32)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if options.choices:
-            found = evaluate_choices(model, source.tokenizer, existing(options.choices))
+            found = evaluate_choices(model, source.tokenizer, existing_path(options.choices))
         elif options.evaluate in ("train", "val", "test"):
             found = evaluate_split(model, source, options.evaluate, options.batch_size)
         else:
-            path = existing(options.evaluate)
+            path = existing_path(options.evaluate)
             found = evaluate_text(model, source.tokenizer, path, options.batch_size)
     if options.json:
         print(json.dumps({"model": str(source.path), "step": source.step, **found._asdict()}))
@@ -346,12 +363,6 @@ def answer(
     return texts
 
 
-def existing(name: str) -> Path:
-    """A path on the command line: from the current directory, else from the repository."""
-    here = Path(name).expanduser()
-    return here if here.exists() else resolve_path(name)
-
-
 def read_prompts(options: argparse.Namespace) -> list[str] | None:
     """The prompts of the command line or its file; None where a terminal is to be asked."""
     if options.prompt is not None:
@@ -360,7 +371,7 @@ def read_prompts(options: argparse.Namespace) -> list[str] | None:
         if sys.stdin.isatty():
             return None
         raise UserError("give --prompt or --prompt-file (a terminal would be asked for prompts)")
-    path = Path(options.prompt_file).expanduser()
+    path = existing_path(options.prompt_file)
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: holds no prompt")

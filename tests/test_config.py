@@ -58,7 +58,7 @@ def test_precedence_and_overrides(tmp_path):
     assert config.data.sources == ["a", "b"]
     assert config.train.log_interval == 10  # the default
     assert config.tokenizer.options == {"split_digits": False}
-    assert flags == {"--go"}
+    assert flags == ["--go"]
     assert load_config(["--train.out_dir=123"], usage="")[0].train.out_dir == "123"
 
 

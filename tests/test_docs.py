@@ -33,7 +33,8 @@ def test_the_worked_change_trains_resumes_and_samples(dataset, tiny_tokenizer, t
     for path in ROOT.glob("*.py"):
         (code / path.name).write_bytes(path.read_bytes())
     change = block("changing-the-model.md", "diff").encode()
-    subprocess.run(["patch", "-p1"], cwd=code, input=change, check=True, stdout=subprocess.PIPE)
+    command = ["patch", "-p1", "--fuzz=0"]
+    subprocess.run(command, cwd=code, input=change, check=True, stdout=subprocess.PIPE)
     assert change.count(b"\n+ ") <= 20
     config = tmp_path / "changed.toml"
     config.write_text(

@@ -314,7 +314,11 @@ def test_mistakes_are_one_line(tmp_path):
         ([broken], "not TOML"),
         ([run, "--outptu=x.html"], "did you mean --output?"),
         ([run, "--output"], "--output lacks a value"),
-        ([run, run, "--output=x.csv"], "name the page"),
+        ([run, broken, f"--output={run}/metrics.jsonl"], "exists and is no report"),
+        ([run, run, f"--output={run}/config.toml"], "exists and is no report"),
+        ([run, young, f"--output={tmp_path}/no/x.csv"], "name the page"),
+        (["x" * 300], "name too long"),
+        (["~nobody-of-that-name/run"], "home directory"),
         ([run, f"--output={tmp_path}/no/x.html"], "can't be written: No such file"),
     ):
         done = program(*arguments)

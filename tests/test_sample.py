@@ -427,7 +427,7 @@ def test_streams_to_a_terminal(run, capsys):
 def test_asks_at_a_terminal(run, capsys, monkeypatch):
     lines = iter(["def main(", "x" * 500, "import os"])
 
-    def answer(_):
+    def answer():
         try:
             return next(lines)
         except StopIteration:
