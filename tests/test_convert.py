@@ -608,3 +608,22 @@ def test_an_imported_model_is_sampled_and_trained_on(exported, dataset, tiny_tok
     assert done.returncode == 1
     assert "train.init_from" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_chat_goes_on_when_its_context_is_full(tmp_path, monkeypatch, capsys):
+    template = DataConfig().template
+    run = make_run(tmp_path / "run", MODELS["GQA, tied"], train_tokenizer(), template=template)
+    said = iter(["some words", "and more words", "the end of them", "some more words"])
+
+    def ask():
+        for line in said:
+            return line
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    sample.main([str(run), "--chat", "--system=Be brief", "--max-tokens=20", "--temperature=0"])
+    shown = capsys.readouterr()
+    assert "the oldest exchange is left out" in shown.err
+    assert "above" not in shown.err
+    assert shown.err.count("> ") == 5
