@@ -457,25 +457,26 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, checkpoint: Checkpoint, new_rows: int = 0) -> None:
+def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = None) -> None:
     """Copies the weights into a model, each rank reading only the rows that it holds.
 
     Args:
-        new_rows: tokens that the model has more than the checkpoint; their rows start as the mean.
+        known: tokens that both know, where one of them has more rows: others of the checkpoint are
+            left, others of the model start as the mean of the known ones. None: they have the same.
 
     Raises:
         UserError: a parameter is missing, left over or of another shape.
     """
     shapes = checkpoint.shapes("model")
     for name, parameter in model.named_parameters():
-        grows = new_rows if name in ("model.embed_tokens.weight", "lm_head.weight") else 0
-        shape = list(parameter.shape)
-        if shapes.pop(name, None) != [shape[0] - grows, *shape[1:]]:
+        of_tokens = known is not None and name in ("model.embed_tokens.weight", "lm_head.weight")
+        shape, saved = list(parameter.shape), shapes.pop(name, [])
+        if (saved[1:] if of_tokens else saved) != shape[of_tokens:]:
             raise UserError(f"{checkpoint.path}: its {name} does not have the shape {shape}")
         rows, start = local_part(parameter)
-        if grows:
-            old = checkpoint.tensor("model", name)
-            grown = torch.cat((old, old.mean(dim=0, keepdim=True).expand(grows, -1)))
+        if of_tokens:
+            old = checkpoint.tensor("model", name, 0, known)
+            grown = torch.cat((old, old.mean(dim=0, keepdim=True).expand(shape[0] - known, -1)))
             rows.copy_(grown[start : start + len(rows)])
         else:
             rows.copy_(checkpoint.tensor("model", name, start, len(rows)))

@@ -592,14 +592,15 @@ def start_from(config: Config, model: nn.Module, inputs: Inputs, log: RunLog, wo
         UserError: no checkpoint there, another shape, a tokenizer that does not extend its own.
     """
 
-    def find() -> tuple[Checkpoint, int]:
+    def find() -> tuple[Checkpoint, int | None]:
         checkpoint = find_checkpoint(resolve_path(config.train.init_from))
         free = ("model.max_seq_len", "model.init_std")  # they shape no weight and no product
         for change in chain(*changes(checkpoint.config, config).values()):
             if change.startswith("model.") and not change.startswith(free):
                 raise ConfigError(f"train.init_from: {checkpoint.path} has another model: {change}")
         if checkpoint.manifest["tokenizer_sha256"] == inputs.tokenizer_sha256:
-            return checkpoint, 0
+            rows = checkpoint.shapes("model")["model.embed_tokens.weight"][0]
+            return checkpoint, inputs.vocab_size if rows > inputs.vocab_size else None
         old = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
         new = Tokenizer(resolve_path(config.tokenizer.path))
         if not new.extends(old):
@@ -607,13 +608,13 @@ def start_from(config: Config, model: nn.Module, inputs: Inputs, log: RunLog, wo
                 f"train.init_from: {new.path} does not extend {old.path}, with which"
                 f" {checkpoint.path} was trained; use that one, or add pieces to it"
             )
-        return checkpoint, new.vocab_size - old.vocab_size
+        return checkpoint, old.vocab_size
 
-    checkpoint, new_rows = world.once(find)
-    world.each(lambda: load_weights(model, checkpoint, new_rows))
+    checkpoint, known = world.once(find)
+    world.each(lambda: load_weights(model, checkpoint, known))
     log.say(f"weights of step {checkpoint.step} from {checkpoint.path}")
-    if new_rows:
-        log.say(f"{new_rows} new tokens start from the mean of the old embeddings")
+    if known and (new_tokens := inputs.vocab_size - known):
+        log.say(f"{new_tokens} new tokens start from the mean of the old embeddings")
 
 
 def open_datasets(config: Config, inputs: Inputs) -> tuple[Mixture, Mixture | None]:

@@ -598,16 +598,19 @@ def test_nothing_is_overwritten(runs, exported, tmp_path):
         convert("from-hf", tmp_path / "nowhere", tmp_path / "run")
 
 
-def test_an_imported_model_is_sampled_and_trained_on(exported, dataset, tiny_tokenizer, tmp_path):
-    convert("from-hf", exported, tmp_path / "run")
-    sample.main([str(tmp_path / "run"), "--prompt=def", "--max-tokens=3"])
-    manifest = json.loads((dataset / "manifest.json").read_text())
-    assert manifest  # the tokenizer is another one: training says so, and does not start
-    arguments = overrides(dataset, tiny_tokenizer, tmp_path / "new")
-    done = rocket([*arguments, f"--train.init_from={tmp_path / 'run'}"])
-    assert done.returncode == 1
-    assert "train.init_from" in done.stderr
-    assert "Traceback" not in done.stderr
+def test_an_imported_model_with_spare_rows_is_trained_on(dataset, tiny_tokenizer, tmp_path):
+    model = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=64)
+    tokenizer = tiny_tokenizer.read_bytes()
+    convert("to-hf", make_run(tmp_path / "old", model, tokenizer, spare=3), tmp_path / "hf")
+    convert("from-hf", tmp_path / "hf", tmp_path / "run")
+    arguments = overrides(dataset, tiny_tokenizer, tmp_path / "new", train__max_steps=1)
+    still = ["--optimizer.learning_rate=0", f"--train.init_from={tmp_path / 'run'}"]
+    done = rocket([*arguments, *still])
+    assert done.returncode == 0, done.stderr
+    old, new = find_checkpoint(tmp_path / "run"), find_checkpoint(tmp_path / "new")
+    for name, (rows, *_) in new.shapes("model").items():
+        assert torch.equal(new.tensor("model", name), old.tensor("model", name, 0, rows))
+    assert old.shapes("model")["lm_head.weight"][0] == new.shapes("model")["lm_head.weight"][0] + 3
 
 
 def test_a_chat_goes_on_when_its_context_is_full(tmp_path, monkeypatch, capsys):
