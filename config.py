@@ -7,6 +7,7 @@ what every program shares: paths and the way in which a user's mistake is report
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -630,6 +631,13 @@ def _config_file(name: str) -> Path:
         shipped = sorted(p.stem for p in (ROOT / "config").glob("*.toml"))
         raise ConfigError(f"{name}: no such file; shipped in config/: {', '.join(shipped)}")
     return path
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line without a CONFIG; its mistakes are UserErrors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
 
 
 def existing_path(name: str) -> Path:

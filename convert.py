@@ -13,14 +13,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import NoReturn
 
-from config import UserError, existing_path, resolve_path, run_program
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+from config import Parser, UserError, existing_path, resolve_path, run_program
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -85,6 +79,7 @@ from torch import Tensor, nn
 from chat import Template
 from checkpoint import Checkpoint, find_checkpoint, write_weights
 from config import ModelConfig, build_config, dump_toml, sync_directory, tables
+from generation import tokenizer_of
 from model import Llama
 from pretrained import (
     CONTROL,
@@ -112,23 +107,37 @@ FROM_HUB = (
     " model*.safetensors model.safetensors.index.json".split()
 )
 HARD_TEXTS = (
-    *(
-        " ",
-        "  ",
-        " a",
-        "a ",
-        "  a   b  ",
-        "\n",
-        "\n\n x",
-        "\t",
-        "a\r\nb",
-        "\0",
-        "a\0\x01\x7f\x1b[0m",
-    ),
-    *("\u0085\u2028\u00a0\u3000\ufeff\ufffd\ue000\U0010ffff", "e\u0301 \u0301a", "\ufb01 \u2460"),
-    *("\U0001f999", "\U0001f469\u200d\U0001f680", "\U0001f1eb\U0001f1f7", "\u4e2d\u6587\ud55c"),
-    *("\u0627\u0644\u0639\u0631", "\u202eabc", "<s>", "</s><unk>", "<0x41>", "<|user|> <pad>"),
-    *("1234567", "=" * 5, "#" * 33, " " * 9 + "x", "-" * 300, "ab" * 40 + "a", "ababa aXaa aaaa"),
+    " ",
+    "  ",
+    " a",
+    "a ",
+    "  a   b  ",
+    "\n",
+    "\n\n x",
+    "\t",
+    "a\r\nb",
+    "\0",
+    "a\0\x01\x7f\x1b[0m",
+    "\u0085\u2028\u00a0\u3000\ufeff\ufffd\ue000\U0010ffff",
+    "e\u0301 \u0301a",
+    "\ufb01 \u2460",
+    "\U0001f999",
+    "\U0001f469\u200d\U0001f680",
+    "\U0001f1eb\U0001f1f7",
+    "\u4e2d\u6587\ud55c",
+    "\u0627\u0644\u0639\u0631",
+    "\u202eabc",
+    "<s>",
+    "</s><unk>",
+    "<0x41>",
+    "<|user|> <pad>",
+    "1234567",
+    "=" * 5,
+    "#" * 33,
+    " " * 9 + "x",
+    "-" * 300,
+    "ab" * 40 + "a",
+    "ababa aXaa aaaa",
 )
 
 
@@ -155,12 +164,7 @@ def read_run(options: argparse.Namespace) -> Source:
     if which not in ("best", "last"):
         which, path = "last", options.checkpoint
     checkpoint = find_checkpoint(existing_path(path), which)
-    tokenizer = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
-    if tokenizer.sha256 != checkpoint.manifest["tokenizer_sha256"]:
-        raise UserError(
-            f"{tokenizer.path} is not the tokenizer that {checkpoint.path} was trained with; put"
-            " the original back"
-        )
+    tokenizer = tokenizer_of(checkpoint)
     shapes, config = checkpoint.shapes("model"), checkpoint.config.model
     rows = shapes.get(EMBEDDING, [0])[0]
     plain = llama_shapes(config, rows)
@@ -205,7 +209,7 @@ def written(path: Path) -> Iterator[Path]:
         reason = error.strerror or error
         raise UserError(f"{error.filename or path}: {reason}; nothing was written") from None
     finally:
-        with contextlib.suppress(OSError):  # not even made: its parent is a file
+        with contextlib.suppress(NotADirectoryError):  # its parent is a file: never made
             if temporary.is_dir():
                 shutil.rmtree(temporary)
             else:

@@ -20,10 +20,8 @@ from checkpoint import Checkpoint, find_checkpoint
 from config import Config, ModelConfig, UserError
 from distributed import check_compiler
 from model import KVCache, Llama
-from pretrained import Pretrained
+from pretrained import EMBEDDING, HEAD, Pretrained
 from tokenizer import Tokenizer
-
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Source(NamedTuple):
@@ -60,17 +58,23 @@ def open_source(path: Path, which: str = "best") -> Source:
         parts = found.config, None, tokenizer, found.template, names, found.tensor
         return Source(path, None, math.inf, *parts)
     checkpoint = find_checkpoint(path, which)
+    tokenizer = tokenizer_of(checkpoint)
+    config, template = checkpoint.config, checkpoint.manifest.get("template")
+    run_config = config if checkpoint.manifest.get("dataset") else None  # an import has none
+    tensor: Callable[[str], Tensor] = partial(Checkpoint.tensor, checkpoint, "model")
+    parts = config.model, run_config, tokenizer, template, [*checkpoint.shapes("model")], tensor
+    return Source(checkpoint.path, checkpoint.step, checkpoint.val_loss, *parts)
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
+    """The tokenizer in a checkpoint's run; UserError if its weights were trained with another."""
     tokenizer = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
     if tokenizer.sha256 != checkpoint.manifest["tokenizer_sha256"]:
         raise UserError(
             f"{tokenizer.path} is not the tokenizer that {checkpoint.path} was trained with; put"
             " the original back"
         )
-    config, template = checkpoint.config, checkpoint.manifest.get("template")
-    run_config = config if checkpoint.manifest.get("dataset") else None  # an import has none
-    tensor: Callable[[str], Tensor] = partial(Checkpoint.tensor, checkpoint, "model")
-    parts = config.model, run_config, tokenizer, template, [*checkpoint.shapes("model")], tensor
-    return Source(checkpoint.path, checkpoint.step, checkpoint.val_loss, *parts)
+    return tokenizer
 
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llama:

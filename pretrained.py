@@ -156,6 +156,13 @@ class Pretrained:
         for key in ("bos_token_id", "eos_token_id"):
             ids = values.get(key)
             named |= {i: key for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
+        for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+            given = {i for i, name in named.items() if name == key}
+            if given and ours not in given:
+                raise UserError(
+                    f"{self.path}/config.json: {key} is {values[key]}, but of tokenizer.model it is"
+                    f" {ours}; they are of different models"
+                )
         path = self.path / "tokenizer_config.json"
         table = read_json(path) if path.exists() else {}
         added = table.get("added_tokens_decoder") or {}

@@ -20,16 +20,11 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
-from config import UserError, existing_path, read_rows, run_program, told_in_one_line
+from config import Parser, UserError, existing_path, read_rows, run_program, told_in_one_line
 
 MAX_TOKENS = 256  # where --max-tokens is not given, or what the model's context leaves
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -38,57 +38,45 @@ MODELS = {
 }
 MARKERS = ["<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 TEXTS = [
-    *(
-        "",
-        "\u00e9",
-        "\U0001f468\u200d\U0001f469\u200d\U0001f467",
-        "\u0301\u0302a\u0323\u0301",
-        "a\u0000",
-        "\x7f\x80\x9f",
-    ),
-    *(
-        "\u200b\u200d\u2060",
-        "\ud55c\uad6d\uc5b4",
-        "\u0939\u093f\u0928\u094d\u0926\u0940",
-        "\u05d0\u05d1\u05d2",
-        "\u2067x\u2069",
-    ),
-    *(
-        "import os\n\n\ndef main(argv: list[str]) -> int:\n\treturn 0  # no\n",
-        "x = {'a': [1, 22, 333]}\r\n",
-    ),
+    "",
+    "\u00e9",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\u0301\u0302a\u0323\u0301",
+    "a\u0000",
+    "\x7f\x80\x9f",
+    "\u200b\u200d\u2060",
+    "\ud55c\uad6d\uc5b4",
+    "\u0939\u093f\u0928\u094d\u0926\u0940",
+    "\u05d0\u05d1\u05d2",
+    "\u2067x\u2069",
+    "import os\n\n\ndef main(argv: list[str]) -> int:\n\treturn 0  # no\n",
+    "x = {'a': [1, 22, 333]}\r\n",
     *(
         c * n
         for c in (" ", "\n", "=", "-", "a", "\u4e2d", "\U0001f999", "\t", "ab", " a")
         for n in (3, 7, 64, 501)
     ),
-    *(
-        "<|end|>",
-        "<|user|>hi<|end|>",
-        "[INST] <<SYS>>",
-        "<s><s>",
-        "a<unk>b",
-        "<0xFF><0x0A>",
-        "</s >",
-    ),
-    *(
-        "  leading",
-        "trailing  ",
-        "\n leading",
-        " \n ",
-        "a\n\n\n\nb",
-        "tab\t\tstop",
-        "\u2581"[:0] + "_ __ ___",
-    ),
-    *(
-        "http://a.b/c?d=e&f=%20",
-        "3.14159e-10",
-        "\\n\\t\\0",
-        "caf\u00e9 cafe\u0301",
-        "\ufffd\ufffd",
-        "\ue0ff",
-        "\U000f0000",
-    ),
+    "<|end|>",
+    "<|user|>hi<|end|>",
+    "[INST] <<SYS>>",
+    "<s><s>",
+    "a<unk>b",
+    "<0xFF><0x0A>",
+    "</s >",
+    "  leading",
+    "trailing  ",
+    "\n leading",
+    " \n ",
+    "a\n\n\n\nb",
+    "tab\t\tstop",
+    "_ __ ___",
+    "http://a.b/c?d=e&f=%20",
+    "3.14159e-10",
+    "\\n\\t\\0",
+    "caf\u00e9 cafe\u0301",
+    "\ufffd\ufffd",
+    "\ue0ff",
+    "\U000f0000",
 ]
 
 
@@ -462,16 +450,16 @@ def test_llama_cpp_continues_alike(tmp_path, name, prefix):
     model = train_tokenizer(add_dummy_prefix=prefix)
     run = make_run(tmp_path / "run", MODELS[name], model)
     convert("to-gguf", run, tmp_path / "m.gguf")
-    theirs = llama_cpp.Llama(
-        str(tmp_path / "m.gguf"), n_ctx=0, n_threads=1, logits_all=True, verbose=False
-    )
+    float32 = llama_cpp.GGML_TYPE_F32  # else its cache is float16, and near ties fall elsewhere
+    options = {"type_k": float32, "type_v": float32, "logits_all": True, "verbose": False}
+    theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, n_threads=1, **options)
     prompt = "def main(argv):  # caf\u00e9 \U0001f999\n"
     ids, expected, plain = greedy(run, prompt, 16)
     assert theirs.tokenize(prompt.encode(), add_bos=True, special=False) == ids
     theirs.eval([*ids, *expected])
     scores = torch.from_numpy(theirs.scores[: len(ids) + len(expected)].copy())
     logits = plain(torch.tensor([[*ids, *expected]]))[0]
-    assert (scores - logits).norm() < 1e-2 * logits.norm()  # its own kernels, its own rounding
+    assert (scores - logits).norm() < 1e-3 * logits.norm()  # its own kernels, its own rounding
     allowed = drawable(Tokenizer(run / "tokenizer.model"), plain.vocab_size)
     likeliest = scores.masked_fill(~allowed, -torch.inf).argmax(-1)
     assert likeliest[len(ids) - 1 : -1].tolist() == expected
@@ -559,6 +547,8 @@ HOSTILE = {
     "quantized weights": lambda d: set_config(d, quantization_config={"bits": 4}),
     "wider heads": lambda d: set_config(d, head_dim=128),
     "an unknown key": lambda d: set_config(d, residual_scale=2.0),
+    "another BOS": lambda d: set_config(d, bos_token_id=9),
+    "no such EOS": lambda d: set_config(d, eos_token_id=[1, 9]),
 }
 NAMED = {
     "rope scaling": "rope",
@@ -571,6 +561,8 @@ NAMED = {
     "wider heads": "head_dim",
     "an unknown key": "residual_scale",
     "absurd sizes": "num_hidden_layers",
+    "another BOS": "bos_token_id",
+    "no such EOS": "eos_token_id",
 }
 
 
