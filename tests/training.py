@@ -19,6 +19,7 @@ from tokenizer import Tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 # One thread a rank: the suite shares two cores, and thread counts change the order of float sums.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+PATIENCE = 240  # seconds that a test waits for what takes a few: a busy machine may stand still
 
 
 def overrides(dataset: Path, tokenizer: Path, out: Path, **values: object) -> list[str]:
@@ -54,13 +55,15 @@ def overrides(dataset: Path, tokenizer: Path, out: Path, **values: object) -> li
     return [f"--{name.replace('__', '.')}={value}" for name, value in keys.items()]
 
 
-def rocket(arguments: list[str], ranks: int = 1, timeout: int = 120) -> subprocess.CompletedProcess:
+def rocket(
+    arguments: list[str], ranks: int = 1, timeout: int = PATIENCE
+) -> subprocess.CompletedProcess:
     """Runs rocket.py in plain python, or under torchrun for more than one rank."""
     return run_many([arguments], ranks, timeout)
 
 
 def run_many(
-    runs: list[list[str]], ranks: int = 1, timeout: int = 240
+    runs: list[list[str]], ranks: int = 1, timeout: int = PATIENCE
 ) -> subprocess.CompletedProcess:
     """Trains several runs one after the other in one launch; a launch costs seconds."""
     program = [str(ROOT / "tests" / "launch.py"), json.dumps(runs)]
@@ -82,10 +85,12 @@ class Launched:
     """A training run in the background, in a session of its own."""
 
     def __init__(self, arguments: list[str], ranks: int, restarts: int) -> None:
-        self.files = [tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")]  # noqa: SIM115
+        # Appended to: said() moves the position that these files share with the processes, and
+        # what they say would be written over.
+        self.files = [tempfile.TemporaryFile("a+"), tempfile.TemporaryFile("a+")]  # noqa: SIM115
         self.process = subprocess.Popen(
             [*launcher(ranks, restarts), str(ROOT / "rocket.py"), *arguments],
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"},
             stdout=self.files[0],
             stderr=self.files[1],
             start_new_session=True,
@@ -107,16 +112,32 @@ class Launched:
             found |= {name[5:]: int(pid) for name in environment if name.startswith("RANK=")}
         return [found[rank] for rank in sorted(found)]
 
-    def wait(self, timeout: float = 60) -> int:
-        return self.process.wait(timeout)
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        return self.process.wait(PATIENCE)
+
+    def abort(self) -> None:
+        """Ends it; where each thread of its processes stands is then in what it said."""
+        with contextlib.suppress(FileNotFoundError):
+            for pid in self.workers() or [self.pid]:
+                os.kill(pid, signal.SIGABRT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(10)
 
 
 @contextlib.contextmanager
 def started(arguments: list[str], ranks: int = 1, restarts: int = 0) -> Iterator[Launched]:
-    """Starts rocket.py and goes on; whatever is left of it at the end is killed."""
+    """Starts rocket.py and goes on; whatever is left of it at the end is killed.
+
+    If the test fails, pytest shows what was said, and where a run that still went stood.
+    """
     launched = Launched(arguments, ranks, restarts)
     try:
         yield launched
+    except BaseException:
+        launched.abort()
+        print(launched.said())
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):  # torchrun puts ranks in their own sessions
             for pid in launched.workers():
@@ -126,7 +147,7 @@ def started(arguments: list[str], ranks: int = 1, restarts: int = 0) -> Iterator
         launched.process.wait()
 
 
-def until(holds: Callable[[], object], timeout: float = 60) -> None:
+def until(holds: Callable[[], object], timeout: float = PATIENCE) -> None:
     """Waits for something to hold; fails if it takes too long."""
     deadline = time.monotonic() + timeout
     while not holds():
