@@ -90,23 +90,52 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llam
     return model.requires_grad_(False)
 
 
-def compile_rows(model: Llama) -> None:
-    """Compiles what one token alone goes through, in place: for a CPU, where the libraries read a
-    matrix with one thread and at half the speed that memory has.
+def fit_to_cpu(model: Llama, rows: int, compiled: bool) -> None:
+    """Makes a model on a CPU quick at continuing so many rows at a time, in place.
+
+    A token's time is that of reading the weights, and in the order in which they are stored the
+    library reads them at half the speed that memory has or less. So each matrix is laid out anew,
+    a copy in memory. Compiled, what is between the products becomes a few kernels; so do a single
+    row's products, which then read the weights where they are.
 
     Raises:
         UserError: there is no compiler.
     """
-    check_compiler(model.lm_head.weight.device)
+    weight = model.lm_head.weight
+    if compiled:
+        check_compiler(weight.device)
+    if compiled and rows == 1:
+        for module in linears(model):
+            module.__class__ = RowLinear  # by its class, so that one graph serves all layers
+    elif can_pack(weight.dtype):
+        pack(model)
+    if not compiled:
+        return
 
     def part(plain: Callable, compiled: Callable, x: Tensor, *others: Any) -> Tensor:
-        return (compiled if x.numel() == x.shape[-1] else plain)(x, *others)
+        return (compiled if x.shape[1] == 1 else plain)(x, *others)
 
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = RowLinear  # by its class, so that one graph serves all layers
     for module in (*model.model.layers, model.lm_head):
         module.forward = partial(part, module.forward, torch.compile(module.forward))
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
+
+
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether this CPU's library (oneDNN) takes weights of a type in an order of its own."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def pack(model: nn.Module) -> None:
+    """Lays out the matrices of linear layers as the CPU's library reads them best, in place."""
+    for module in linears(model):
+        packed = torch.ops.mkldnn._reorder_linear_weight(module.weight, None)
+        module.weight = nn.Parameter(packed, requires_grad=False)
+        module.__class__ = PackedLinear
 
 
 class RowLinear(nn.Linear):
@@ -117,6 +146,28 @@ class RowLinear(nn.Linear):
             return super().forward(x)
         product = (self.weight.float() * x.flatten().float()).sum(-1)
         return product.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer with a packed weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.rocket.packed_product(x, self.weight)
+
+
+torch.library.define("rocket::packed_product", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl("rocket::packed_product", "CompositeExplicitAutograd")
+def packed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., D) times a packed weight (N, D). An operator of its own, since the compiler takes
+    packed weights only as constants, which would be a graph a layer (torch 2.13)."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@torch.library.register_fake("rocket::packed_product")
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], len(weight))
 
 
 @dataclass(frozen=True)

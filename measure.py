@@ -6,6 +6,7 @@ Each benchmark is a contestant as bench.compare takes them. The parts of Rocket 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import time
@@ -271,17 +272,21 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
 def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Generate, int]]:
     """generation.generate, timed to its first token and from there on; the number of parameters."""
     vocab_size = config.tokenizer.vocab_size
-    with torch.device("meta"):
-        model = Llama(config.model, vocab_size)
-    model.to_empty(device=world.device)
-    model.tie()
-    initialise(model, config)
-    model.requires_grad_(False)
-    model = model.to(world.dtype)
-    if config.train.compile == "on" and world.device.type == "cpu":
-        generation.compile_rows(model)
+
+    @functools.cache
+    def model_for(rows: int) -> Llama:
+        with torch.device("meta"):
+            model = Llama(config.model, vocab_size)
+        model.to_empty(device=world.device)
+        model.tie()
+        initialise(model, config)
+        model = model.requires_grad_(False).to(world.dtype)
+        if world.device.type == "cpu":
+            generation.fit_to_cpu(model, rows, config.train.compile == "on")
+        return model
 
     def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
+        model = model_for(len(prompts))
         wait_for(world.device)
         start = time.perf_counter()
         steps = generation.generate(model, prompts, generation.Settings(new, temperature=0.0))

@@ -49,20 +49,22 @@ class KVCache:
         dtype: torch.dtype,
     ):
         self.length = length
-        shape = (batch_size, length, config.n_kv_heads, config.dim // config.n_heads)
+        shape = (batch_size, config.n_kv_heads, length, config.dim // config.n_heads)
         layers = range(config.n_layers)
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.starts = torch.arange(batch_size, device=device)[:, None] * length
+        heads = torch.arange(batch_size * config.n_kv_heads, device=device)
+        self.starts = heads.view(batch_size, -1, 1) * length
 
-    def layer(self, number: int, places: Tensor, length: int) -> Past:
-        """What a layer works with: places of the current tokens (B T), entries to look at."""
-        return Past(self.keys[number], self.values[number], places, length)
+    def layers(self, positions: Tensor, length: int) -> list[Past]:
+        """What each layer works with, at positions (B, T), looking at so many entries."""
+        places = (self.starts + positions[:, None]).flatten()
+        return [Past(*kept, places, length) for kept in zip(self.keys, self.values, strict=True)]
 
 
 class Past(NamedTuple):
-    """A layer's keys and values (B, S, K, E), where in them, counted over all rows, those of the
-    current tokens belong (B T), and how many of each row are looked at."""
+    """A layer's keys and values (B, K, S, E), where in them, counted over all rows and heads, those
+    of the current tokens belong (B K T), and how many of each are looked at."""
 
     keys: Tensor
     values: Tensor
@@ -72,9 +74,8 @@ class Past(NamedTuple):
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v (B, K, T, E); returns the first entries of each row (B, K, length, E)."""
         for kept, new in ((self.keys, k), (self.values, v)):
-            kept.flatten(0, 1).index_copy_(0, self.places, new.transpose(1, 2).flatten(0, 1))
-        keys, values = self.keys[:, : self.length], self.values[:, : self.length]
-        return keys.transpose(1, 2), values.transpose(1, 2)
+            kept.flatten(0, 2).index_copy_(0, self.places, new.flatten(0, 2))
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
 
 
 class RMSNorm(nn.Module):
@@ -116,17 +117,22 @@ def compiled(function: Callable) -> Callable:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """Attention (B, H, T, E) of q over k, v (B, K, S, E); without a mask it is causal."""
-    grouped = q.shape[1] != k.shape[1]
+    groups = k.shape[1]
+    grouped, on_cpu = q.shape[1] != groups, q.device.type == "cpu"
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
-    if grouped and mask is not None and q.shape[2] == 1:
-        # The heads of a group as so many queries: kernels that take a mask don't take groups.
-        heads = q.unflatten(1, (k.shape[1], -1)).squeeze(3)
-        return attend(heads, k, v, mask).flatten(1, 2)[:, :, None]
+    if mask is not None and q.shape[2] == 1 and (grouped or on_cpu):
+        # The heads of a group as so many queries: kernels that take a mask don't take groups, and
+        # on a CPU they take a token's time for 32.
+        heads = q.unflatten(1, (groups, -1)).squeeze(3)
+        way = attend_by_products if on_cpu else F.scaled_dot_product_attention
+        return way(heads, k, v, mask).flatten(1, 2)[:, :, None]
     if mask is None and multiplies_faster(q):
-        heads = q.unflatten(1, (k.shape[1], -1))
-        return attend_by_products(heads, k[:, :, None], v[:, :, None]).flatten(1, 2)
+        heads = q.unflatten(1, (groups, -1))
+        places = torch.arange(q.shape[2], device=q.device)
+        mask = torch.where(places[:, None] < places, -math.inf, 0.0)
+        return attend_by_products(heads, k[:, :, None], v[:, :, None], mask).flatten(1, 2)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
@@ -140,12 +146,11 @@ def multiplies_faster(q: Tensor) -> bool:
     return on_cpu and torch.compiler.is_compiling() and q.shape[2] <= SHORT
 
 
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention (B, K, H/K, T, E) of q over k, v (B, K, 1, T, E), as it is written down."""
-    places = torch.arange(q.shape[-2], device=q.device)
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Attention (..., T, E) of q over k, v (..., S, E) as it is written down; mask (..., T, S) is
+    added to the scores."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    scores = scores.float().masked_fill(places[:, None] < places, -math.inf)
-    return scores.softmax(-1).to(q.dtype) @ v
+    return (scores.float() + mask).softmax(-1).to(q.dtype) @ v
 
 
 class Attention(nn.Module):
@@ -334,8 +339,7 @@ class Llama(nn.Module):
         else:
             assert length <= cache.length, "the cache is shorter than length"
             mask = past_mask(positions, length, cache.keys[0].dtype)
-            places = (cache.starts + positions).flatten()
-            past = [cache.layer(number, places, length) for number in range(len(past))]
+            past = cache.layers(positions, length)
         rotary = rotary_tables(positions, self.config)
         x = self.model.embed_tokens(tokens)
         for layer, seen in zip(self.model.layers, past, strict=True):

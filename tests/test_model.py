@@ -99,7 +99,8 @@ def test_attention_by_products_is_the_kernels(n_kv_heads):
     q = torch.randn(2, 4, 7, 16)
     k, v = torch.randn(2, 2, n_kv_heads, 7, 16)
     heads = q.unflatten(1, (n_kv_heads, -1))
-    products = attend_by_products(heads, k[:, :, None], v[:, :, None]).flatten(1, 2)
+    causal = torch.full((7, 7), -math.inf).triu(1)
+    products = attend_by_products(heads, k[:, :, None], v[:, :, None], causal).flatten(1, 2)
     assert torch.allclose(products, attend(q, k, v, None), atol=1e-6)
 
 

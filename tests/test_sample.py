@@ -2,6 +2,7 @@
 or without the cache, no half characters, and a run directory that is enough to sample from."""
 
 import copy
+import dataclasses
 import io
 import json
 import math
@@ -20,15 +21,19 @@ from checkpoint import checkpoint_paths, find_checkpoint
 from config import ROOT, ModelConfig, UserError
 from generation import (
     Completion,
+    PackedLinear,
+    RowLinear,
     Settings,
+    can_pack,
     choose,
-    compile_rows,
     drawable,
+    fit_to_cpu,
     generate,
     keep_top_k,
     keep_top_p,
     load_model,
     open_source,
+    pack,
     penalise_repetition,
     uniform_numbers,
 )
@@ -136,12 +141,34 @@ def test_greedy_text_is_that_of_transformers(model):
         assert continuations(model, [prompt], SETTINGS["greedy"]) == [expected]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_compiled_products_change_nothing(model, name):
-    compiled = copy.deepcopy(model)
-    compile_rows(compiled)
-    expected = continuations(model, PROMPTS[:1], SETTINGS[name])
-    assert continuations(compiled, PROMPTS[:1], SETTINGS[name]) == expected
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_model_fit_to_the_cpu_says_the_same(model, rows, compiled):
+    fitted = copy.deepcopy(model)
+    fit_to_cpu(fitted, rows, compiled)
+    assert type(fitted.lm_head) is (RowLinear if compiled and rows == 1 else PackedLinear)
+    for settings in SETTINGS.values():
+        expected = continuations(model, PROMPTS[:rows], settings)
+        assert continuations(fitted, PROMPTS[:rows], settings) == expected
+
+
+def test_packing_leaves_tied_embeddings(model):
+    tied = Llama(dataclasses.replace(CONFIG, tie_embeddings=True), VOCAB).requires_grad_(False)
+    tied.model.load_state_dict(model.model.state_dict())
+    expected = continuations(tied, PROMPTS, SETTINGS["greedy"])
+    fit_to_cpu(tied, len(PROMPTS), False)
+    assert continuations(tied, PROMPTS, SETTINGS["greedy"]) == expected
+
+
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no products in bfloat16")
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_packed_products_in_bfloat16(rows):
+    layer = torch.nn.Linear(48, 32, bias=False).requires_grad_(False)
+    x = torch.randn(rows, 2, 48).bfloat16()
+    exact = layer.bfloat16().weight.float() @ x.float()[..., None]
+    holder = torch.nn.Sequential(layer)
+    pack(holder)
+    assert torch.allclose(holder(x).float(), exact[..., 0], rtol=1e-2, atol=1e-2)
 
 
 def test_rows_end_on_their_own(model):
