@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -765,6 +766,7 @@ def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a program's main; a user's mistake becomes one line and exit code 1."""
     with told_in_one_line():
         main(sys.argv[1:])
+        sys.stdout.flush()
     sys.exit(0)
 
 
@@ -789,7 +791,13 @@ def told_in_one_line() -> Iterator[None]:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # a reader that has left, such as `| head`
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        if error.errno == errno.ENOSPC:
+            where = error.filename or "a file or standard output"
+            print(f"{Path(sys.argv[0]).name}: error: no space is left for {where}", file=sys.stderr)
+        # else a reader that has left, such as `| head`; what is left to write has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 

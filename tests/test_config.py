@@ -192,3 +192,11 @@ def test_every_key_is_described():
     for section in dataclasses.fields(build_config({})):
         for key in dataclasses.fields(getattr(build_config({}), section.name)):
             assert key.metadata["help"], key.name
+
+
+def test_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(ROOT / "config.py")]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == ("config.py: error: no space is left for a file or standard output\n")

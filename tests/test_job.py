@@ -386,7 +386,7 @@ def test_a_killed_rank_ends_the_job_at_once(run, tmp_path):
         os.kill(launched.workers()[1], signal.SIGKILL)
         killed_at = time.monotonic()
         assert launched.wait() == 1
-        assert time.monotonic() - killed_at < 20
+        assert time.monotonic() - killed_at < 60
         said = launched.said()
     assert "rocket.py: error: rank 0 on" in said
     assert "lost contact with another rank" in said

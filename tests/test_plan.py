@@ -42,7 +42,7 @@ def configured(name, *overrides):
 
 def planned(*arguments):
     command = [sys.executable, str(ROOT / "plan.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
 def facts(*arguments):

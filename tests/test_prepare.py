@@ -69,7 +69,7 @@ def command(project, *arguments):
 
 def prepare(project, *arguments, **options):
     return subprocess.run(
-        command(project, *arguments), capture_output=True, text=True, timeout=60, **options
+        command(project, *arguments), capture_output=True, text=True, timeout=240, **options
     )
 
 
@@ -161,8 +161,8 @@ def test_shards_are_the_same_for_any_number_of_workers(project):
 
 
 def wait_until(happens, process):
-    """Waits for an event in a running program, at most a minute."""
-    for _ in range(60_000):
+    """Waits for an event in a running program, at most some minutes."""
+    for _ in range(240_000):
         if happens():
             return
         assert process.poll() is None, "the program ended before"
@@ -249,7 +249,7 @@ def test_a_dead_worker_ends_the_run(project):
     wait_until(lambda: list(parts.glob("*/part-*.json")), process)
     workers = workers_of(process)
     os.kill(workers[0], signal.SIGKILL)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == 1
     assert f"a worker died in a part that begins with {project}/corpus.jsonl" in stderr
     assert len(stderr.splitlines()) == 1
@@ -264,7 +264,7 @@ def test_ctrl_c_is_quiet(project):
     )
     wait_until(lambda: list((project / "data" / "parts").glob("*/part-*.json")), process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=240)
     assert (process.returncode, stderr) == (130, b"")
 
 
@@ -279,7 +279,7 @@ def at_once(project, *tasks):
         )
         for task in tasks
     ]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(tasks), outputs
     return outputs
 
@@ -346,7 +346,7 @@ def test_a_run_with_other_settings_takes_nothing_from_a_live_task(project):
     )
     wait_until(lambda: list((project / "data" / "parts").glob("*/part-*.json")), task)
     assert "starting over" in prepared(project, "--data.split_seed=1")
-    assert len(task.communicate(timeout=30)[1].splitlines()) <= 1
+    assert len(task.communicate(timeout=240)[1].splitlines()) <= 1
     assert manifest(project / "data")["split"]["seed"] == 1
     prepared(project, "--verify")
 

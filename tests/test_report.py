@@ -115,7 +115,7 @@ def read(path):
 def program(*arguments, cwd=None):
     command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=60, env=ENVIRONMENT
+        command, cwd=cwd, capture_output=True, text=True, timeout=240, env=ENVIRONMENT
     )
 
 

@@ -67,7 +67,7 @@ def test_planted_pickles_are_never_executed(dataset, tiny_tokenizer, tmp_path, c
     model.write_bytes(payload)
     runs.append(overrides(dataset, tiny_tokenizer, tmp_path / "t", tokenizer__path=model))
     tokenizer = [sys.executable, str(ROOT / "train_tokenizer.py"), f"--tokenizer.path={model}"]
-    subprocess.run(tokenizer, env=ENVIRONMENT, capture_output=True, timeout=60)
+    subprocess.run(tokenizer, env=ENVIRONMENT, capture_output=True, timeout=240)
     run_many(runs)
     assert not executed.exists()
 
