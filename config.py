@@ -792,9 +792,10 @@ def told_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not isinstance(error, BrokenPipeError):
             raise
-        if error.errno == errno.ENOSPC:
+        if full:
             where = error.filename or "a file or standard output"
             print(f"{Path(sys.argv[0]).name}: error: no space is left for {where}", file=sys.stderr)
         # else a reader that has left, such as `| head`; what is left to write has nowhere to go

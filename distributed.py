@@ -278,7 +278,7 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device, otherwise: str = "set train.compile=off") -> None:
     """UserError if this host lacks what torch.compile calls: a compiler, for a GPU too (Triton's
     launchers are C), and Python's headers."""
     variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
@@ -288,7 +288,7 @@ def check_compiler(device: torch.device) -> None:
     if missing := missing or ("" if headers.exists() else str(headers)):
         raise UserError(
             f"compiling the model needs {missing}, which {socket.gethostname()} lacks; install it,"
-            " or set train.compile=off"
+            f" or {otherwise}"
         )
 
 

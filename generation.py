@@ -90,8 +90,8 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llam
     return model.requires_grad_(False)
 
 
-def fit_to_cpu(model: Llama, rows: int, compiled: bool) -> None:
-    """Makes a model on a CPU quick at continuing so many rows at a time, in place.
+def fit_to_cpu(model: Llama, single: bool, compiled: bool) -> None:
+    """Makes a model on a CPU quick at continuing a single row, or many at a time, in place.
 
     A token's time is that of reading the weights, and in the order in which they are stored the
     library reads them at half the speed that memory has or less. So each matrix is laid out anew,
@@ -103,8 +103,8 @@ def fit_to_cpu(model: Llama, rows: int, compiled: bool) -> None:
     """
     weight = model.lm_head.weight
     if compiled:
-        check_compiler(weight.device)
-    if compiled and rows == 1:
+        check_compiler(weight.device, "leave out --compile")
+    if compiled and single:
         for module in linears(model):
             module.__class__ = RowLinear  # by its class, so that one graph serves all layers
     elif can_pack(weight.dtype):
@@ -112,8 +112,8 @@ def fit_to_cpu(model: Llama, rows: int, compiled: bool) -> None:
     if not compiled:
         return
 
-    def part(plain: Callable, compiled: Callable, x: Tensor, *others: Any) -> Tensor:
-        return (compiled if x.shape[1] == 1 else plain)(x, *others)
+    def part(plain: Callable, fast: Callable, x: Tensor, *others: Any) -> Tensor:
+        return (fast if x.shape[1] == 1 else plain)(x, *others)
 
     for module in (*model.model.layers, model.lm_head):
         module.forward = partial(part, module.forward, torch.compile(module.forward))
@@ -125,7 +125,8 @@ def linears(model: nn.Module) -> list[nn.Linear]:
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this CPU's library (oneDNN) takes weights of a type in an order of its own."""
-    if not torch.backends.mkldnn.is_available():
+    needed = ("_reorder_linear_weight", "_linear_pointwise")  # torch's own, and not promised
+    if not all(hasattr(torch.ops.mkldnn, name) for name in needed):
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 

@@ -272,9 +272,10 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
 def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Generate, int]]:
     """generation.generate, timed to its first token and from there on; the number of parameters."""
     vocab_size = config.tokenizer.vocab_size
+    compiled = config.train.compile == "on" and world.device.type == "cpu"
 
     @functools.cache
-    def model_for(rows: int) -> Llama:
+    def built(single: bool) -> Llama:
         with torch.device("meta"):
             model = Llama(config.model, vocab_size)
         model.to_empty(device=world.device)
@@ -282,11 +283,11 @@ def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Gener
         initialise(model, config)
         model = model.requires_grad_(False).to(world.dtype)
         if world.device.type == "cpu":
-            generation.fit_to_cpu(model, rows, config.train.compile == "on")
+            generation.fit_to_cpu(model, single, compiled)
         return model
 
     def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
-        model = model_for(len(prompts))
+        model = built(compiled and len(prompts) == 1)
         wait_for(world.device)
         start = time.perf_counter()
         steps = generation.generate(model, prompts, generation.Settings(new, temperature=0.0))

@@ -116,7 +116,10 @@ def compiled(function: Callable) -> Callable:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """Attention (B, H, T, E) of q over k, v (B, K, S, E); without a mask it is causal."""
+    """Attention (B, H, T, E) of q over k, v (B, K, S, E); without a mask it is causal.
+
+    What masks a single token is added to its scores.
+    """
     groups = k.shape[1]
     grouped, on_cpu = q.shape[1] != groups, q.device.type == "cpu"
     if isinstance(mask, BlockMask):

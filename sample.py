@@ -88,6 +88,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     given = [f"--{name.replace('_', '-')}" for name in given]
     if len(given) > 1 and {"--evaluate", "--choices"} & {*given}:
         raise UserError(f"{' and '.join(given)}: give one")
+    if options.compile and {"--evaluate", "--choices"} & {*given}:
+        raise UserError("--compile is for samples")
     return options
 
 
@@ -141,11 +143,13 @@ class Sampler:
     """A source's model and tokenizer, ready to complete so many prompts at a time.
 
     Raises:
-        UserError: a chat with weights that saw no conversation.
+        UserError: a chat with weights that saw no conversation; --compile on a GPU.
     """
 
     def __init__(self, source: Source, options: argparse.Namespace, rows: int):
         device, dtype = device_and_dtype(options)
+        if options.compile and device.type != "cpu":
+            raise UserError("--compile is for a CPU; on a GPU a token is one CUDA graph anyway")
         self.source, self.tokenizer = source, source.tokenizer
         self.stops, self.stop_ids = list(options.stop), [self.tokenizer.eos_id]
         self.template: Template | None = None
@@ -157,7 +161,7 @@ class Sampler:
             self.stops += stops
         self.model = load_model(source, device, dtype)
         if device.type == "cpu":
-            fit_to_cpu(self.model, rows, options.compile)
+            fit_to_cpu(self.model, rows == 1, options.compile)
         self.allowed = drawable(self.tokenizer, self.model.vocab_size).to(device)
         self.allowed[self.stop_ids] = True
 
@@ -253,9 +257,8 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     measuring = options.evaluate or options.choices
     prompts = None if measuring else read_prompts(options)
-    path = existing_path(options.run)
     if options.checkpoint in ("best", "last"):
-        source = open_source(path, options.checkpoint)
+        source = open_source(existing_path(options.run), options.checkpoint)
     else:
         source = open_source(existing_path(options.checkpoint))
     described = f"{source.path}"

@@ -15,6 +15,7 @@ import sys
 import pytest
 import sentencepiece
 import torch
+from torch._dynamo.utils import counters
 from training import ENVIRONMENT, overrides, run_many
 
 from checkpoint import checkpoint_paths, find_checkpoint
@@ -37,13 +38,14 @@ from generation import (
     penalise_repetition,
     uniform_numbers,
 )
-from model import Llama, initial_weight
+from model import KVCache, Llama, initial_weight
 from sample import main
 from tokenizer import Tokenizer
 from train_tokenizer import DEFAULTS
 
 VOCAB = 48
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=40)
+needs_packing = pytest.mark.skipif(not can_pack(torch.float32), reason="torch without oneDNN")
 PROMPTS = [[1, 5], [1, 7, 9, 11, 13, 2, 4, 6], [1], [1, 3, 3, 8]]
 
 
@@ -141,22 +143,46 @@ def test_greedy_text_is_that_of_transformers(model):
         assert continuations(model, [prompt], SETTINGS["greedy"]) == [expected]
 
 
+@needs_packing
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("rows", [1, 4])
 def test_a_model_fit_to_the_cpu_says_the_same(model, rows, compiled):
     fitted = copy.deepcopy(model)
-    fit_to_cpu(fitted, rows, compiled)
+    torch._dynamo.reset()
+    counters.clear()
+    fit_to_cpu(fitted, rows == 1, compiled)
     assert type(fitted.lm_head) is (RowLinear if compiled and rows == 1 else PackedLinear)
     for settings in SETTINGS.values():
         expected = continuations(model, PROMPTS[:rows], settings)
         assert continuations(fitted, PROMPTS[:rows], settings) == expected
+    assert (counters["stats"]["unique_graphs"] > 0) == compiled
 
 
+@pytest.mark.skipif(not can_pack(torch.bfloat16), reason="this CPU has no products in bfloat16")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_model_fit_to_the_cpu_in_bfloat16(model, rows, compiled):
+    """Logits behind the same tokens, since rounding may change what is drawn."""
+    fitted = copy.deepcopy(model).bfloat16()
+    fit_to_cpu(fitted, rows == 1, compiled)
+    for tested in (fitted, copy.deepcopy(model).bfloat16()):
+        cache = KVCache(CONFIG, rows, 9, torch.device("cpu"), torch.bfloat16)
+        logits = []
+        for step in range(9):
+            positions = torch.full((rows, 1), step)
+            tokens = torch.arange(rows)[:, None] * 5 + step + 2
+            logits.append(tested(tokens, cache=cache, positions=positions, length=step + 1))
+        exact = model(torch.arange(rows)[:, None] * 5 + torch.arange(9) + 2)
+        error = torch.cat(logits, 1).float() - exact
+        assert error.norm() < 3e-2 * exact.norm()
+
+
+@needs_packing
 def test_packing_leaves_tied_embeddings(model):
     tied = Llama(dataclasses.replace(CONFIG, tie_embeddings=True), VOCAB).requires_grad_(False)
     tied.model.load_state_dict(model.model.state_dict())
     expected = continuations(tied, PROMPTS, SETTINGS["greedy"])
-    fit_to_cpu(tied, len(PROMPTS), False)
+    fit_to_cpu(tied, False, False)
     assert continuations(tied, PROMPTS, SETTINGS["greedy"]) == expected
 
 
@@ -491,6 +517,7 @@ def test_the_context_is_filled_but_for_an_explicit_wish(run, capsys):
         (["--prompt-file=/nowhere"], "/nowhere: No such file"),
         ([], "--prompt"),
         (["--prompt=a", "--logprobs=2"], "--logprobs is for --json"),
+        (["--evaluate=val", "--compile"], "--compile is for samples"),
         (["--evaluate=val", "--prompt=a"], "--evaluate and --prompt: give one"),
         (["--evaluate=test"], "no test split"),
         (["--evaluate=/nowhere.txt"], "/nowhere.txt: No such file"),

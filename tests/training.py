@@ -85,9 +85,7 @@ class Launched:
     """A training run in the background, in a session of its own."""
 
     def __init__(self, arguments: list[str], ranks: int, restarts: int) -> None:
-        # Appended to: said() moves the position that these files share with the processes, and
-        # what they say would be written over.
-        self.files = [tempfile.TemporaryFile("a+"), tempfile.TemporaryFile("a+")]  # noqa: SIM115
+        self.files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]  # noqa: SIM115
         self.process = subprocess.Popen(
             [*launcher(ranks, restarts), str(ROOT / "rocket.py"), *arguments],
             env={**ENVIRONMENT, "PYTHONFAULTHANDLER": "1"},
@@ -99,9 +97,9 @@ class Launched:
 
     def said(self) -> str:
         """Its output and errors so far."""
-        for file in self.files:
-            file.seek(0)
-        return "".join(file.read() for file in self.files)
+        # Opened anew: reading through the files themselves would move the position that they
+        # share with the processes, which would write over what they had said.
+        return "".join(Path(f"/proc/self/fd/{file.fileno()}").read_text() for file in self.files)
 
     def workers(self) -> list[int]:
         """The pids of the ranks that torchrun started, in the order of ranks."""
@@ -118,7 +116,7 @@ class Launched:
 
     def abort(self) -> None:
         """Ends it; where each thread of its processes stands is then in what it said."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # some may have ended
             for pid in self.workers() or [self.pid]:
                 os.kill(pid, signal.SIGABRT)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -134,7 +132,7 @@ def started(arguments: list[str], ranks: int = 1, restarts: int = 0) -> Iterator
     launched = Launched(arguments, ranks, restarts)
     try:
         yield launched
-    except BaseException:
+    except Exception:
         launched.abort()
         print(launched.said())
         raise
