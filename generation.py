@@ -125,7 +125,8 @@ def linears(model: nn.Module) -> list[nn.Linear]:
 
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this CPU's library (oneDNN) takes weights of a type in an order of its own."""
-    needed = ("_reorder_linear_weight", "_linear_pointwise")  # torch's own, and not promised
+    # torch's own operators, which a release may rename: without them weights stay as they are
+    needed = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")
     if not all(hasattr(torch.ops.mkldnn, name) for name in needed):
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
