@@ -152,8 +152,8 @@ def chart(
 ) -> str:
     """Lines against one axis as an SVG."""
     labels = marks is None
-    longest = max((len(line.label) for line in lines), default=0) if labels else 0
-    right = WIDTH - (16 + 6.4 * longest if labels else 14)
+    widest = max((width_of(line.label) for line in lines), default=0.0)
+    right = WIDTH - (12 + widest if labels else 14)
     furthest = max(point[axis] for line in lines for point in line.points) or 1.0
     factor, unit = duration(furthest) if axis == 2 else (1, AXES[axis])
     x = Scale(0, furthest * factor, LEFT, right)
@@ -221,6 +221,11 @@ def swatch(line: Line, width: int = 30) -> str:
         f' stroke-dasharray="{dashes(line)}"/>'
         f"{markers(line.style, [(width / 2, 6)]) if line.marked else ''}</svg>"
     )
+
+
+def width_of(label: str) -> float:
+    """Of a label, in a chart's units, in a wide typeface: a page can't know which one it gets."""
+    return sum(11.5 if c in "mwMW@%" or c > "\u2e80" else 7.4 for c in label)
 
 
 def end_labels(ends: list[tuple[tuple[float, float], Line]], right: float) -> str:

@@ -512,6 +512,22 @@ def test_chromium_opens_pages_without_a_complaint(browser, pages):
 
 
 @pytest.mark.browser
+def test_labels_of_curves_are_not_cut(browser, tmp_path):
+    names = ("wmwmwm_1", "MMMM", "运行一二三")
+    runs = [make_run(tmp_path / name) for name in names]
+    path = tmp_path / "comparison.html"
+    assert program(*runs, f"--output={path}").returncode == 0
+    script = """
+    const charts = [...document.querySelectorAll(".by-steps")];
+    document.title = JSON.stringify(charts.map(c => [...c.querySelectorAll(".end")].map(
+      t => t.getBoundingClientRect().right - c.getBoundingClientRect().right)));
+    """
+    over = told(browser(path, script)[0])
+    assert len(over) >= 6
+    assert all(len(chart) == len(names) and max(chart) <= 0 for chart in over)
+
+
+@pytest.mark.browser
 def test_the_readout_tells_the_values_of_the_curve(browser, pages):
     script = """
     const svg = document.querySelector(".by-steps"), box = svg.getBoundingClientRect();
