@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -35,6 +34,7 @@ from config import (
     build_config,
     file_sha256,
     sync_directory,
+    tell,
     write_atomically,
 )
 from distributed import AgreedError, World, local_part, writes
@@ -153,7 +153,7 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
             damaged.append(str(error))
             continue
         for message in damaged:
-            print(f"passed over: {message}", file=sys.stderr)
+            tell(f"passed over: {message}")
         return checkpoint
     if damaged:
         raise UserError(f"{path}: no checkpoint verifies: {'; '.join(damaged)}")
@@ -177,7 +177,7 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
             world.each(lambda found=checkpoint: found.verify(world.rank, world.size))
         except AgreedError as error:
             if world.rank == 0:
-                print(f"passed over: {error}", file=sys.stderr)
+                tell(f"passed over: {error}")
         else:
             return checkpoint
     if paths:
@@ -276,7 +276,7 @@ class Saver:
             self.wait()
         except UserError as error:
             if self.world.rank == 0:
-                print(error, file=sys.stderr)
+                tell(str(error))
 
     def amend(self, step: int, state: dict[str, Any]) -> None:
         """Replaces the state that the newest checkpoint holds: its step was evaluated later."""
@@ -532,7 +532,7 @@ def readable_checkpoints(run: Path) -> Iterator[Checkpoint]:
         try:
             yield Checkpoint(path)
         except UserError as error:
-            print(f"passed over: {error}", file=sys.stderr)
+            tell(f"passed over: {error}")
 
 
 def remove_leftovers(run: Path) -> None:

@@ -779,6 +779,12 @@ def check_command_line(**expected: Any) -> None:
         load_config(sys.argv[1:], **expected)
 
 
+def tell(line: str) -> None:
+    """Writes a line to standard error in one piece: ranks share it, and in the unbuffered Python
+    that torchrun starts, print() writes the line's end apart, behind what another rank says."""
+    sys.stderr.write(f"{line}\n")
+
+
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
     """Within it a user's mistake becomes one line and exit code 1."""
@@ -787,7 +793,7 @@ def told_in_one_line() -> Iterator[None]:
         yield
     except UserError as error:
         if error.printed_by is None or os.environ.get(error.printed_by, "0") == "0":
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            tell(f"{Path(sys.argv[0]).name}: error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -797,7 +803,7 @@ def told_in_one_line() -> Iterator[None]:
             raise
         if full:
             where = error.filename or "a file or standard output"
-            print(f"{Path(sys.argv[0]).name}: error: no space is left for {where}", file=sys.stderr)
+            tell(f"{Path(sys.argv[0]).name}: error: no space is left for {where}")
         # else a reader that has left, such as `| head`; what is left to write has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

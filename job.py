@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 from checkpoint import Saver
-from config import UserError
+from config import UserError, tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C in between is meant; an earlier one is an echo
@@ -79,7 +79,7 @@ def job_end(max_hours: float) -> float:
     if told.isdigit():
         return min(end, float(told))
     if not told:
-        print(f"Slurm does not tell when job {job} ends: set train.max_hours", file=sys.stderr)
+        tell(f"Slurm does not tell when job {job} ends: set train.max_hours")
     return end  # of a partition without a limit it says N/A
 
 
@@ -234,7 +234,7 @@ class Claim:
             if self.mine and _read_json(self.path) == self.mine:
                 self.path.unlink()
         except OSError as error:
-            print(f"{self.path} stays: {error.strerror}", file=sys.stderr)
+            tell(f"{self.path} stays: {error.strerror}")
 
     def _create(self) -> bool:
         """Makes the claim, whole from its first moment; False if there is one."""
@@ -273,7 +273,7 @@ class Claim:
                 else:
                     self.lost = holder is not None or not self._create()
             except OSError as error:  # the file system may be back at the next beat
-                print(f"{self.path}: no heartbeat: {error.strerror}", file=sys.stderr)
+                tell(f"{self.path}: no heartbeat: {error.strerror}")
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

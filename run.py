@@ -40,6 +40,7 @@ from config import (
     dump_toml,
     read_toml,
     resolve_path,
+    tell,
     write_atomically,
 )
 from dataset import mixture_fingerprint, mixture_weights, read_manifest
@@ -493,7 +494,7 @@ class RunLog:
         try:
             self.status("failed", reason, step, may_pass and self.failed_at != step)
         except UserError as error:
-            print(f"no status.json: {error}", file=sys.stderr)
+            tell(f"no status.json: {error}")
         self.report()
 
     def end(self, reason: str, step: int, advanced: bool) -> None:

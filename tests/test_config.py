@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +201,12 @@ def test_a_full_disk_is_one_line():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1
     assert done.stderr == ("config.py: error: no space is left for a file or standard output\n")
+
+
+def test_a_told_line_is_one_write():
+    """Else lines of ranks that share a file run into each other; a datagram is a write."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with ours, theirs:
+        script = "from config import tell; tell('one line')"
+        subprocess.run([sys.executable, "-u", "-c", script], stderr=theirs, cwd=ROOT, check=True)
+        assert ours.recv(100) == b"one line\n"
