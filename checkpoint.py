@@ -209,6 +209,7 @@ class Saver:
         self.still_ours, self.world = still_ours, world.aside()
         self.saved_step = -1
         self.seconds = 0.0  # that the last save took, from copies to commit
+        self._buffer: Tensor | None = None  # see _copied
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -246,13 +247,14 @@ class Saver:
         }
         background = self.config.asynchronous
         pieces = {
-            group: _own_pieces(list(named.values()), background, self.world)
+            group: _own_pieces(list(named.values()), self.world)
             for group, named in tensors.items()
         }
         manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": shapes}
         if not background:
             self._work(manifest, pieces)
             return
+        pieces = self._copied(pieces)
         if self.world.device.type == "cuda":
             torch.cuda.synchronize()  # the copies are on their way
         # daemon: when training fails, this must not keep the process from ending
@@ -260,6 +262,19 @@ class Saver:
             target=self._work_aside, args=(manifest, pieces), daemon=True
         )
         self._thread.start()
+
+    def _copied(self, pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
+        """The pieces in host memory, on their way: in one buffer, which each save uses again."""
+        rows = [piece.rows for of_group in pieces.values() for piece in of_group]
+        if self._buffer is None:
+            self._buffer = _host_memory(sum(map(torch.numel, rows)), self.world.device)
+        copies = iter(self._buffer.split([one.numel() for one in rows]))
+
+        def copied(piece: Piece) -> Piece:
+            copy = next(copies).view(piece.rows.shape).copy_(piece.rows, non_blocking=True)
+            return piece._replace(rows=copy)
+
+        return {group: [copied(piece) for piece in of_group] for group, of_group in pieces.items()}
 
     def wait(self) -> None:
         """Waits for a save in the background; raises its error, on every rank."""
@@ -322,18 +337,34 @@ class Piece(NamedTuple):
     rows: Tensor
 
 
-def _own_pieces(tensors: list[Tensor], copied: bool, world: World) -> list[Piece]:
-    """What this rank saves of a group: by reference, or copied to host memory."""
+def _host_memory(size: int, device: torch.device) -> Tensor:
+    """Host memory for so many float32 numbers, pinned if they come from a GPU.
+
+    torch's own pinned memory comes in powers of two: up to twice a checkpoint would be held.
+
+    Raises:
+        UserError: the system does not let it be pinned.
+    """
+    buffer = torch.empty(size)
+    if device.type == "cuda" and size:
+        cuda = torch.cuda.cudart()
+        status = cuda.cudaHostRegister(buffer.data_ptr(), 4 * size, 0)
+        if status != cuda.cudaError.success:
+            raise UserError(
+                f"{4 * size / 1e9:.1f} GB of host memory can't be pinned"
+                f" ({cuda.cudaGetErrorString(status)}): set checkpoint.asynchronous=false"
+            )
+    return buffer
+
+
+def _own_pieces(tensors: list[Tensor], world: World) -> list[Piece]:
+    """What this rank saves of a group, by reference."""
     pieces = []
     for index, tensor in enumerate(tensors):
         rows, start = local_part(tensor.detach())
         if not writes(tensor, index, world) or not rows.numel():
             continue
         assert rows.dtype == torch.float32, "master weights and optimizer state are float32"
-        if copied:
-            pinned = rows.device.type == "cuda"
-            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=pinned)
-            rows = host.copy_(rows, non_blocking=True)
         pieces.append(Piece(index, start, rows))
     return pieces
 

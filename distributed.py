@@ -36,6 +36,7 @@ T = TypeVar("T")
 STARTUP_TIMEOUT = timedelta(minutes=30)  # ranks wait while one hashes, reads or compiles
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest disk
 MOST_FILES = 10_240  # open at a time, the most that macOS grants
+POLL_SECONDS = 0.0005
 LAG = 1  # steps until the host hears of a step: the device always has the next one to work on
 
 
@@ -100,7 +101,8 @@ class World:
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in place and on the device."""
-        dist.all_reduce(values, group=self.group)
+        if self.size > 1:  # a lone GPU does without NCCL
+            dist.all_reduce(values, group=self.group)
         return values
 
 
@@ -113,9 +115,15 @@ class Arrived(NamedTuple, Generic[T]):
 
 
 class Lagged(Generic[T]):
-    """Brings numbers of each step to the host LAG steps later, so that no step is waited for."""
+    """Brings numbers of each step to the host LAG steps later, so that no step is waited for.
 
-    def __init__(self) -> None:
+    Args:
+        while_waiting: called again and again while the host waits for the device after all; what
+            it raises ends the wait.
+    """
+
+    def __init__(self, while_waiting: Callable[[], None]) -> None:
+        self._while_waiting = while_waiting
         self._waiting: deque[tuple[T, Tensor, torch.cuda.Event | None, float]] = deque()
 
     def push(self, tag: T, values: Tensor) -> list[Arrived[T]]:
@@ -135,10 +143,21 @@ class Lagged(Generic[T]):
         while len(self._waiting) > keep:
             tag, values, event, at = self._waiting.popleft()
             if event:
-                event.synchronize()
+                # event.synchronize() would keep Python from running handlers of signals, and where
+                # a rank has died under NCCL the device never gets there.
+                while not event.query():
+                    self._while_waiting()
+                    time.sleep(POLL_SECONDS)
                 at = time.monotonic()
             arrived.append(Arrived(tag, values.tolist(), at))
         return arrived
+
+
+def fetch(values: Tensor, while_waiting: Callable[[], None]) -> list[Any]:
+    """The numbers of a tensor on the device, waited for as by Lagged."""
+    lagged: Lagged[None] = Lagged(while_waiting)
+    lagged.push(None, values)
+    return lagged.drain()[0].values
 
 
 def init_distributed(config: Config) -> World:
@@ -322,7 +341,10 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
         }
         for block in model.model.layers:
             fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
-        # what is left, the output matrix above all, is what the backward pass begins with
+        if not model.config.tie_embeddings:
+            # Its gradient is there first and travels while the blocks' are made, and the first block
+            # does not wait for its weights.
+            fully_shard(model.lm_head, reshard_after_forward=False, **options)
         fully_shard(model, reshard_after_forward=False, **options)
     model.to_empty(device=world.device)
     model.tie()

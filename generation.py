@@ -226,7 +226,8 @@ def generate(
     positions = torch.arange(longest, device=device).expand(rows, -1)
     cache = KVCache(model.config, rows, length, device, model.lm_head.weight.dtype)
     next_logits = None
-    logits = model(tokens, cache=cache, positions=positions, length=longest, only=lengths - 1)
+    last = torch.arange(rows, device=device)[:, None], lengths[:, None] - 1
+    logits = model(tokens, cache=cache, positions=positions, length=longest, only=last)
     for step in range(settings.max_tokens):
         logits = raw = logits[:, 0].float()
         if allowed is not None:

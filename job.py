@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import json
+import math
 import os
 import shutil
 import signal
@@ -21,6 +22,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch.distributed as dist
+
 from checkpoint import Saver
 from config import UserError, tell
 
@@ -30,14 +33,20 @@ HEARTBEAT_SECONDS = 30.0
 EXPIRY_SECONDS = 300.0  # a claim of another host without a heartbeat for so long is free
 CODE = Path(__file__).resolve().parent
 DIFF_LINES = 60
+STUCK_SECONDS = 20.0  # and three steps: no device takes so long to end what is under way
 
 
 class Signals:
     """Signals are noted, not died of; the loop looks and ends in order on all ranks."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received_at = math.inf  # by time.monotonic(), of the first
         self._interrupted = -INSIST_SECONDS[1]
+
+    @property
+    def received(self) -> bool:
+        """Whether there was one."""
+        return self.received_at < math.inf
 
     def install(self) -> None:
         """Takes over the signals that schedulers, launchers and people send.
@@ -49,7 +58,7 @@ class Signals:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received_at = min(self.received_at, time.monotonic())
         since = time.monotonic() - self._interrupted
         # torchrun turns the second Ctrl-C into TERM
         if number in (signal.SIGINT, signal.SIGTERM) and INSIST_SECONDS[0] < since:
@@ -134,6 +143,17 @@ class Lookout:
         self.seconds[what] = max(self.seconds[what], self.stepped_at - start)
         if what == "save":
             self.saved_at = self.stepped_at
+
+    def while_waiting(self) -> None:
+        """DistError if a signal came long ago, and the device still has not done a step.
+
+        So it is when a rank has died under NCCL: the launcher asks the others to end, and their
+        devices wait for it. Steps tell how long they take; before the first nothing is known.
+        """
+        step = self.seconds["step"]
+        waited = time.monotonic() - self.signals.received_at
+        if step and waited > STUCK_SECONDS + 3 * step:
+            raise dist.DistError(f"a signal came {waited:.0f} s ago, and the device does not answer")
 
     def votes(self, rank: int, steps: int, evaluation: bool) -> Votes:
         """This rank's votes.

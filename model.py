@@ -85,7 +85,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        # in mixed precision a sharded model's weight is cast already, and one kernel takes one type
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def document_mask(documents: Tensor) -> Tensor | BlockMask:
@@ -287,10 +288,8 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.loss_chunk = loss_chunk
-        self.chunk_loss = chunk_loss
         self.model = Decoder(config, vocab_size, recompute)
-        self.lm_head = nn.Linear(config.dim, vocab_size, bias=False)
+        self.lm_head = Head(config.dim, vocab_size, loss_chunk)
         self.tie()
 
     def tie(self) -> None:
@@ -308,7 +307,7 @@ class Llama(nn.Module):
         torch._dynamo.config.optimize_ddp = False
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
-        self.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False)
+        self.lm_head.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False)
 
     def forward(
         self,
@@ -319,7 +318,7 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         length: int = 0,
-        only: Tensor | None = None,
+        only: Any = None,
     ) -> Tensor:
         """Logits (B, T, V), or with targets the *sum* of the losses in nats (float32 scalar).
 
@@ -331,8 +330,8 @@ class Llama(nn.Module):
             cache: keys and values of earlier tokens; the current ones are added at `positions`.
             positions: place of each token in its sequence (B, T); with a cache only.
             length: cached entries to attend over, above every position; with a cache only.
-            only: the one token of each row (B,) whose logits are wanted (B, 1, V): those of a long
-                prompt would take gigabytes.
+            only: an index of (B, T), the tokens whose logits are wanted (…, V): those of all would
+                take gigabytes.
         """
         mask, past = None, [None] * len(self.model.layers)
         if cache is None:
@@ -341,22 +340,43 @@ class Llama(nn.Module):
                 mask = document_mask(documents)
         else:
             assert length <= cache.length, "the cache is shorter than length"
-            mask = past_mask(positions, length, cache.keys[0].dtype)
+            if length > tokens.shape[1] or length == 1:  # else it begins here, and is causal
+                mask = past_mask(positions, length, cache.keys[0].dtype)
             past = cache.layers(positions, length)
         rotary = rotary_tables(positions, self.config)
         x = self.model.embed_tokens(tokens)
+        if torch.is_autocast_enabled(x.device.type):  # as a sharded model's, whose weights are cast
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer, seen in zip(self.model.layers, past, strict=True):
             x = layer(x, rotary, mask, seen)
         if only is not None:
-            x = x[torch.arange(len(x), device=x.device), only][:, None]
+            x = x[only]
         x = self.model.norm(x)
+        return self.lm_head(x) if targets is None else self.lm_head(x, targets)
+
+
+class Head(nn.Linear):
+    """The output matrix, which makes logits or, a chunk of tokens at a time, the loss.
+
+    The loss is made here and not by the model, since what shards the head then knows when its
+    gradient is there: at the beginning of the backward pass.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, loss_chunk: int):
+        super().__init__(dim, vocab_size, bias=False)
+        self.loss_chunk, self.chunk_loss = loss_chunk, chunk_loss
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (…, V) of x (…, D), or with targets (…) the sum of the losses."""
         if targets is None:
-            return self.lm_head(x)
-        weight, device = self.lm_head.weight, x.device.type
+            return super().forward(x)
+        weight, device = self.weight, x.device.type
         if torch.is_autocast_enabled(device):  # which does not look into a function of our own
             x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
-        ways = self.loss_chunk, self.chunk_loss, torch.is_grad_enabled()
-        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), *ways)
+        if device == "cuda":
+            weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
+        ways = self.out_features, self.loss_chunk, self.chunk_loss, torch.is_grad_enabled()
+        return LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), *ways)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -364,6 +384,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     Gradients are made along with the loss, while a chunk's logits are there: the same three
     products as without chunks, and never more logits than a chunk's.
+
+    W may have more rows than vocab_size, of zeros: products with a number of rows that does not
+    divide by 64 are slow on a GPU. What they give is no logit.
     """
 
     @staticmethod
@@ -372,6 +395,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         targets: Tensor,
+        vocab_size: int,
         chunk: int,
         chunk_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
         with_gradients: bool,
@@ -382,7 +406,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
         for start in range(0, len(x), chunk or len(x)):
             part = slice(start, start + (chunk or len(x)))
-            lost, grad = chunk_loss(x[part] @ weight.T, targets[part])
+            logits = x[part] @ weight.T
+            logits[:, vocab_size:] = -math.inf
+            lost, grad = chunk_loss(logits, targets[part])
             loss += lost
             if with_gradients:
                 torch.mm(grad, weight, out=grad_x[part])
@@ -398,7 +424,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, share: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * share, grad_weight * share, None, None, None, None
+        return grad_x * share, grad_weight * share, None, None, None, None, None
 
 
 def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -58,9 +59,11 @@ class Muon(torch.optim.AdamW):
     a rank: DDP gathers the results, one collective a round; FSDP2 and HSDP exchange rows for
     whole matrices and back, two a round within the shard group (HSDP's replicas do the same work).
     A matrix of r rows and c columns, c the more, costs about 20 r²c + 10 r³ FLOPs, against the
-    6 rc a token of training. The state is half of AdamW's; a round takes in memory about six times
-    its buffer, which is BATCH elements or, if that is more, what one matrix for each rank needs:
-    the world's size times a matrix under DDP, one matrix if sharded.
+    6 rc a token of training. The state is half of AdamW's; a round takes in memory 12 to 24 bytes
+    an element of its buffer, which has BATCH elements or, if that is more, what one matrix for each
+    rank needs: the world's size times a matrix under DDP, one matrix if sharded. Within a round
+    each operation is one kernel for all its matrices: on a GPU one for each would take longer to
+    launch than to run.
 
     Where found_inf is 1 a step changes nothing, as with fused AdamW, and no host waits for it.
     Matrices' gradients are gone after a step.
@@ -91,24 +94,33 @@ class Muon(torch.optim.AdamW):
         rate, decay = (self.param_groups[-1][name] for name in ("lr", "weight_decay"))
         found_inf = getattr(self, "found_inf", None)
 
-        def change(tensor: Tensor, new: Tensor) -> None:
-            tensor.copy_(new if found_inf is None else torch.where(found_inf > 0, tensor, new))
+        def change(kept: list[Tensor], old: Tensor, new: Tensor) -> None:
+            if found_inf is not None:
+                torch.where(found_inf > 0, old, new, out=new)
+            torch._foreach_copy_(kept, list(new.unbind()))
 
-        directions = []
-        for matrix in matrices:
-            state = self.state[matrix]
-            if not state:
-                state["momentum"] = torch.zeros_like(matrix)
-            momentum, gradient = local_part(state["momentum"])[0], local_part(matrix.grad)[0]
-            mean = momentum.lerp(gradient, 1 - self.momentum)
-            change(momentum, mean)
-            directions.append(gradient.lerp(mean, self.momentum).to(self.dtype))  # Nesterov's
-            matrix.grad = None
+        updates = _orthogonalize_together(self._directions(matrices, change), matrices[0])
         scale = 0.2 * math.sqrt(max(matrices[0].shape))
-        updates = _orthogonalize_together(directions, matrices[0])
-        for matrix, update in zip(matrices, updates, strict=True):
-            rows, _ = local_part(matrix)
-            change(rows, rows * (1 - rate * decay) - rate * scale * update)
+        rows = [local_part(matrix)[0] for matrix in matrices]
+        old = torch.stack(rows)
+        change(rows, old, (old * (1 - rate * decay)).sub_(updates, alpha=rate * scale))
+
+    def _directions(
+        self, matrices: list[nn.Parameter], change: Callable[[list[Tensor], Tensor, Tensor], None]
+    ) -> Tensor:
+        """Takes the gradients into the momenta and gives Nesterov's: this rank's rows (N, r, C)."""
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        gradients = torch.stack([local_part(matrix.grad)[0] for matrix in matrices])
+        for matrix in matrices:
+            matrix.grad = None
+        momenta = [local_part(self.state[matrix]["momentum"])[0] for matrix in matrices]
+        old = torch.stack(momenta)
+        mean = old.lerp(gradients, 1 - self.momentum)
+        directions = gradients.lerp_(mean, self.momentum).to(self.dtype)
+        change(momenta, old, mean)
+        return directions
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -139,21 +151,21 @@ def _sharers(matrix: Tensor) -> tuple[dist.ProcessGroup | None, int]:
     return group, dist.get_world_size(group) if group else 1
 
 
-def _orthogonalize_together(parts: list[Tensor], like: Tensor) -> list[Tensor]:
-    """This rank's rows of the orthogonalised matrices, whose rows here are parts (r, C).
+def _orthogonalize_together(parts: Tensor, like: Tensor) -> Tensor:
+    """This rank's rows of the orthogonalised matrices, whose rows here are parts (N, r, C).
 
     Args:
         like: a parameter that is distributed as each of them.
     """
     group, ranks = _sharers(like)
     if ranks == 1:
-        return list(orthogonalize(torch.stack(parts)).unbind())
+        return orthogonalize(parts)
     each = -(-len(parts) // ranks)  # matrices that a rank orthogonalises, some perhaps of zeros
     sharded = isinstance(like, DTensor)
     chunk = -(-like.shape[0] // ranks) if sharded else like.shape[0]  # as in local_part
-    buffer = parts[0].new_zeros(ranks * each, chunk, like.shape[1])
-    for rows, part in zip(buffer, parts, strict=False):
-        rows[: len(part)] = part
+    buffer = parts.new_zeros(ranks * each, chunk, like.shape[1])
+    own_rows = buffer[: len(parts), : parts.shape[1]]
+    own_rows.copy_(parts)
     if sharded:
         received = torch.empty_like(buffer)
         dist.all_to_all_single(received, buffer, group=group)
@@ -163,7 +175,7 @@ def _orthogonalize_together(parts: list[Tensor], like: Tensor) -> list[Tensor]:
     else:
         own = buffer.unflatten(0, (ranks, each))[dist.get_rank(group)]
         dist.all_gather_into_tensor(buffer, orthogonalize(own).contiguous(), group=group)
-    return [rows[: len(part)] for rows, part in zip(buffer, parts, strict=False)]
+    return own_rows
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:

@@ -15,7 +15,9 @@ FLAGS = {ACCEPT_CHANGES: "resume although keys whose rule on resume is consent h
 if __name__ == "__main__":  # before torch, which takes seconds to import
     check_command_line(usage=__doc__, flags=FLAGS)
 
+import atexit
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -46,6 +48,7 @@ from config import (
     UserError,
     changes,
     load_config,
+    loss_chunk,
     resolve_path,
     run_program,
     tables,
@@ -61,6 +64,7 @@ from distributed import (
     clip_gradients,
     compiles,
     explain_lost_rank,
+    fetch,
     gradient_sync,
     init_distributed,
     local_part,
@@ -123,6 +127,8 @@ def main(arguments: list[str]) -> None:
         raise
     except (RuntimeError, dist.DistError) as error:
         if lost := explain_lost_rank(error):
+            if torch.cuda.is_initialized():  # its kernels wait for that rank: don't wait for them
+                atexit.register(os._exit, 1)
             raise lost from None
         raise
     shut_down()
@@ -221,7 +227,7 @@ def train_steps(run: Run, progress: Progress) -> str:
     about = {"parameters": parameters, "ranks": world.size, "max_steps": max_steps}
     log.job_row(progress.step, about | {name: record[name] for name in ("commit", "versions")})
     norms = torch.tensor(progress.norms, device=world.device)
-    lagged: Lagged[tuple[int, float]] = Lagged()
+    lagged: Lagged[tuple[int, float]] = Lagged(lookout.while_waiting)
     first, saved = progress.step, replace(progress)
     reason, save_due = agree(run), False
 
@@ -393,7 +399,7 @@ def cast_votes(run: Run, steps: int = 0, evaluation: bool = False) -> Tensor:
 def agree(run: Run) -> str | None:
     """Why to stop, asked where ranks wait for each other anyway."""
     votes = run.world.sum(cast_votes(run, steps=2))
-    return stop_reason(run, Votes(*votes.tolist()))
+    return stop_reason(run, Votes(*fetch(votes, run.lookout.while_waiting)))
 
 
 def stop_reason(run: Run, votes: Votes) -> str | None:
@@ -450,7 +456,7 @@ def evaluate(run: Run, model: nn.Module, step: int) -> dict[str, Any] | None:
     """
     config, data, world = run.config, run.val_data, run.world
     bytes_of = torch.from_numpy(run.inputs.byte_lengths).to(world.device)
-    lagged: Lagged[None] = Lagged()
+    lagged: Lagged[None] = Lagged(run.lookout.while_waiting)
     sums = torch.zeros(len(data.names), 3, dtype=torch.float64, device=world.device)
     # Batches of the shape of training's, whatever there is to evaluate: each shape is compiled.
     size = micro_batch_shape(config, world)[1]
@@ -466,7 +472,8 @@ def evaluate(run: Run, model: nn.Module, step: int) -> dict[str, Any] | None:
                 if stop_reason(run, Votes(*votes)):
                     return None
     losses, bits = {}, {}
-    for name, (nats, count, size) in zip(data.names, world.sum(sums).tolist(), strict=True):
+    totals = fetch(world.sum(sums), run.lookout.while_waiting)
+    for name, (nats, count, size) in zip(data.names, totals, strict=True):
         if not size:
             raise AgreedError(
                 f"{name}: the windows of the val split that are evaluated have no text to train on;"
@@ -489,30 +496,30 @@ def evaluate(run: Run, model: nn.Module, step: int) -> dict[str, Any] | None:
 def predict(run: Run, model: nn.Module) -> list[dict[str, str]]:
     """What the model predicts at each trained token of the second half of a few fixed windows.
 
-    One forward pass that sees the true tokens before each: as cheap sharded as whole, since every
-    rank takes part in it alike.
+    Forward passes that see the true tokens before each: as cheap sharded as whole, since every rank
+    takes part in them alike. They have the shape of training's, which is compiled.
     """
     config, data, world = run.config, run.val_data, run.world
     if not config.train.sample_prompts:
         return []
     windows = evenly_spaced(config.train.sample_prompts, data.windows)
-    batch = on_device(run, *data.batch(windows))
-    with autocast(model, world):
-        predicted = model(batch.tokens, documents=batch.documents).argmax(dim=-1)
+    size, found = micro_batch_shape(config, world)[1], []
+    for start in range(0, len(windows), size):
+        asked = windows[start : start + size]
+        batch = on_device(run, *data.batch(filled_up(asked, size)))
+        with autocast(model, world):
+            logits = model(batch.tokens, documents=batch.documents, only=slice(len(asked)))
+        found += zip(*batch[:2], logits.argmax(dim=-1), strict=False)  # without the fillers
     if world.rank != 0:
         return []
     decode = Tokenizer(resolve_path(config.train.out_dir) / "tokenizer.model").decode
-    half = data.seq_len // 2
-    asked = batch.targets != IGNORE
-    asked[:, :half] = False
-    return [
-        {
-            "prompt": decode(prompt[: half + 1].tolist()),
-            "prediction": decode(guess[chosen].tolist()),
-            "truth": decode(truth[chosen].tolist()),
-        }
-        for prompt, truth, guess, chosen in zip(*batch[:2], predicted, asked, strict=True)
-    ]
+    half, rows = data.seq_len // 2, []
+    for prompt, truth, guess in found:
+        asked = truth != IGNORE
+        asked[:half] = False
+        parts = {"prompt": prompt[: half + 1], "prediction": guess[asked], "truth": truth[asked]}
+        rows.append({name: decode(ids.tolist()) for name, ids in parts.items()})
+    return rows
 
 
 class Batch(NamedTuple):
@@ -559,7 +566,7 @@ def build(
     config: Config, inputs: Inputs, checkpoint: Checkpoint | None, log: RunLog, world: World
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer as the run needs them: resumed, from other weights, or fresh."""
-    cost = config.train.loss_chunk, config.train.recompute
+    cost = loss_chunk(config, world.device.type == "cuda"), config.train.recompute
     with torch.device("meta"):  # without memory: sharded first, the largest is never whole
         model = Llama(config.model, inputs.vocab_size, *cost)
     model = parallelize(model, config.parallel, world)

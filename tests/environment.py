@@ -14,9 +14,13 @@ def missing() -> list[str]:
     """The requirements, `name>=version`, that are not met."""
     text = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
     found = []
-    for name, bound in re.findall(r'"([\w-]+)>=([\d.]+)"', text.partition("[tool.setuptools]")[0]):
+    required = text.partition("[tool.setuptools]")[0]
+    pattern = r'"([\w-]+)>=([\d.]+)(?:; python_version < \'([\d.]+)\')?"'
+    for name, bound, below in re.findall(pattern, required):
+        if name == "setuptools" or (below and sys.version_info[:2] >= numbers(below)):
+            continue
         try:
-            if name != "setuptools" and numbers(version(name)) < numbers(bound):
+            if numbers(version(name)) < numbers(bound):
                 found.append(f"{name}>={bound}")
         except PackageNotFoundError:
             found.append(f"{name}>={bound}")

@@ -384,9 +384,9 @@ def test_cached_logits_are_those_without_a_cache(config):
     tokens, prompts, steps = tokens_of(3, 16), torch.tensor([2, 7, 4]), 6
     cache = KVCache(config, 3, 7 + steps, torch.device("cpu"), torch.float32)
     whole = model(tokens)
-    positions = torch.arange(7)[None].expand(3, -1)
-    logits = model(tokens[:, :7], cache=cache, positions=positions, length=7, only=prompts - 1)
-    rows = torch.arange(3)
+    positions, rows = torch.arange(7)[None].expand(3, -1), torch.arange(3)
+    last = rows[:, None], prompts[:, None] - 1
+    logits = model(tokens[:, :7], cache=cache, positions=positions, length=7, only=last)
     torch.testing.assert_close(logits[:, 0], whole[rows, prompts - 1])
     for step in range(steps):
         position = prompts + step  # the tokens behind the shorter prompts are written over

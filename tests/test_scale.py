@@ -52,7 +52,7 @@ class Collectives(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.calls, self.bytes = Counter(), Counter()
+        self.calls, self.bytes, self.sizes = Counter(), Counter(), []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
@@ -64,6 +64,7 @@ class Collectives(TorchDispatchMode):
             whole = whole[0] if isinstance(whole, list) else whole
             self.calls[name] += 1
             self.bytes[name] += whole.numel() * whole.element_size()
+            self.sizes.append((name, whole.numel()))
         return function(*args, **(kwargs or {}))
 
 
@@ -99,16 +100,16 @@ def check_shares(model, optimizer, shards):
 
 
 def check_collectives(counted, strategy, model, micro_batches, shards):
-    """FSDP2 gathers each block for both passes and the rest once, and reduces all of it at each
-    micro-batch; HSDP sums over nodes after the last."""
+    """FSDP2 gathers each block for both passes, head and embedding once, and reduces all of it at
+    each micro-batch; HSDP sums over nodes after the last."""
     size = sum(parameter.numel() for parameter in model.parameters())
     rest = sum(p.numel() for name, p in model.named_parameters() if ".layers." not in name)
     n_layers = model.config.n_layers
     few = 3  # count of trained tokens; loss, votes and damage; gradient norm
     assert counted.calls == {
-        "_allgather_base_": micro_batches * (2 * n_layers + 1),
-        "_reduce_scatter_base_": micro_batches * (n_layers + 1),
-        "all_reduce": few + (n_layers + 1) * (strategy == "hsdp"),
+        "_allgather_base_": micro_batches * (2 * n_layers + 2),
+        "_reduce_scatter_base_": micro_batches * (n_layers + 2),
+        "all_reduce": few + (n_layers + 2) * (strategy == "hsdp"),
     }
     close = partial(pytest.approx, rel=0.01)  # rows are padded
     gathered = micro_batches * (2 * size - rest)
@@ -139,9 +140,23 @@ def test_reduce_once_takes_no_gradient_collective_in_inner_micro_batches():
         model, optimizer = build(config, world)
         with Collectives() as counted:
             step(config, model, optimizer, world, micro_batches=3)
-        blocks = config.model.n_layers + 1
-        assert counted.calls["_allgather_base_"] == counted.calls["_reduce_scatter_base_"] == blocks
+        groups = config.model.n_layers + 2
+        assert counted.calls["_allgather_base_"] == counted.calls["_reduce_scatter_base_"] == groups
         check_shares(model, optimizer, 8)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_embedding_is_left_to_reduce_when_the_backward_pass_ends(tied):
+    config = configure("fsdp", **SMALL, tie_embeddings=tied)
+    with world_of(8, 0) as world:
+        model, optimizer = build(config, world)
+        with Collectives() as counted:
+            step(config, model, optimizer, world, micro_batches=1)
+        reduced = [size for name, size in counted.sizes if name == "_reduce_scatter_base_"]
+        block = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+        head = [] if tied else [model.lm_head.weight.numel()]
+        embedding = model.model.embed_tokens.weight.numel() + model.model.norm.weight.numel()
+        assert reduced == [*head, *[block] * config.model.n_layers, embedding]
 
 
 @pytest.mark.parametrize(("size", "rank"), [(8, 0), (64, 63)])
