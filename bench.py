@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -105,6 +105,16 @@ Options = dict[str, str]
 Contestant = Iterator[dict[str, Any]]  # see compare
 Measured = tuple[dict[str, float], int]  # seconds by what took them, and tokens made
 Values = dict[tuple[str, str], list[float]]  # by what and its unit, one of each turn
+
+
+class Times(NamedTuple):
+    """Seconds of completing a batch: to the first token of each row (None: not told), of each token
+    from then on, and what was spent once between them, such as on a CUDA graph."""
+
+    first: float | None
+    token: float
+    once: float = 0.0
+
 
 TOKENIZER: Tokenizer  # forked processes find both in their memory
 TEXTS: list[str] = []

@@ -247,8 +247,7 @@ class Saver:
         }
         background = self.config.asynchronous
         pieces = {
-            group: _own_pieces(list(named.values()), self.world)
-            for group, named in tensors.items()
+            group: _own_pieces(list(named.values()), self.world) for group, named in tensors.items()
         }
         manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": shapes}
         if not background:

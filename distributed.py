@@ -185,7 +185,12 @@ def init_distributed(config: Config) -> World:
             f"rank {rank} needs GPU {local_rank}, this host has {torch.cuda.device_count()};"
             " start fewer processes or set train.device=cpu"
         )
+    if config.train.deterministic:
+        be_deterministic()
     if name == "cuda":
+        # Read at the first allocation: memory grows in place, where blocks of many sizes would
+        # leave gaps. A choice of the user's own counts, by its older name too.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
@@ -197,6 +202,9 @@ def init_distributed(config: Config) -> World:
         if threads is None or (given and threads == "1"):
             torch.set_num_threads(max(1, available_cores() // local_size))
         _keep_freed_memory()
+    # Each rank compiles for itself: together they take the node's cores, not min(32, cores) each.
+    workers = max(1, min(32, available_cores() // local_size))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
     if name == "cuda":  # a hang leaves the last collectives of each rank behind
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -212,6 +220,19 @@ def init_distributed(config: Config) -> World:
     dist.init_process_group(backend, timeout=STARTUP_TIMEOUT, **meeting)
     dtype = compute_dtype(config.train.dtype, device)
     return World(rank, size, local_rank, local_size, device, dtype)
+
+
+def be_deterministic() -> None:
+    """Makes every operation give the same bits each time, on a GPU too, or raise an error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it before it is set
+
+
+def cudnn_version() -> str:
+    """Of the cuDNN in use, such as 9.19.0: attention is as fast as that is new."""
+    number = torch.backends.cudnn.version() or 0
+    return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
 
 
 def _keep_freed_memory() -> None:
@@ -342,8 +363,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
         for block in model.model.layers:
             fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
         if not model.config.tie_embeddings:
-            # Its gradient is there first and travels while the blocks' are made, and the first block
-            # does not wait for its weights.
+            # Its gradient is there first and travels while the blocks' are made; and the first
+            # block does not wait for its weights.
             fully_shard(model.lm_head, reshard_after_forward=False, **options)
         fully_shard(model, reshard_after_forward=False, **options)
     model.to_empty(device=world.device)

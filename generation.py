@@ -90,25 +90,21 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llam
     return model.requires_grad_(False)
 
 
-def fit_to_cpu(model: Llama, single: bool, compiled: bool) -> None:
-    """Makes a model on a CPU quick at continuing a single row, or many at a time, in place.
+def fit_to_device(model: Llama, single: bool, compiled: bool) -> None:
+    """Makes a model quick at continuing a single row, or many at a time, in place.
 
-    A token's time is that of reading the weights, and in the order in which they are stored the
-    library reads them at half the speed that memory has or less. So each matrix is laid out anew,
-    a copy in memory. Compiled, what is between the products becomes a few kernels; so do a single
-    row's products, which then read the weights where they are.
+    Compiled, what is between the products of a token becomes a few kernels.
 
     Raises:
         UserError: there is no compiler.
     """
-    weight = model.lm_head.weight
+    device = model.lm_head.weight.device
     if compiled:
-        check_compiler(weight.device, "leave out --compile")
-    if compiled and single:
-        for module in linears(model):
-            module.__class__ = RowLinear  # by its class, so that one graph serves all layers
-    elif can_pack(weight.dtype):
-        pack(model)
+        check_compiler(device, "leave out --compile")
+    if device.type == "cuda":
+        take_any_shape()
+    else:
+        fit_to_cpu(model, single and compiled)
     if not compiled:
         return
 
@@ -117,6 +113,27 @@ def fit_to_cpu(model: Llama, single: bool, compiled: bool) -> None:
 
     for module in (*model.model.layers, model.lm_head):
         module.forward = partial(part, module.forward, torch.compile(module.forward))
+
+
+def take_any_shape() -> None:
+    """Chooses attention kernels of a GPU that are ready for any shape, for this process: cuDNN's
+    takes 55 to 400 ms to plan each, and each prompt has one of its own."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def fit_to_cpu(model: Llama, compiled_row: bool) -> None:
+    """Lays out a model's matrices for a CPU, in place.
+
+    A token's time is that of reading the weights, and in the order in which they are stored the
+    library reads them at half the speed that memory has or less. So each matrix is laid out anew,
+    a copy in memory. The products of a single row the compiler writes itself, and reads the weights
+    where they are.
+    """
+    if compiled_row:
+        for module in linears(model):
+            module.__class__ = RowLinear  # by its class, so that one graph serves all layers
+    elif can_pack(model.lm_head.weight.dtype):
+        pack(model)
 
 
 def linears(model: nn.Module) -> list[nn.Linear]:
@@ -270,7 +287,7 @@ def captured(
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # libraries allocate what they need, which a capture can't
+        step()  # libraries allocate what they need and the compiler compiles, which no capture can
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

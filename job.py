@@ -153,7 +153,7 @@ class Lookout:
         step = self.seconds["step"]
         waited = time.monotonic() - self.signals.received_at
         if step and waited > STUCK_SECONDS + 3 * step:
-            raise dist.DistError(f"a signal came {waited:.0f} s ago, and the device does not answer")
+            raise dist.DistError(f"{waited:.0f} s after a signal the device has not answered")
 
     def votes(self, rank: int, steps: int, evaluation: bool) -> Votes:
         """This rank's votes.

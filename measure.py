@@ -22,7 +22,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity
 
 import generation
-from bench import Contestant, Json, Options, load_module, whole_number, whole_numbers
+from bench import Contestant, Json, Options, Times, load_module, whole_number, whole_numbers
 from checkpoint import Saver, find_resumable, load_optimizer, load_weights
 from config import Config, ConfigError, UserError, tables
 from dataset import rank_share
@@ -33,7 +33,7 @@ from rocket import Batch, build, initialise, open_datasets, train_step
 from run import check_inputs, device_peak, memory_gb
 
 PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
-Generate = Callable[[list[list[int]], int], "tuple[float | None, float] | None"]
+Generate = Callable[[list[list[int]], int], Times | None]
 
 
 def contestant(name: str, config: Config, options: Options, peer: str) -> Contestant:
@@ -249,8 +249,8 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
     sizes = whole_numbers(options, "batch")
     length, new = whole_number(options, "prompt"), whole_number(options, "new")
     config.model.max_seq_len = max(config.model.max_seq_len, length + new)
-    if new < 2:
-        raise ConfigError("--new: at least 2, the first token is the prefill's")
+    if new < 3:
+        raise ConfigError("--new: at least 3, the rate is that of the third and later tokens")
     sampler = load_module(PEERS).sampler if peer else rocket_sampler
     with sampler(peer, config, world) as (generate, parameters):
         ids = torch.randint(2, config.tokenizer.vocab_size, (max(sizes), length)).tolist()
@@ -261,10 +261,12 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
         while True:
             figures = {}
             for size in sizes:
-                first, rest = generate(ids[:size], new)
-                if first:
-                    figures[f"prefill, batch {size} tokens/s"] = size * length / first
-                figures[f"decode, batch {size} tokens/s"] = size * (new - 1) / rest
+                times = generate(ids[:size], new)
+                if times.first:
+                    figures[f"prefill, batch {size} tokens/s"] = size * length / times.first
+                figures[f"decode, batch {size} tokens/s"] = size / times.token
+                if times.once:
+                    figures[f"capture, batch {size} ms"] = 1000 * times.once
             yield figures
 
 
@@ -272,7 +274,7 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
 def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Generate, int]]:
     """generation.generate, timed to its first token and from there on; the number of parameters."""
     vocab_size = config.tokenizer.vocab_size
-    compiled = config.train.compile == "on" and world.device.type == "cpu"
+    compiled, on_cpu = config.train.compile == "on", world.device.type == "cpu"
 
     @functools.cache
     def built(single: bool) -> Llama:
@@ -282,20 +284,19 @@ def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Gener
         model.tie()
         initialise(model, config)
         model = model.requires_grad_(False).to(world.dtype)
-        if world.device.type == "cpu":
-            generation.fit_to_cpu(model, single, compiled)
+        generation.fit_to_device(model, single, compiled)
         return model
 
-    def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
-        model = built(compiled and len(prompts) == 1)
+    def timed(prompts: list[list[int]], new: int) -> Times:
+        model = built(on_cpu and compiled and len(prompts) == 1)
         wait_for(world.device)
-        start = time.perf_counter()
-        steps = generation.generate(model, prompts, generation.Settings(new, temperature=0.0))
-        next(steps)
-        first = time.perf_counter()
-        made = sum(1 for _ in steps)
-        assert made == new - 1
-        return first - start, time.perf_counter() - first
+        points = [time.perf_counter()]
+        for _ in generation.generate(model, prompts, generation.Settings(new, temperature=0.0)):
+            points.append(time.perf_counter())
+        assert len(points) == 1 + new
+        start, first, second, *_, end = points
+        token = (end - second) / (new - 2)  # on a GPU a graph is captured before the second
+        return Times(first - start, token, 0.0 if on_cpu else second - first - token)
 
     yield timed, parameter_count(config.model, vocab_size)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from config import Config, ModelConfig
+from config import Config, ModelConfig, loss_chunk
 
 # What a process holds beside tensors. CPU: python, torch and its libraries, as measured. GPU: the
 # context, NCCL's buffers and cuBLAS' workspace, an estimate: nothing has been measured on a GPU.
@@ -75,36 +75,29 @@ def activation_bytes(config: Config, setup: Setup, recompute: str) -> int:
 
     Tensors by width, D the model's, K keys' or values', F the feed-forward's. Eager, all is kept:
     input of each norm and (where no kernel fuses it, on a CPU) its normalised form; the norm's
-    output, once for all products that take it, but under autocast once for each as a copy; rotated
-    q and k, v, attention's output and log-sum-exp; gate, up, silu(gate) and their product.
-    Compiled, silu is made again, and the output of o_proj is kept in place of the second norm's
-    input. selective keeps products and attention, block the input alone.
+    output, once for all products that take it; rotated q and k, v, attention's output and
+    log-sum-exp; gate, up, silu(gate) and their product. Compiled, silu is made again, and the
+    output of o_proj is kept in place of the second norm's input. selective keeps products and
+    attention, block the input alone.
     """
     model, b = config.model, setup.bytes
     D, F = model.dim, model.ffn_dim
     K = model.dim // model.n_heads * model.n_kv_heads
-    residual = residual_bytes(setup)
     if recompute == "block":
-        return residual * D
+        return b * D
     logsumexp = FP32 * model.n_heads
     if recompute == "selective":
         unused = 0 if setup.compiled else b * D  # down_proj's output, which eager mode keeps too
-        return residual * D + b * (3 * D + 2 * K + 2 * F) + unused + logsumexp
+        return b * (4 * D + 2 * K + 2 * F) + unused + logsumexp
     if setup.compiled:
-        return residual * D + b * (5 * D + 2 * K + 3 * F) + logsumexp
-    norms = 2 * D * (residual if setup.on_gpu else 2 * FP32)
-    outputs = (5 if autocasts(setup) else 2) * b * D
-    return norms + outputs + b * (2 * D + 2 * K + 4 * F) + logsumexp
+        return b * (6 * D + 2 * K + 3 * F) + logsumexp
+    norms = 2 * D * (b if setup.on_gpu else 2 * FP32)
+    return norms + b * (4 * D + 2 * K + 4 * F) + logsumexp
 
 
 def autocasts(setup: Setup) -> bool:
     """Whether bfloat16 comes from autocast: a sharded model casts its own weights."""
     return setup.bytes < FP32 and setup.strategy == "ddp"
-
-
-def residual_bytes(setup: Setup) -> int:
-    """Of an element of the residual stream, which autocast leaves in float32."""
-    return setup.bytes if setup.strategy != "ddp" else FP32
 
 
 def moments(config: Config, setup: Setup) -> dict[str, Memory]:
@@ -116,10 +109,11 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
     embedding: its gradient (of a sharded model also the head's) beside all others. The optimizer:
     rounds of Muon.
     """
-    model, train, v = config.model, config.train, config.tokenizer.vocab_size
+    model, v = config.model, config.tokenizer.vocab_size
     n, b = setup.micro_batch * config.data.seq_len, setup.bytes
     size, sharded = sizes(model, v), setup.strategy != "ddp"
     accumulates, head, shards = setup.micro_batches > 1, v * model.dim, setup.shards
+    last_reduced = size.root - (0 if model.tie_embeddings else head)  # see distributed.parallelize
     weights = FP32 * size.total / shards
     inner = size.layers * size.matrices if config.optimizer.name == "muon" else 0
     held = {
@@ -137,22 +131,23 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
     early = buckets + (gradients if accumulates else 0.0)
 
     kept = activation_bytes(config, setup, setup.recompute)
-    final = residual_bytes(setup) + b + (0 if setup.on_gpu else FP32)
+    final = 2 * b + (0 if setup.on_gpu else FP32)
     activations = n * (size.layers * kept + model.dim * final)
     again = n * (activation_bytes(config, setup, "none") - kept)
-    on_the_way = n * (2 * b * (model.ffn_dim + model.dim) + residual_bytes(setup) * model.dim)
+    on_the_way = n * b * (2 * model.ffn_dim + 3 * model.dim)
     # weights in bfloat16 that autocast made: eager mode lets go of them when the forward pass ends
     casts = 2 * size.layers * size.matrices if autocasts(setup) else 0
     at_loss = casts if setup.recompute == "none" or not setup.compiled else 0
     in_backward = casts if setup.recompute == "none" else casts / size.layers
 
-    chunk = min(train.loss_chunk or n, n)
+    chunk = min(loss_chunk(config, setup.on_gpu) or n, n)
     # logits, log_softmax and, in bfloat16, what it is made from and the gradient in that type
     logits = chunk * v * (2 * b if setup.compiled else 8 if b == FP32 else 10)
     logits += chunk * v * b * (n > chunk)  # of the chunk before, its gradient
     if b < FP32:  # the chunk's share of the gradient comes as a product of its own
         logits = max(logits, chunk * v * b + b * head)
-    loss = n * model.dim * b + FP32 * head + logits + (b * head if autocasts(setup) else 0)
+    copies = autocasts(setup) + (setup.on_gpu and v % 64 > 0)  # of the head: cast, filled up
+    loss = n * model.dim * b + FP32 * head + logits + copies * b * head
 
     gathered = dict.fromkeys(("forward", "backward", "reduction"), 0.0)
     if sharded:  # FSDP2 has the next block's weights on their way, and in backward its gradients
@@ -161,12 +156,12 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
         block = 0 if kept_whole else b * size.block
         gathered["forward"] = whole + block
         gathered["backward"] = whole + 2 * block + FP32 * size.block
-        gathered["reduction"] = FP32 * size.root
+        gathered["reduction"] = FP32 * last_reduced
         # Whole gradients at the peak: the head's and the block's, or where what was made again is
         # gone when those are there, down_proj's alone.
         own = size.block if setup.recompute == "none" else model.dim * model.ffn_dim
         first = b * (head + own)
-        moving, embedding = first, b * size.root
+        moving, embedding = first, b * last_reduced
         reduced = gradients if early else gradients - FP32 * (size.root + 2 * size.block) / shards
     else:  # copied into what is there; else the tensor that was made is the gradient
         first, reduced = 0.0 if early else FP32 * (head + size.block), gradients
@@ -197,7 +192,7 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
         ),
         "embedding": moment(
             gradients + embedding,
-            2 * n * model.dim * residual_bytes(setup),
+            n * model.dim * (b + (FP32 if autocasts(setup) else b)),
             0.0,
             gathered["reduction"],
         ),
@@ -212,9 +207,10 @@ def muon_rounds(config: Config, setup: Setup) -> list[tuple[str, float, float]]:
     """Of Muon's first round of attention's and of the feed-forward's matrices: the bytes of
     gradients that are gone by then, and those of its buffers (see optimizer.Muon).
 
-    Buffers are the directions; the matrices that this rank orthogonalises, stacked, for DDP those
-    of all ranks, sharded as they leave, arrive and are whole; and Newton-Schulz' x, next x and two
-    squares. Gradients that are views, of DDP's buckets or a block's in FSDP2, stay.
+    First gradients, momenta and new momenta, stacked in float32, and the directions; then the
+    directions, the matrices that this rank orthogonalises, for DDP those of all ranks, sharded as
+    they leave, arrive and are whole, and Newton-Schulz' x, next x and two squares. Gradients that
+    are views, of DDP's buckets or a block's in FSDP2, stay.
     """
     model, sharded = config.model, setup.strategy != "ddp"
     sharers = setup.shards if sharded else setup.ranks
@@ -227,9 +223,11 @@ def muon_rounds(config: Config, setup: Setup) -> list[tuple[str, float, float]]:
         matrix = rows * columns
         length = min(count, sharers * max(1, MUON_BATCH // (matrix * (1 if sharded else sharers))))
         each = -(-length // sharers)
-        travel = each * matrix * (1 if sharers == 1 else 3 if sharded else sharers)
+        travel = each * matrix * (0 if sharers == 1 else 3 if sharded else sharers)
         work = each * 2 * (matrix + rows * rows)
-        buffers = setup.bytes * (length * matrix / setup.shards + travel + work)
+        own = length * matrix / setup.shards
+        cast = setup.bytes * own if setup.bytes < FP32 else 0
+        buffers = max(3 * FP32 * own + cast, setup.bytes * (own + travel + work))
         freed = gone + FP32 * length * matrix if sharers == 1 else 0.0
         rounds.append((name, freed, buffers))
         gone += FP32 * count * matrix

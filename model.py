@@ -407,7 +407,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x), chunk or len(x)):
             part = slice(start, start + (chunk or len(x)))
             logits = x[part] @ weight.T
-            logits[:, vocab_size:] = -math.inf
+            logits[:, vocab_size:].fill_(-math.inf)
             lost, grad = chunk_loss(logits, targets[part])
             loss += lost
             if with_gradients:

@@ -63,6 +63,7 @@ from distributed import (
     check_compiler,
     clip_gradients,
     compiles,
+    cudnn_version,
     explain_lost_rank,
     fetch,
     gradient_sync,
@@ -222,7 +223,7 @@ def train_steps(run: Run, progress: Progress) -> str:
     config, data, log, lookout, world = run.config, run.data, run.log, run.lookout, run.world
     batch_size, max_steps = config.train.global_batch_size, log.max_steps
     replicated = replicate(run.model, world)
-    record = world.once(lambda: identity(config, run.inputs))
+    record = world.once(lambda: identity(config, run.inputs, world))
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     about = {"parameters": parameters, "ranks": world.size, "max_steps": max_steps}
     log.job_row(progress.step, about | {name: record[name] for name in ("commit", "versions")})
@@ -691,8 +692,11 @@ class NotFiniteError(AgreedError):
         self.step = step
 
 
-def identity(config: Config, inputs: Inputs) -> dict[str, Any]:
+def identity(config: Config, inputs: Inputs, world: World) -> dict[str, Any]:
     """What a checkpoint records of where it comes from."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    if world.device.type == "cuda":
+        versions |= {"cuda": torch.version.cuda, "cudnn": cudnn_version()}
     commit = ""
     if shutil.which("git"):
         git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -703,7 +707,7 @@ def identity(config: Config, inputs: Inputs) -> dict[str, Any]:
         "template": inputs.template,
         "tokenizer_sha256": inputs.tokenizer_sha256,
         "vocab_size": inputs.vocab_size,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": versions,
         "commit": commit or None,
     }
 
@@ -727,6 +731,8 @@ def describe_start(
         f" compute in {str(world.dtype).removeprefix('torch.')}"
         + (" with TF32 products" if world.dtype == torch.float32 and on_gpu else "")
         + (", compiled" if compiles(config.train.compile, world.device) else "")
+        + (", deterministic" if config.train.deterministic else "")
+        + (f", cuDNN {cudnn_version()}" if on_gpu else "")
     )
     log.say(
         f"{data.tokens:,} tokens in {data.windows:,} windows of {data.seq_len}"

@@ -60,7 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--stop", action="append", default=[], help="text that ends a sample; may be repeated")
     add("--seed", type=number(int, 0), default=0, help="of the drawing (0)")
     add("--batch-size", type=number(int, 1), default=32, help="samples at a time (32)")
-    add("--compile", action="store_true", help="on a CPU: seconds at the start for faster tokens")
+    add("--compile", action="store_true", help="seconds at the start for faster tokens")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--json", action="store_true", help="a JSON object a sample, or of the evaluation")
@@ -130,10 +130,11 @@ from generation import (
     Settings,
     Source,
     drawable,
-    fit_to_cpu,
+    fit_to_device,
     generate,
     load_model,
     open_source,
+    take_any_shape,
 )
 
 Messages = list[tuple[str, str]]  # roles and contents
@@ -143,13 +144,11 @@ class Sampler:
     """A source's model and tokenizer, ready to complete so many prompts at a time.
 
     Raises:
-        UserError: a chat with weights that saw no conversation; --compile on a GPU.
+        UserError: a chat with weights that saw no conversation; --compile without a compiler.
     """
 
     def __init__(self, source: Source, options: argparse.Namespace, rows: int):
         device, dtype = device_and_dtype(options)
-        if options.compile and device.type != "cpu":
-            raise UserError("--compile is for a CPU; on a GPU a token is one CUDA graph anyway")
         self.source, self.tokenizer = source, source.tokenizer
         self.stops, self.stop_ids = list(options.stop), [self.tokenizer.eos_id]
         self.template: Template | None = None
@@ -160,8 +159,7 @@ class Sampler:
             self.stop_ids, stops = self.template.stops()
             self.stops += stops
         self.model = load_model(source, device, dtype)
-        if device.type == "cpu":
-            fit_to_cpu(self.model, rows == 1, options.compile)
+        fit_to_device(self.model, rows == 1, options.compile)
         self.allowed = drawable(self.tokenizer, self.model.vocab_size).to(device)
         self.allowed[self.stop_ids] = True
 
@@ -298,6 +296,7 @@ def measure(source: Source, options: argparse.Namespace) -> None:
     As training does: weights in float32, products in what the device does well.
     """
     device, dtype = device_and_dtype(options)
+    take_any_shape()
     model = load_model(source, device, torch.float32)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         if options.choices:

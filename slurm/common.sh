@@ -20,10 +20,11 @@ if [ -f "$ROCKET_ROOT/slurm/site.sh" ]; then
     set -eu
 fi
 
-# As make does: an active environment, else the one that it has built.
+# As make does: an active environment, else the one that it has built. Some systems have no `python`.
 if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -x "$ROCKET_ROOT/.venv/bin/python" ]; then
     PATH=$ROCKET_ROOT/.venv/bin:$PATH
 fi
+python=$(command -v python || command -v python3) || fail "there is no Python on the PATH"
 
 # submit [sbatch flags] SCRIPT [arguments]: prints the job's id. AFTER=ID in the environment makes
 # it wait until that job has succeeded, and vanish if it fails.

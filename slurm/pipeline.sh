@@ -11,9 +11,9 @@ script=pipeline here=$(dirname "$0")
 . "$here/common.sh"
 
 # What needs the network happens here, before anything is submitted: compute nodes may have none.
-run=$(python "$ROCKET_ROOT/config.py" "$@")
+run=$("$python" "$ROCKET_ROOT/config.py" "$@")
 say "for $run"
-python "$ROCKET_ROOT/prepare.py" "$@" --download >&2
+"$python" "$ROCKET_ROOT/prepare.py" "$@" --download >&2
 
 tokenizer=$("$here/train_tokenizer.sh" "$@")
 dataset=$(AFTER=$tokenizer "$here/prepare.sh" "$@")

@@ -23,4 +23,4 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
 fi
 
 share=${SLURM_ARRAY_TASK_ID:+--task=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT}
-exec python "$ROCKET_ROOT/prepare.py" "$@" ${share:+"$share"}
+exec "$python" "$ROCKET_ROOT/prepare.py" "$@" ${share:+"$share"}

@@ -14,4 +14,4 @@ script=sample here=$(dirname "$0")
 . "$here/common.sh"
 
 [ -n "${SLURM_JOB_ID:-}" ] || { submit "$0" "$@"; exit; }
-exec python "$ROCKET_ROOT/sample.py" "$@"
+exec "$python" "$ROCKET_ROOT/sample.py" "$@"

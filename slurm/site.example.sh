@@ -16,8 +16,9 @@ case $script in
     sample) export SBATCH_PARTITION=gpu SBATCH_GPUS_PER_NODE=1 ;;
 esac
 
-# Python: nothing to do where `make` has built .venv in the repository.
-# module load python/3.11 cuda/12.8
+# Python: nothing to do where `make` has built .venv in the repository. No CUDA module: torch brings its
+# own CUDA and cuDNN, and a module puts older ones before them (LD_LIBRARY_PATH), with slower attention.
+# module load python/3.11
 # source /scratch/my-lab/venv/bin/activate
 
 # The network between nodes, where torch picks the wrong one:

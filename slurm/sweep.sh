@@ -27,13 +27,13 @@ for argument; do
     combinations=("${more[@]}") names=("${more_names[@]}")
 done
 
-base=$(python "$ROCKET_ROOT/config.py" "$config" "${fixed[@]}")
+base=$("$python" "$ROCKET_ROOT/config.py" "$config" "${fixed[@]}")
 [[ $base != *[[:space:]]* ]] || fail "$base: a sweep's train.out_dir holds no spaces"
 tasks=()
 for i in "${!combinations[@]}"; do
     tasks+=("${combinations[i]# } --train.out_dir=$base${names[i]}")
     read -ra overrides <<<"${tasks[i]}"
-    python "$ROCKET_ROOT/config.py" "$config" "${fixed[@]}" "${overrides[@]}" # a mistake shows here
+    "$python" "$ROCKET_ROOT/config.py" "$config" "${fixed[@]}" "${overrides[@]}" # a mistake shows here
 done
 submit --array=0-$((${#tasks[@]} - 1)) --job-name=sweep \
     "$here/train.sh" "$config" "${fixed[@]}" -- "${tasks[@]}"

@@ -33,7 +33,7 @@ script=train here=$(dirname "$0")
 . "$here/common.sh"
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node, where a mistake shows at once
-    run=$(python "$ROCKET_ROOT/config.py" "$@")
+    run=$("$python" "$ROCKET_ROOT/config.py" "$@")
     say "trains $run"
     submit "$0" "$@"
     exit
@@ -61,7 +61,7 @@ if [[ $comment == run=* ]]; then
     run=${comment#run=} returning=yes
     [ "$restarts" != 0 ] || successor=yes
 else
-    run=$(python "$ROCKET_ROOT/config.py" "${arguments[@]}") returning=''
+    run=$("$python" "$ROCKET_ROOT/config.py" "${arguments[@]}") returning=''
     [ "$restarts" = 0 ] || returning=yes
     scontrol update JobId="$job" Comment="run=$run" || say "no comment: CONFIG must not change now"
 fi
@@ -81,7 +81,7 @@ progress_since() { [ -n "$(comm -13 <(echo "$1") <(checkpoints))" ]; }
 
 # Prints `job restart requeue state reason` of status.json, and nothing where there is none.
 read_status() {
-    python -c 'import json, sys
+    "$python" -c 'import json, sys
 s = json.load(open(sys.argv[1]))
 print(s["job_id"], s["restart_count"], s["requeue"], s["state"], s["reason"])' "$run/status.json" 2>/dev/null || true
 }
@@ -119,8 +119,9 @@ attempt() {
     srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=0 --wait=60 \
         bash -c 'trap "" USR1
-            exec torchrun --rdzv-conf=is_host=$((SLURM_NODEID == 0)) --local-addr="$SLURMD_NODENAME" "$@"' \
-        torchrun "${torchrun[@]}" "$program" "${arguments[@]}" &
+            exec "$0" -m torch.distributed.run --rdzv-conf=is_host=$((SLURM_NODEID == 0)) \
+                --local-addr="$SLURMD_NODENAME" "$@"' \
+        "$python" "${torchrun[@]}" "$program" "${arguments[@]}" &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap ends wait early
     srun=''

@@ -15,4 +15,4 @@ script=train_tokenizer here=$(dirname "$0")
 . "$here/common.sh"
 
 [ -n "${SLURM_JOB_ID:-}" ] || { submit "$0" "$@"; exit; }
-exec python "$ROCKET_ROOT/train_tokenizer.py" "$@"
+exec "$python" "$ROCKET_ROOT/train_tokenizer.py" "$@"

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import load_module
+from bench import Times, load_module
 from config import Config, UserError, available_cores
 
-Generate = Callable[[list[list[int]], int], "tuple[float | None, float] | None"]
+Generate = Callable[[list[list[int]], int], Times | None]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of a model, of tokens and targets (B, T)
 
 
@@ -164,10 +164,10 @@ def transformers_sampler(_: str, config: Config, world: Any) -> Iterator[tuple[G
         assert made.shape[1] == ids.shape[1] + new
         return time.perf_counter() - start
 
-    def timed(prompts: list[list[int]], new: int) -> tuple[float, float]:
+    def timed(prompts: list[list[int]], new: int) -> Times:
         ids = torch.tensor(prompts, device=world.device)
         first = seconds(ids, 1)
-        return first, seconds(ids, new) - first
+        return Times(first, (seconds(ids, new) - first) / (new - 1))
 
     yield timed, sum(parameter.numel() for parameter in model.parameters())
 
@@ -194,7 +194,7 @@ def run_c(peer: str, config: Config, world: Any) -> Iterator[tuple[Generate, int
         write_pieces(scratch / "tokenizer.bin", config.tokenizer.vocab_size)
         environment = {"OMP_NUM_THREADS": str(available_cores()), **os.environ}
 
-        def timed(prompts: list[list[int]], new: int) -> tuple[None, float] | None:
+        def timed(prompts: list[list[int]], new: int) -> Times | None:
             if len(prompts) > 1:
                 return None
             steps = str(len(prompts[0]) + new)
@@ -206,8 +206,7 @@ def run_c(peer: str, config: Config, world: Any) -> Iterator[tuple[Generate, int
                 env=environment,
                 check=True,
             )
-            rate = float(re.search(r"achieved tok/s: (\S+)", result.stderr)[1])
-            return None, (new - 1) / rate
+            return Times(None, 1 / float(re.search(r"achieved tok/s: (\S+)", result.stderr)[1]))
 
         yield timed, parameters
 

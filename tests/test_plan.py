@@ -10,6 +10,7 @@ as torchrun starts, and prints each rank's peak (VmHWM):
     MALLOC_MMAP_THRESHOLD_=1000000 python tests/test_plan.py CONFIG [--section.key=value …]
 """
 
+import functools
 import json
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 import plan
 from config import load_config
 from distributed import gradient_sync
-from memory import flops_per_token, moments, sizes
+from memory import CPU_OVERHEAD, flops_per_token, moments, sizes
 
 GB = 1e9
 NAMES = ["tiny", "llama_110m", "llama_1b", "llama2_7b", "llama2_13b", "llama2_70b"]
@@ -90,6 +91,11 @@ QUICK = (
     " --tokenizer.vocab_size=32000 --data.seq_len=128"
     " --train.global_batch_size=2 --train.micro_batch_size=2"
 )
+NOTHING = (
+    "--model.dim=32 --model.n_layers=1 --model.n_heads=2 --model.ffn_dim=64"
+    " --tokenizer.vocab_size=100 --data.seq_len=16 --optimizer.name=adamw"
+    " --train.global_batch_size=2 --train.micro_batch_size=2"
+)
 MEASURED = [
     (1, f"{WIDE} --optimizer.name=adamw"),
     (1, f"{WIDE} --optimizer.name=adamw --train.recompute=selective"),
@@ -125,11 +131,23 @@ def measured_gb(ranks, arguments):
     return max(peaks)
 
 
+@functools.cache
+def constant_gb():
+    """What a process holds beside tensors: of a build for GPUs it is twice that of one for CPUs."""
+    return measured_gb(1, [*CPU, *NOTHING.split()])
+
+
 def check_memory(ranks, arguments):
     arguments = [*CPU, *arguments.split()]
     measured, predicted = measured_gb(ranks, arguments), predicted_gb(ranks, arguments)
+    predicted += constant_gb() - CPU_OVERHEAD / GB
     print(f"predicted {predicted:.3f} GB, measured {measured:.3f} GB")
     assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_a_process_holds_what_is_predicted_beside_tensors():
+    if torch.version.cuda is None:
+        assert constant_gb() == pytest.approx(CPU_OVERHEAD / GB, rel=0.1)
 
 
 def test_predicted_memory_is_that_of_training():

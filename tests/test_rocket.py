@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from training import (
     ENVIRONMENT,
     ROOT,
@@ -29,7 +30,8 @@ from training import (
 
 from checkpoint import Checkpoint, _drop_optimizer, _write_manifest, find_checkpoint
 from config import build_config, file_sha256, read_toml
-from dataset import Mixture, TokenDataset, mask_name
+from dataset import Mixture, TokenDataset, evenly_spaced, mask_name
+from generation import load_model, open_source
 from tokenizer import Tokenizer
 
 
@@ -170,7 +172,22 @@ def test_what_a_finished_run_leaves(finished):
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
     assert [(s["step"]) for s in samples] == [10, 10, 20, 20]
     assert samples[0]["truth"] == samples[2]["truth"]
-    assert samples[0]["prediction"] != samples[2]["prediction"]
+
+
+@torch.no_grad()
+def test_samples_are_what_the_saved_model_predicts(finished, dataset):
+    source = open_source(finished, "last")
+    model = load_model(source, torch.device("cpu"), torch.float32)
+    manifest = json.loads((dataset / "manifest.json").read_text())
+    data = Mixture({"it": TokenDataset(dataset, manifest, "val", 32)}, {"it": 1})
+    tokens, targets = data.batch(evenly_spaced(2, data.windows))
+    guesses = model(tokens).argmax(-1)
+    decode = source.tokenizer.decode
+    kept = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()][2:]
+    for row, sample in enumerate(kept):
+        assert sample["prompt"] == decode(tokens[row, :17].tolist())
+        assert sample["prediction"] == decode(guesses[row, 16:].tolist())
+        assert sample["truth"] == decode(targets[row, 16:].tolist())
 
 
 def test_initial_loss_is_that_of_a_uniform_guess(finished):
@@ -337,7 +354,9 @@ def poisoned(run, finished, dataset, tmp_path):
         windows = order.step_windows(1337, step, 10)
         for token in np.unique([data.window(int(w))[0][:-1] for w in windows]):
             steps_of.setdefault(int(token), []).append(step + 1)
-    token, bad = next((t, s) for t, s in steps_of.items() if len(s) == 2 and s[1] - s[0] > 1)
+    # some step before the first of them, so that there may be a checkpoint, and one between them
+    fits = (s for s in steps_of.items() if len(s[1]) == 2 and s[1][0] > 1 and s[1][1] - s[1][0] > 1)
+    token, bad = next(fits)
     checkpoint = find_checkpoint(source)
     file = next(f for f in checkpoint.manifest["files"] if f["group"] == "model")
     weights = np.memmap(checkpoint.path / file["name"], "<f4", mode="r+")

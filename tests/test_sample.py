@@ -28,7 +28,7 @@ from generation import (
     can_pack,
     choose,
     drawable,
-    fit_to_cpu,
+    fit_to_device,
     generate,
     keep_top_k,
     keep_top_p,
@@ -150,7 +150,7 @@ def test_a_model_fit_to_the_cpu_says_the_same(model, rows, compiled):
     fitted = copy.deepcopy(model)
     torch._dynamo.reset()
     counters.clear()
-    fit_to_cpu(fitted, rows == 1, compiled)
+    fit_to_device(fitted, rows == 1, compiled)
     assert type(fitted.lm_head) is (RowLinear if compiled and rows == 1 else PackedLinear)
     for settings in SETTINGS.values():
         expected = continuations(model, PROMPTS[:rows], settings)
@@ -164,7 +164,7 @@ def test_a_model_fit_to_the_cpu_says_the_same(model, rows, compiled):
 def test_a_model_fit_to_the_cpu_in_bfloat16(model, rows, compiled):
     """Logits behind the same tokens, since rounding may change what is drawn."""
     fitted = copy.deepcopy(model).bfloat16()
-    fit_to_cpu(fitted, rows == 1, compiled)
+    fit_to_device(fitted, rows == 1, compiled)
     for tested in (fitted, copy.deepcopy(model).bfloat16()):
         cache = KVCache(CONFIG, rows, 9, torch.device("cpu"), torch.bfloat16)
         logits = []
@@ -182,7 +182,7 @@ def test_packing_leaves_tied_embeddings(model):
     tied = Llama(dataclasses.replace(CONFIG, tie_embeddings=True), VOCAB).requires_grad_(False)
     tied.model.load_state_dict(model.model.state_dict())
     expected = continuations(tied, PROMPTS, SETTINGS["greedy"])
-    fit_to_cpu(tied, False, False)
+    fit_to_device(tied, False, False)
     assert continuations(tied, PROMPTS, SETTINGS["greedy"]) == expected
 
 
