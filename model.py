@@ -373,8 +373,8 @@ class Head(nn.Linear):
         weight, device = self.weight, x.device.type
         if torch.is_autocast_enabled(device):  # which does not look into a function of our own
             x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
-        if device == "cuda":
-            weight = F.pad(weight, (0, 0, 0, -len(weight) % 64))
+        if device == "cuda" and (missing := -len(weight) % 64):
+            weight = F.pad(weight, (0, 0, 0, missing))
         ways = self.out_features, self.loss_chunk, self.chunk_loss, torch.is_grad_enabled()
         return LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), *ways)
 
@@ -406,9 +406,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
         for start in range(0, len(x), chunk or len(x)):
             part = slice(start, start + (chunk or len(x)))
-            logits = x[part] @ weight.T
-            logits[:, vocab_size:].fill_(-math.inf)
-            lost, grad = chunk_loss(logits, targets[part])
+            lost, grad = chunk_loss(make_logits(x[part], weight, vocab_size), targets[part])
             loss += lost
             if with_gradients:
                 torch.mm(grad, weight, out=grad_x[part])
@@ -425,6 +423,13 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: FunctionCtx, share: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight = ctx.saved_tensors
         return grad_x * share, grad_weight * share, None, None, None, None, None
+
+
+def make_logits(x: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
+    """Logits of x (N, D) by weight (at least V, D); the caller keeps none, they are large."""
+    logits = x @ weight.T
+    logits[:, vocab_size:].fill_(-math.inf)
+    return logits
 
 
 def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

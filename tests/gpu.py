@@ -2,7 +2,7 @@
 
     python tests/gpu.py OUT [--only=STAGE,…] [--minutes=7.5] [--nanogpt=CLONE] [--dry-run]
 
-Each stage is a process of its own with a time limit, so that one that fails or hangs costs no other.
+Each stage is a process of its own with a time limit: one that fails or hangs costs no other stage.
 What is right comes first, several stages at a time, since they compile for longer than they
 compute; then speed, one stage at a time. When the minutes are over, what is left is not run. OUT
 gets at most four files, written as results arrive: table.txt, results.jsonl, log.txt and a trace of
