@@ -19,7 +19,9 @@ import re
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,7 +268,9 @@ class Saver:
         """The pieces in host memory, on their way: in one buffer, which each save uses again."""
         rows = [piece.rows for of_group in pieces.values() for piece in of_group]
         if self._buffer is None:
-            self._buffer = _host_memory(sum(map(torch.numel, rows)), self.world.device)
+            self._buffer = torch.empty(sum(map(torch.numel, rows)))
+            if self.world.device.type == "cuda":
+                weakref.finalize(self, _pin(self._buffer))
         copies = iter(self._buffer.split([one.numel() for one in rows]))
 
         def copied(piece: Piece) -> Piece:
@@ -336,24 +340,22 @@ class Piece(NamedTuple):
     rows: Tensor
 
 
-def _host_memory(size: int, device: torch.device) -> Tensor:
-    """Host memory for so many float32 numbers, pinned if they come from a GPU.
+def _pin(buffer: Tensor) -> Callable[[], Any]:
+    """Pins host memory, so that a GPU copies into it beside its work; returns what undoes it.
 
     torch's own pinned memory comes in powers of two: up to twice a checkpoint would be held.
 
     Raises:
         UserError: the system does not let it be pinned.
     """
-    buffer = torch.empty(size)
-    if device.type == "cuda" and size:
-        cuda = torch.cuda.cudart()
-        status = cuda.cudaHostRegister(buffer.data_ptr(), 4 * size, 0)
-        if status != cuda.cudaError.success:
-            raise UserError(
-                f"{4 * size / 1e9:.1f} GB of host memory can't be pinned"
-                f" ({cuda.cudaGetErrorString(status)}): set checkpoint.asynchronous=false"
-            )
-    return buffer
+    cuda, start = torch.cuda.cudart(), buffer.data_ptr()
+    status = cuda.cudaHostRegister(start, buffer.nbytes, 0)
+    if status != cuda.cudaError.success:
+        raise UserError(
+            f"{buffer.nbytes / 1e9:.1f} GB of host memory can't be pinned"
+            f" ({cuda.cudaGetErrorString(status)}): set checkpoint.asynchronous=false"
+        )
+    return partial(cuda.cudaHostUnregister, start)
 
 
 def _own_pieces(tensors: list[Tensor], world: World) -> list[Piece]:

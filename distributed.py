@@ -185,6 +185,10 @@ def init_distributed(config: Config) -> World:
             f"rank {rank} needs GPU {local_rank}, this host has {torch.cuda.device_count()};"
             " start fewer processes or set train.device=cpu"
         )
+    # Each rank compiles for itself: together they take the node's cores, not min(32, cores) each.
+    # Before deterministic algorithms, which import what reads it.
+    workers = max(1, min(32, available_cores() // local_size))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
     if config.train.deterministic:
         be_deterministic()
     if name == "cuda":
@@ -202,9 +206,6 @@ def init_distributed(config: Config) -> World:
         if threads is None or (given and threads == "1"):
             torch.set_num_threads(max(1, available_cores() // local_size))
         _keep_freed_memory()
-    # Each rank compiles for itself: together they take the node's cores, not min(32, cores) each.
-    workers = max(1, min(32, available_cores() // local_size))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
     if name == "cuda":  # a hang leaves the last collectives of each rank behind
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
@@ -426,12 +427,16 @@ def autocast(model: nn.Module, world: World) -> torch.autocast:
     return torch.autocast(world.device.type, dtype=world.dtype, enabled=enabled)
 
 
+def shard_dimension(tensor: DTensor) -> int:
+    """The dimension of its mesh over which a tensor's rows are spread."""
+    return next(d for d, p in enumerate(tensor.placements) if isinstance(p, Shard))
+
+
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     """The rows of a tensor that this rank holds, by reference, and the number of the first."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
-    mesh = tensor.device_mesh
-    dimension = next(d for d, p in enumerate(tensor.placements) if isinstance(p, Shard))
+    mesh, dimension = tensor.device_mesh, shard_dimension(tensor)
     chunk = -(-tensor.shape[0] // mesh.size(dimension))  # fully_shard cuts rows as torch.chunk does
     start = min(chunk * mesh.get_local_rank(dimension), tensor.shape[0])
     return tensor.to_local(), start
@@ -449,11 +454,19 @@ def writes(tensor: Tensor, index: int, world: World) -> bool:
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
-    """Scales the gradients to a norm of at most largest (0: as they are); their norm before."""
+    """Scales the gradients to a norm of at most largest (0: as they are); their norm before.
+
+    Works on the rows that this rank holds: operators over DTensors take the host longer, and those
+    of torch 2.11 leak (pytorch issue 188174).
+    """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
+    rows = [local_part(gradient)[0] for gradient in gradients]
+    norm = nn.utils.get_total_norm(rows)
+    if isinstance(gradients[0], DTensor):
+        group = gradients[0].device_mesh.get_group(shard_dimension(gradients[0]))
+        square = norm.square()
+        dist.all_reduce(square, group=group)
+        norm = square.sqrt()
     if largest:
-        nn.utils.clip_grads_with_norm_(model.parameters(), largest, norm)
+        torch._foreach_mul_(rows, (largest / (norm + 1e-6)).clamp(max=1.0))
     return norm

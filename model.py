@@ -85,8 +85,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # in mixed precision a sharded model's weight is cast already, and one kernel takes one type
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        # In the type of x, as in a sharded model, whose weights are cast; autocast on a GPU makes
+        # float32 of it from torch 2.12 on. One kernel takes one type.
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def document_mask(documents: Tensor) -> Tensor | BlockMask:

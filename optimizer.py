@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor
 
 from config import OptimizerConfig
-from distributed import local_part
+from distributed import local_part, shard_dimension
 
 BATCH = 1 << 25  # elements that Muon's buffer holds, or more where one matrix a rank needs more
 
@@ -35,20 +35,33 @@ def build_optimizer(
         {"params": [p for p in outer if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in outer if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # fused: one kernel for all parameters; the foreach path leaks over DTensors from torch 2.12 on
     options = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
-        "fused": True,
+        "fused": True,  # one kernel for all parameters, which takes found_inf
     }
     if not inner:
-        return torch.optim.AdamW(groups, **options)
+        return AdamW(groups, **options)
     groups.append({"params": inner, "weight_decay": config.weight_decay})
     return Muon(groups, config.momentum, dtype, **options)
 
 
-class Muon(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's, over the rows that a rank holds of each parameter.
+
+    Over DTensors a step takes the host several times as long, and in torch 2.11 leaks memory
+    (pytorch issue 188174).
+    """
+
+    def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
+        has_complex = super()._init_group(group, *lists)
+        for tensors in lists:  # parameters, gradients, moments, step counts
+            tensors[:] = [local_part(tensor)[0] for tensor in tensors]
+        return has_complex
+
+
+class Muon(AdamW):
     """Muon for the matrices of the last group, AdamW for the groups before it.
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon) steps along the momentum's nearest
@@ -146,8 +159,7 @@ def _sharers(matrix: Tensor) -> tuple[dist.ProcessGroup | None, int]:
     """The group that shares the work on a matrix, and its size: its shards' ranks, or all."""
     group = dist.group.WORLD  # None in a program that has not joined any
     if isinstance(matrix, DTensor):
-        dimension = next(d for d, p in enumerate(matrix.placements) if isinstance(p, Shard))
-        group = matrix.device_mesh.get_group(dimension)
+        group = matrix.device_mesh.get_group(shard_dimension(matrix))
     return group, dist.get_world_size(group) if group else 1
 
 

@@ -2,6 +2,7 @@
 run, edited code, dead and hung ranks, ranks that differ. Real processes throughout."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from training import (
     ENVIRONMENT,
     PATIENCE,
@@ -32,6 +34,7 @@ import job
 from checkpoint import find_checkpoint
 from config import UserError
 from dataset import Mixture, TokenDataset
+from distributed import explain_lost_rank
 from job import Claim
 
 LONG = {"train__max_steps": 100_000, "train__eval_interval": 0, "checkpoint__interval": 0}
@@ -420,3 +423,21 @@ def test_a_hung_rank_is_an_error_and_not_a_hang(run, tmp_path):
         assert launched.wait() == 1
         assert "Timed out" in launched.said()
     assert status(out)["state"] == "failed"
+
+
+def test_a_device_that_does_not_answer_a_signal_is_a_lost_rank(tmp_path):
+    """Under NCCL nothing fails when a rank dies: the others are told to end, and their devices wait
+    for it. tests/gpu.py shows it on a device."""
+    signals = job.Signals()
+    lookout = job.Lookout(tmp_path, signals, None, None, math.inf, 1.0, 0.0)
+    ago = job.STUCK_SECONDS + 3 * 2.0
+    lookout.seconds["step"] = 2.0
+    lookout.while_waiting()  # for long, but nobody asked it to end
+    signals.received_at = time.monotonic() - ago + 1
+    lookout.while_waiting()  # three steps may be under way
+    signals.received_at = time.monotonic() - ago - 1
+    with pytest.raises(torch.distributed.DistError) as error:
+        lookout.while_waiting()
+    assert "lost contact with another rank" in str(explain_lost_rank(error.value))
+    lookout.seconds["step"] = 0.0
+    lookout.while_waiting()  # the first step compiles, for as long as it takes

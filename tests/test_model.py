@@ -15,9 +15,11 @@ from config import ROOT, ModelConfig, build_config, read_toml
 from model import (
     IGNORE,
     KVCache,
+    LinearCrossEntropy,
     Llama,
     attend,
     attend_by_products,
+    chunk_loss,
     flops_per_token,
     initial_weight,
     parameter_count,
@@ -281,6 +283,31 @@ def test_the_loss_in_chunks_is_the_loss(config, chunk, bfloat16):
         assert_close(gradient, wanted[name], 2e-2 if bfloat16 else 1e-4)
     with torch.no_grad(), torch.autocast("cpu", enabled=bfloat16):
         assert_close(model(tokens, targets), loss, 1e-6)
+
+
+def test_rows_of_zeros_below_the_head_change_nothing():
+    """As on a GPU, where a head of 37 rows is multiplied as one of 64."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 16, generator=generator, requires_grad=True) for n in (20, 37))
+    targets = torch.randint(37, (20,), generator=generator)
+    found = []
+    for missing in (0, 27):
+        padded = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+        loss = LinearCrossEntropy.apply(x, padded, targets, 37, 7, chunk_loss, True)
+        found.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    for plain, filled in zip(*found, strict=True):
+        assert plain.shape == filled.shape
+        torch.testing.assert_close(plain, filled)
+
+
+def test_the_residual_stream_has_the_type_of_products(config):
+    """As when the model is sharded, which casts the embedding's weights."""
+    model, types = build(config), []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda module, inputs, output: types.append(output.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(tokens_of(2, 8))
+    assert set(types) == {torch.bfloat16}
 
 
 def grad_of(loss, model):

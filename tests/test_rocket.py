@@ -194,6 +194,13 @@ def test_initial_loss_is_that_of_a_uniform_guess(finished):
     assert losses(finished)[0] == pytest.approx(math.log(600), abs=0.1)
 
 
+def test_deterministic_algorithms_change_nothing_on_a_cpu(run, finished, tmp_path):
+    done = rocket(run(train__deterministic="true"))
+    assert done.returncode == 0, done.stderr
+    assert "compute in float32, deterministic" in done.stdout
+    assert_identical(finished, tmp_path / "run")
+
+
 def test_a_finished_run_says_so_and_changes_nothing(run, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     again = rocket(run())
