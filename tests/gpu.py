@@ -654,7 +654,7 @@ def speed(
     start = time.perf_counter()
     contestant = measure.contestant("training", config, asked, peer)
     title = f"{name.removeprefix('llama_')} × {config.train.micro_batch_size}"
-    title = " ".join((peer.partition(":")[0] or title, overrides_in_short(overrides)))
+    title = f"{peer.partition(':')[0] or title} {overrides_in_short(overrides)}".strip()
     about = next(contestant)
     ready = time.perf_counter() - start
     figures = next(contestant)
