@@ -118,11 +118,11 @@ class Lagged(Generic[T]):
     """Brings numbers of each step to the host LAG steps later, so that no step is waited for.
 
     Args:
-        while_waiting: called again and again while the host waits for the device after all; what
-            it raises ends the wait.
+        while_waiting: called again and again while the host waits for the device after all, with
+            the time.monotonic() at which it began to; what it raises ends the wait.
     """
 
-    def __init__(self, while_waiting: Callable[[], None]) -> None:
+    def __init__(self, while_waiting: Callable[[float], None]) -> None:
         self._while_waiting = while_waiting
         self._waiting: deque[tuple[T, Tensor, torch.cuda.Event | None, float]] = deque()
 
@@ -145,15 +145,16 @@ class Lagged(Generic[T]):
             if event:
                 # event.synchronize() would keep Python from running handlers of signals, and where
                 # a rank has died under NCCL the device never gets there.
+                since = time.monotonic()
                 while not event.query():
-                    self._while_waiting()
+                    self._while_waiting(since)
                     time.sleep(POLL_SECONDS)
                 at = time.monotonic()
             arrived.append(Arrived(tag, values.tolist(), at))
         return arrived
 
 
-def fetch(values: Tensor, while_waiting: Callable[[], None]) -> list[Any]:
+def fetch(values: Tensor, while_waiting: Callable[[float], None]) -> list[Any]:
     """The numbers of a tensor on the device, waited for as by Lagged."""
     lagged: Lagged[None] = Lagged(while_waiting)
     lagged.push(None, values)

@@ -33,7 +33,7 @@ HEARTBEAT_SECONDS = 30.0
 EXPIRY_SECONDS = 300.0  # a claim of another host without a heartbeat for so long is free
 CODE = Path(__file__).resolve().parent
 DIFF_LINES = 60
-STUCK_SECONDS = 20.0  # and three steps: no device takes so long to end what is under way
+STUCK_SECONDS = 60.0  # and three steps: another rank may compile, or read a slow disk
 
 
 class Signals:
@@ -144,14 +144,17 @@ class Lookout:
         if what == "save":
             self.saved_at = self.stepped_at
 
-    def while_waiting(self) -> None:
-        """DistError if a signal came long ago, and the device still has not done a step.
+    def while_waiting(self, since: float) -> None:
+        """DistError if, with a signal received, the device has not answered for far too long.
 
         So it is when a rank has died under NCCL: the launcher asks the others to end, and their
         devices wait for it. Steps tell how long they take; before the first nothing is known.
+
+        Args:
+            since: when the host began to wait for the device, by time.monotonic().
         """
         step = self.seconds["step"]
-        waited = time.monotonic() - self.signals.received_at
+        waited = time.monotonic() - max(since, self.signals.received_at)
         if step and waited > STUCK_SECONDS + 3 * step:
             raise dist.DistError(f"{waited:.0f} s after a signal the device has not answered")
 

@@ -125,7 +125,7 @@ class Trainer:
         self.batches = measure.random_batches(config, world)
         self.votes = torch.zeros(len(Votes._fields), device=world.device)
         self.norms = torch.zeros(2, device=world.device)
-        self.lagged: Any = Lagged(lambda: None)
+        self.lagged: Any = Lagged(lambda since: None)
         self.losses: list[float] = []
 
     def step(self, batches: list[Any] | None = None) -> None:

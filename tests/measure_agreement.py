@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> None:
             config, inputs, data, val_data, model, optimizer, saver, lookout, log, world, reader
         )
         called, norms = replicate(model, world), torch.zeros(2)
-        progress, lagged = rocket.Progress(), Lagged()
+        progress, lagged = rocket.Progress(), Lagged(lookout.while_waiting)
 
         def batches(step: int) -> list[rocket.Batch]:
             size = config.train.global_batch_size

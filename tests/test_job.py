@@ -430,14 +430,15 @@ def test_a_device_that_does_not_answer_a_signal_is_a_lost_rank(tmp_path):
     for it. tests/gpu.py shows it on a device."""
     signals = job.Signals()
     lookout = job.Lookout(tmp_path, signals, None, None, math.inf, 1.0, 0.0)
-    ago = job.STUCK_SECONDS + 3 * 2.0
+    now, limit = time.monotonic(), job.STUCK_SECONDS + 3 * 2.0
     lookout.seconds["step"] = 2.0
-    lookout.while_waiting()  # for long, but nobody asked it to end
-    signals.received_at = time.monotonic() - ago + 1
-    lookout.while_waiting()  # three steps may be under way
-    signals.received_at = time.monotonic() - ago - 1
+    lookout.while_waiting(now - 2 * limit)  # for long, but nobody asked it to end
+    signals.received_at = now - limit + 5
+    lookout.while_waiting(now - 2 * limit)  # three steps may be under way
+    signals.received_at = now - limit - 5
+    lookout.while_waiting(now - limit + 5)  # it was saving when the signal came
     with pytest.raises(torch.distributed.DistError) as error:
-        lookout.while_waiting()
+        lookout.while_waiting(now - 2 * limit)
     assert "lost contact with another rank" in str(explain_lost_rank(error.value))
     lookout.seconds["step"] = 0.0
-    lookout.while_waiting()  # the first step compiles, for as long as it takes
+    lookout.while_waiting(now - 2 * limit)  # the first step compiles, for as long as it takes
