@@ -269,7 +269,7 @@ class Saver:
         rows = [piece.rows for of_group in pieces.values() for piece in of_group]
         if self._buffer is None:
             self._buffer = torch.empty(sum(map(torch.numel, rows)))
-            if self.world.device.type == "cuda":
+            if self.world.device.type == "cuda" and rows:
                 weakref.finalize(self, _pin(self._buffer))
         copies = iter(self._buffer.split([one.numel() for one in rows]))
 
@@ -343,18 +343,17 @@ class Piece(NamedTuple):
 def _pin(buffer: Tensor) -> Callable[[], Any]:
     """Pins host memory, so that a GPU copies into it beside its work; returns what undoes it.
 
-    torch's own pinned memory comes in powers of two: up to twice a checkpoint would be held.
-
-    Raises:
-        UserError: the system does not let it be pinned.
+    torch's own pinned memory comes in powers of two: up to twice a checkpoint would be held. Where
+    the system does not let it be pinned, copies take longer, and nothing else changes.
     """
     cuda, start = torch.cuda.cudart(), buffer.data_ptr()
     status = cuda.cudaHostRegister(start, buffer.nbytes, 0)
     if status != cuda.cudaError.success:
-        raise UserError(
-            f"{buffer.nbytes / 1e9:.1f} GB of host memory can't be pinned"
-            f" ({cuda.cudaGetErrorString(status)}): set checkpoint.asynchronous=false"
+        why = cuda.cudaGetErrorString(status)
+        tell(
+            f"{buffer.nbytes / 1e9:.1f} GB can't be pinned ({why}): saves stop training for longer"
         )
+        return lambda: None
     return partial(cuda.cudaHostUnregister, start)
 
 

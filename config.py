@@ -229,7 +229,7 @@ class TrainConfig:
         "auto", "torch.compile, which takes a minute at the start; auto: on a GPU", resume="free"
     )
     deterministic: bool = key(
-        False, "GPU: the same bits in every run of the same job, for some time", resume="free"
+        False, "GPU: the same bits each time, on the same kind and number; slower", resume="free"
     )
     loss_chunk: int = key(
         -1,

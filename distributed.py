@@ -195,7 +195,8 @@ def init_distributed(config: Config) -> World:
     if name == "cuda":
         # Read at the first allocation: memory grows in place, where blocks of many sizes would
         # leave gaps. A choice of the user's own counts, by its older name too.
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")

@@ -33,20 +33,16 @@ HEARTBEAT_SECONDS = 30.0
 EXPIRY_SECONDS = 300.0  # a claim of another host without a heartbeat for so long is free
 CODE = Path(__file__).resolve().parent
 DIFF_LINES = 60
-STUCK_SECONDS = 60.0  # and three steps: another rank may compile, or read a slow disk
+STUCK_SECONDS = 15.0  # and three steps: torchrun kills 30 s after TERM, unless it is told otherwise
 
 
 class Signals:
     """Signals are noted, not died of; the loop looks and ends in order on all ranks."""
 
     def __init__(self) -> None:
-        self.received_at = math.inf  # by time.monotonic(), of the first
+        self.received = False
+        self.terminated_at = math.inf  # when TERM came first, by time.monotonic()
         self._interrupted = -INSIST_SECONDS[1]
-
-    @property
-    def received(self) -> bool:
-        """Whether there was one."""
-        return self.received_at < math.inf
 
     def install(self) -> None:
         """Takes over the signals that schedulers, launchers and people send.
@@ -58,7 +54,9 @@ class Signals:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received_at = min(self.received_at, time.monotonic())
+        self.received = True
+        if number == signal.SIGTERM:
+            self.terminated_at = min(self.terminated_at, time.monotonic())
         since = time.monotonic() - self._interrupted
         # torchrun turns the second Ctrl-C into TERM
         if number in (signal.SIGINT, signal.SIGTERM) and INSIST_SECONDS[0] < since:
@@ -145,18 +143,19 @@ class Lookout:
             self.saved_at = self.stepped_at
 
     def while_waiting(self, since: float) -> None:
-        """DistError if, with a signal received, the device has not answered for far too long.
+        """DistError if, since TERM came, the device has not answered for far too long.
 
-        So it is when a rank has died under NCCL: the launcher asks the others to end, and their
-        devices wait for it. Steps tell how long they take; before the first nothing is known.
+        So it is when a rank has died under NCCL: torchrun sends TERM to the others, whose devices
+        wait for it. Steps tell how long they take; before the first nothing is known. Any other
+        wait is ended by parallel.timeout_seconds.
 
         Args:
             since: when the host began to wait for the device, by time.monotonic().
         """
         step = self.seconds["step"]
-        waited = time.monotonic() - max(since, self.signals.received_at)
+        waited = time.monotonic() - max(since, self.signals.terminated_at)
         if step and waited > STUCK_SECONDS + 3 * step:
-            raise dist.DistError(f"{waited:.0f} s after a signal the device has not answered")
+            raise dist.DistError(f"{waited:.0f} s after TERM the device has not answered")
 
     def votes(self, rank: int, steps: int, evaluation: bool) -> Votes:
         """This rank's votes.

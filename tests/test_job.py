@@ -432,13 +432,50 @@ def test_a_device_that_does_not_answer_a_signal_is_a_lost_rank(tmp_path):
     lookout = job.Lookout(tmp_path, signals, None, None, math.inf, 1.0, 0.0)
     now, limit = time.monotonic(), job.STUCK_SECONDS + 3 * 2.0
     lookout.seconds["step"] = 2.0
-    lookout.while_waiting(now - 2 * limit)  # for long, but nobody asked it to end
-    signals.received_at = now - limit + 5
+    lookout.while_waiting(now - 2 * limit)  # for long, but torchrun did not ask it to end
+    signals.terminated_at = now - limit + 5
     lookout.while_waiting(now - 2 * limit)  # three steps may be under way
-    signals.received_at = now - limit - 5
+    signals.terminated_at = now - limit - 5
     lookout.while_waiting(now - limit + 5)  # it was saving when the signal came
     with pytest.raises(torch.distributed.DistError) as error:
         lookout.while_waiting(now - 2 * limit)
     assert "lost contact with another rank" in str(explain_lost_rank(error.value))
     lookout.seconds["step"] = 0.0
     lookout.while_waiting(now - 2 * limit)  # the first step compiles, for as long as it takes
+
+
+WAITING = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+import job
+from config import run_program
+from distributed import explain_lost_rank
+from pathlib import Path
+if os.environ["RANK"] == "1":
+    os._exit(7)
+signals = job.Signals()
+signals.install()
+lookout = job.Lookout(Path(sys.argv[1]), signals, None, None, float("inf"), 1.0, 0.0)
+lookout.seconds["step"] = 0.1
+since = time.monotonic()
+def main(arguments):
+    try:
+        while True:
+            lookout.while_waiting(since)
+            time.sleep(0.01)
+    except Exception as error:
+        raise explain_lost_rank(error)
+run_program(main)
+"""
+
+
+@pytest.mark.long
+def test_a_lost_rank_is_told_before_torchrun_kills(tmp_path):
+    """Rank 0 waits as for a device that waits for rank 1, which has died."""
+    program = tmp_path / "wait.py"
+    program.write_text(WAITING)
+    command = [*launcher(2), str(program), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 1
+    assert "wait.py: error: rank 0 on " in done.stderr
+    assert "lost contact with another rank" in done.stderr
