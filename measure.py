@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
 import generation
@@ -105,15 +105,25 @@ def rocket_trainer(
     _: str, config: Config, world: World, batches: list[Batch]
 ) -> tuple[Callable[[], Any], int]:
     """A step as rocket.py's loop makes it, and the number of parameters."""
-    model, optimizer = build_model(config, world)
-    called = replicate(model, world)
-    votes = torch.zeros(len(Votes._fields), device=world.device)
-    norms = torch.zeros(2, device=world.device)
+    trainer = Trainer(config, world)
+    count = parameter_count(config.model, config.tokenizer.vocab_size)
+    return lambda: trainer.step(batches), count
 
-    def step() -> None:
-        train_step(called, optimizer, batches, 1e-4, votes, norms, config, world)
 
-    return step, parameter_count(config.model, config.tokenizer.vocab_size)
+class Trainer:
+    """Model and optimizer of a configuration, stepping as rocket.py's loop does."""
+
+    def __init__(self, config: Config, world: World) -> None:
+        self.config, self.world = config, world
+        self.model, self.optimizer = build_model(config, world)
+        self.called = replicate(self.model, world)
+        self.votes = torch.zeros(len(Votes._fields), device=world.device)
+        self.norms = torch.zeros(2, device=world.device)
+
+    def step(self, batches: list[Batch], rate: float = 1e-4) -> Tensor:
+        """The numbers of train_step, on the device."""
+        parts = self.votes, self.norms, self.config, self.world
+        return train_step(self.called, self.optimizer, batches, rate, *parts)
 
 
 def random_batches(config: Config, world: World) -> list[Batch]:

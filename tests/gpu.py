@@ -67,7 +67,9 @@ class Options(NamedTuple):
 def report(verdict: str, what: str, expected: str, seen: object) -> None:
     """A line of the table, from within a stage."""
     row = {"what": what, "expected": expected, "seen": str(seen), "verdict": verdict}
-    print(ROW + json.dumps(row), flush=True)
+    # One write, from a line's beginning to its end: compilers and ranks write to the same pipe.
+    sys.stdout.write(f"\n{ROW}{json.dumps(row)}\n")
+    sys.stdout.flush()
 
 
 def check(what: str, expected: str, seen: object, holds: bool) -> None:
@@ -109,38 +111,21 @@ def compile_with(options: Options) -> str:
     return f"--train.compile={'on' if options.dry_run else 'auto'}"
 
 
-class Trainer:
-    """Model, optimizer and batches of a configuration, stepping as rocket.py's loop does."""
+class Training:
+    """Steps of a configuration over random batches, whose losses come one step late."""
 
     def __init__(self, config: Any, world: Any) -> None:
-        import torch
-
         import measure
-        from distributed import Lagged, replicate
-        from job import Votes
+        from distributed import Lagged
 
-        self.config, self.world = config, world
-        self.model, self.optimizer = measure.build_model(config, world)
-        self.called = replicate(self.model, world)
+        self.trainer = measure.Trainer(config, world)
+        self.model, self.optimizer = self.trainer.model, self.trainer.optimizer
         self.batches = measure.random_batches(config, world)
-        self.votes = torch.zeros(len(Votes._fields), device=world.device)
-        self.norms = torch.zeros(2, device=world.device)
         self.lagged: Any = Lagged(lambda since: None)
         self.losses: list[float] = []
 
     def step(self, batches: list[Any] | None = None) -> None:
-        from rocket import train_step
-
-        numbers = train_step(
-            self.called,
-            self.optimizer,
-            batches or self.batches,
-            1e-3,
-            self.votes,
-            self.norms,
-            self.config,
-            self.world,
-        )
+        numbers = self.trainer.step(batches or self.batches, 1e-3)
         self.losses += [one.values[0] for one in self.lagged.push(None, numbers)]
 
     def finish(self) -> list[float]:
@@ -257,7 +242,7 @@ def guard(options: Options) -> None:
     import torch
 
     def one(name: str) -> None:
-        trainer = Trainer(config, world)
+        trainer = Training(config, world)
         for _ in range(2):
             trainer.step()
         before = trainer.state()
@@ -294,7 +279,7 @@ def no_waiting(options: Options, strategy: str = "ddp") -> None:
         return tuple(torch.randint(2, config.tokenizer.vocab_size, shape) for _ in range(2))
 
     def beats() -> str:
-        trainer = Trainer(config, world)
+        trainer = Training(config, world)
         data, windows = SimpleNamespace(batch=random_batch), list(range(8))
         run = SimpleNamespace(world=world, config=config, inputs=SimpleNamespace(bos_id=2))
 
@@ -384,7 +369,7 @@ def repeat(options: Options, deterministic: bool) -> None:
     """Ten steps twice, from the same seed."""
 
     def ten_steps() -> dict[str, Any]:
-        trainer = Trainer(config, world)
+        trainer = Training(config, world)
         for _ in range(10):
             trainer.step()
         return trainer.state()
@@ -448,8 +433,6 @@ def decode(options: Options) -> None:
 
 def save(options: Options) -> None:
     """A checkpoint written in the background while training goes on."""
-    import torch
-
     from checkpoint import Saver, find_resumable, load_optimizer, load_weights
     from config import tables
 
@@ -461,7 +444,7 @@ def save(options: Options) -> None:
         return 1024 * int(status.partition("VmHWM:" if peak else "VmRSS:")[2].split()[0])
 
     def save_and_load(run: Path) -> None:
-        trainer = Trainer(config, world)
+        trainer = Training(config, world)
         trainer.step()
         trainer.finish()
         before = trainer.state()
@@ -508,7 +491,6 @@ def save(options: Options) -> None:
 
     with world_of(config) as world, tempfile.TemporaryDirectory() as directory:
         save_and_load(Path(directory))
-    torch.cuda.empty_cache()
 
 
 def sharded(options: Options) -> None:
@@ -516,7 +498,7 @@ def sharded(options: Options) -> None:
     losses = {}
 
     def ten_losses() -> list[float]:
-        trainer = Trainer(config, world)
+        trainer = Training(config, world)
         for _ in range(10):
             trainer.step()
         return trainer.finish()
@@ -800,7 +782,7 @@ class Table:
 
     def write_log(self, stage: str, line: str) -> None:
         with self.lock:
-            if self.logged < LOG_BYTES:
+            if self.logged < LOG_BYTES and line.strip():
                 self.logged += self.log.write(f"{stage}: {line.rstrip()[:2000]}\n")
                 self.log.flush()
 
@@ -818,7 +800,9 @@ class Table:
             (self.out / "table.txt").write_text(text + "\n", encoding="utf-8")
 
 
-def run_stage(stage: Stage, table: Table, arguments: list[str], deadline: float) -> None:
+def run_stage(
+    stage: Stage, table: Table, arguments: list[str], deadline: float, environment: dict[str, str]
+) -> None:
     """Runs a stage in a process of its own and takes in its rows as they come."""
 
     def ended(seen: str, verdict: str) -> None:
@@ -839,7 +823,7 @@ def run_stage(stage: Stage, table: Table, arguments: list[str], deadline: float)
     start, errors, rows = time.monotonic(), [""], []
     process = subprocess.Popen(
         command,
-        env=os.environ | {"PYTHONUNBUFFERED": "1"} | dict([mark.split("=")]),
+        env=environment | {"PYTHONUNBUFFERED": "1"} | dict([mark.split("=")]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -848,13 +832,16 @@ def run_stage(stage: Stage, table: Table, arguments: list[str], deadline: float)
 
     def take_in() -> None:
         for line in process.stdout:
+            table.write_log(stage.name, line)
             if line.startswith(ROW):
-                rows.append(json.loads(line.removeprefix(ROW)))
-                table.add(stage.name, rows[-1])
-            else:
-                table.write_log(stage.name, line)
-                if re.match(r"[\w.\[\]: ]*(Error|Exception)\b", line):
-                    errors.append(line.strip())
+                try:
+                    row = json.loads(line.removeprefix(ROW))
+                except ValueError:
+                    row = {"what": "a row", "expected": "JSON", "seen": line, "verdict": "FAILED"}
+                rows.append(row)
+                table.add(stage.name, row)
+            elif re.match(r"[\w.\[\]: ]*(Error|Exception)\b", line):
+                errors.append(line.strip())
 
     reader = threading.Thread(target=take_in, daemon=True)
     reader.start()
@@ -906,15 +893,20 @@ def main() -> None:
     chosen = [every[name] for name in names]
     cores = len(os.sched_getaffinity(0))
     together = 1 if given.dry_run or not is_shared() else max(1, min(5, cores // 3))
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, cores // together)))
-    with ThreadPoolExecutor(together) as pool:
-        for stage in chosen:
-            if not stage.alone:
-                pool.submit(run_stage, stage, table, arguments, deadline)
-    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(min(32, cores))
-    for stage in chosen:
-        if stage.alone:
-            run_stage(stage, table, arguments, deadline)
+    for alone, at_once in ((False, together), (True, 1)):
+        threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(32, cores // at_once)))}
+        with ThreadPoolExecutor(at_once) as pool:
+            running = [
+                pool.submit(run_stage, stage, table, arguments, deadline, threads | os.environ)
+                for stage in chosen
+                if stage.alone == alone
+            ]
+        for one in running:
+            if error := one.exception():  # of this script; the others are to go on
+                traceback.print_exception(error)
+                table.add(
+                    "script", {"what": "", "expected": "", "seen": str(error), "verdict": "FAILED"}
+                )
     table.save()
     print((given.out / "table.txt").read_text(encoding="utf-8"))
     counted = Counter(row["verdict"] for row in table.rows)
