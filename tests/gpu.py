@@ -840,8 +840,8 @@ def run_stage(
                     row = {"what": "a row", "expected": "JSON", "seen": line, "verdict": "FAILED"}
                 rows.append(row)
                 table.add(stage.name, row)
-            elif re.match(r"[\w.\[\]: ]*(Error|Exception)\b", line):
-                errors.append(line.strip())
+            elif re.match(r"[\w.\[\]: ]*(?<!ChildFailed)(Error|Exception)\b", line):
+                errors.append(line.strip())  # but torchrun's own, behind its rank's
 
     reader = threading.Thread(target=take_in, daemon=True)
     reader.start()

@@ -12,6 +12,7 @@ as torchrun starts, and prints each rank's peak (VmHWM):
 
 import functools
 import json
+import re
 import subprocess
 import sys
 import weakref
@@ -126,7 +127,8 @@ def measured_gb(ranks, arguments):
     command = [*launcher(ranks), __file__, str(ROOT / "config" / "tiny.toml"), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert result.returncode == 0, result.stderr
-    peaks = [float(line.split()[-1]) for line in result.stdout.splitlines() if "VmHWM" in line]
+    # Not line by line: two ranks that print at once may share one.
+    peaks = [float(peak) for peak in re.findall(r"VmHWM (\d+\.\d{3})", result.stdout)]
     assert len(peaks) == ranks
     return max(peaks)
 
