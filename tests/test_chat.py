@@ -68,7 +68,7 @@ def test_text_never_becomes_a_marker(template, tokenizer):
     ]
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.sampled_from(["user", "assistant"]), st.text()), max_size=5))
 def test_a_prompt_and_its_answer_are_what_was_trained_on(template, tokenizer, messages):
     """sample.py asks in the same ids that prepare.py wrote."""

@@ -723,7 +723,7 @@ ANY_TEXT = st.text(
 HARD = st.one_of(ANY_TEXT, st.sampled_from(["</s>", "<|end|>", "<|user|>", "\u2581", "\r", '"']))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(rows=st.lists(st.tuples(HARD, HARD), max_size=6))
 @pytest.mark.parametrize("format", ["jsonl", "parquet", "csv"])
 def test_any_text_is_kept(tmp_path_factory, format, rows):

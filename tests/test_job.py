@@ -451,10 +451,14 @@ import job
 from config import run_program
 from distributed import explain_lost_rank
 from pathlib import Path
+ready = Path(__file__).with_name("ready")
 if os.environ["RANK"] == "1":
+    while not ready.exists():
+        time.sleep(0.01)
     os._exit(7)
 signals = job.Signals()
 signals.install()
+ready.touch()
 lookout = job.Lookout(Path(sys.argv[1]), signals, None, None, float("inf"), 1.0, 0.0)
 lookout.seconds["step"] = 0.1
 since = time.monotonic()

@@ -5,7 +5,7 @@ import hashlib
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import packing
@@ -21,7 +21,6 @@ def assert_packed(windows, lengths, size):
     assert all(0 < sum(lengths[window]) <= size for window in windows)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(2, SIZE), max_size=300))
 def test_every_document_is_in_one_window(lengths):
     windows = pack(np.array(lengths, np.int64), SIZE)

@@ -21,7 +21,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import ROOT
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import corpus
@@ -532,12 +532,13 @@ def test_verify_finds_one_flipped_byte(project):
 
 MARKERS = "<s> </s> <unk> <|system|> <|user|> <|assistant|> <|end|>".split()
 TEXTS = st.text() | st.lists(st.sampled_from([*MARKERS, "\u2581", "\r\n", "\0", " "])).map("".join)
-
-
-@settings(
-    deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+LONG = st.tuples(st.text("aé🦙", min_size=1), st.integers(200, 2000)).map(
+    lambda pair: pair[0] * pair[1]
 )
-@given(texts=st.lists(TEXTS | st.text("aé🦙", min_size=2000), min_size=1, max_size=40))
+
+
+@settings(max_examples=15)
+@given(texts=st.lists(TEXTS | LONG, min_size=1, max_size=40))
 def test_any_text_comes_back_from_the_bins(project, chat_tokenizer, texts):
     """Control tokens in a text stay text. U+2581, SentencePiece's sign for a space, becomes one."""
     (project / "corpus.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
