@@ -7,17 +7,12 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# A fixture may be shared by the examples of a test; how long one takes says nothing of Rocket.
-settings.register_profile(
-    "untimed",
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+settings.register_profile("untimed", deadline=None)  # a busy machine says nothing of Rocket
 settings.load_profile("untimed")
 
 

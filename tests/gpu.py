@@ -840,8 +840,9 @@ def run_stage(
                     row = {"what": "a row", "expected": "JSON", "seen": line, "verdict": "FAILED"}
                 rows.append(row)
                 table.add(stage.name, row)
+            # Not torchrun's own (ChildFailedError), which comes last and says nothing of the cause.
             elif re.match(r"[\w.\[\]: ]*(?<!ChildFailed)(Error|Exception)\b", line):
-                errors.append(line.strip())  # but torchrun's own, behind its rank's
+                errors.append(line.strip())
 
     reader = threading.Thread(target=take_in, daemon=True)
     reader.start()
