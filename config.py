@@ -67,9 +67,16 @@ SENTENCEPIECE_OPTIONS = (
 ).split()
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+# Exit codes by which the one who started a rank knows what became of it (attempts.py).
+LOST_RANK, SICK_NODE = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
+
+
 class UserError(Exception):
     """A mistake that the user can mend: one line that says what, where and what to do."""
 
+    code = os.EX_USAGE  # the exit code of a rank; of a program that is none it is 1
     # Where several processes raise it alike: the variable that is 0 in the one that prints it.
     printed_by: str | None = None
 
@@ -251,6 +258,12 @@ class TrainConfig:
     )
     sample_prompts: int = key(
         4, "validation prompts whose predictions samples.jsonl keeps", resume="free", low=0
+    )
+    max_attempts: int = key(
+        3,
+        "attempts in a row without a new checkpoint before a job no longer comes back",
+        resume="free",
+        low=1,
     )
     max_bad_steps: int = key(
         10, "skipped steps in a row before the run stops", resume="free", low=1
@@ -809,18 +822,19 @@ def tell(line: str) -> None:
 
 @contextlib.contextmanager
 def told_in_one_line() -> Iterator[None]:
-    """Within it a user's mistake becomes one line and exit code 1."""
+    """Within it a user's mistake becomes one line and exit code 1, or of a rank the error's own."""
+    is_rank = "TORCHELASTIC_RUN_ID" in os.environ
     sys.stdout.reconfigure(errors="replace")  # where the terminal can't show all of Unicode
     try:
         yield
     except UserError as error:
         if error.printed_by is None or os.environ.get(error.printed_by, "0") == "0":
             tell(f"{Path(sys.argv[0]).name}: error: {error}")
-        sys.exit(1)
+        sys.exit(error.code if is_rank else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in DISK_FULL
         if not full and not isinstance(error, BrokenPipeError):
             raise
         if full:
@@ -828,7 +842,7 @@ def told_in_one_line() -> Iterator[None]:
             tell(f"{Path(sys.argv[0]).name}: error: no space is left for {where}")
         # else a reader that has left, such as `| head`; what is left to write has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        sys.exit(UserError.code if is_rank else 1)
 
 
 def main(arguments: list[str]) -> None:

@@ -13,6 +13,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import sysconfig
 import time
@@ -30,7 +31,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config, ParallelConfig, UserError, available_cores, resolve_path
+from config import (
+    LOST_RANK,
+    SICK_NODE,
+    Config,
+    ParallelConfig,
+    UserError,
+    available_cores,
+    resolve_path,
+)
 
 T = TypeVar("T")
 STARTUP_TIMEOUT = timedelta(minutes=30)  # ranks wait while one hashes, reads or compiles
@@ -44,6 +53,28 @@ class AgreedError(UserError):
     """A UserError of one rank that all ranks raise together."""
 
     printed_by = "RANK"
+
+    def __init__(self, message: str, code: int = UserError.code) -> None:
+        super().__init__(message)
+        self.code = code
+
+    @classmethod
+    def about(cls, rank: int, message: str, code: int, world: World) -> AgreedError:
+        """Of an error of one rank; where its node is sick, the others' exit codes say nothing."""
+        innocent = code == SICK_NODE and rank != world.rank
+        return cls(message, LOST_RANK if innocent else code)
+
+
+class NodeError(UserError):
+    """This node can't do what others may: a job that comes back does without it."""
+
+    code = SICK_NODE
+
+
+class LostRankError(UserError):
+    """Another rank died or hangs: the same command again may succeed."""
+
+    code = LOST_RANK
 
 
 @dataclass(frozen=True)
@@ -85,16 +116,18 @@ class World:
 
         If one raises a UserError or an OSError, all do. Only the messages travel to everyone.
         """
-        result, message = None, None
+        result, failure = None, None
         try:
             result = function()
         except (UserError, OSError) as error:
-            message = str(error)
-        messages: list[str | None] = [None] * self.size
-        dist.all_gather_object(messages, message, group=self.group)
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise AgreedError(message + (f" (rank {rank})" if self.size > 1 else ""))
+            failure = str(error), getattr(error, "code", UserError.code)
+        failures: list[tuple[str, int] | None] = [None] * self.size
+        dist.all_gather_object(failures, failure, group=self.group)
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                message, code = failure
+                message += f" (rank {rank})" if self.size > 1 else ""
+                raise AgreedError.about(rank, message, code, self)
         results = [None] * self.size if self.rank == 0 else None
         dist.gather_object(result, results, group=self.group)
         return results
@@ -182,9 +215,10 @@ def init_distributed(config: Config) -> World:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"rank {rank} needs GPU {local_rank}, this host has {torch.cuda.device_count()};"
-            " start fewer processes or set train.device=cpu"
+        kind = UserError if size == local_size else NodeError  # other nodes may have more
+        raise kind(
+            f"rank {rank} needs GPU {local_rank}, {socket.gethostname()} has"
+            f" {torch.cuda.device_count()}; start fewer processes or set train.device=cpu"
         )
     # Each rank compiles for itself: together they take the node's cores, not min(32, cores) each.
     # Before deterministic algorithms, which import what reads it.
@@ -202,10 +236,7 @@ def init_distributed(config: Config) -> World:
         torch.set_float32_matmul_precision("high")
     else:
         device = torch.device("cpu")
-        # torchrun sets one thread in silence, which leaves cores idle; any other number, and any
-        # number without torchrun, is the user's.
-        threads = os.environ.get("OMP_NUM_THREADS")
-        if threads is None or (given and threads == "1"):
+        if not _user_set_threads():
             torch.set_num_threads(max(1, available_cores() // local_size))
         _keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
@@ -220,9 +251,39 @@ def init_distributed(config: Config) -> World:
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         meeting["store"] = _meeting_point(rank)
     _allow_sockets()
+    _die_with_agent()
     dist.init_process_group(backend, timeout=STARTUP_TIMEOUT, **meeting)
     dtype = compute_dtype(config.train.dtype, device)
     return World(rank, size, local_rank, local_size, device, dtype)
+
+
+def _user_set_threads() -> bool:
+    """Whether OMP_NUM_THREADS is the user's own.
+
+    Where it is missing torchrun sets 1 for its ranks, if they are several, which leaves cores idle.
+    What torchrun was started with still stands in /proc; without one (macOS), 1 is taken for its.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads != "1" or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
+        return threads is not None
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    pid, environment = os.getpid(), [b"TORCHELASTIC_RUN_ID="]
+    try:
+        while any(entry.startswith(b"TORCHELASTIC_RUN_ID=") for entry in environment):
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return any(entry.startswith(b"OMP_NUM_THREADS=") for entry in environment)
+
+
+def _die_with_agent() -> None:
+    """Ends this rank with the agent that started it (Linux): one that outlives it would go on to
+    train and hold the run, or its GPU, against those that the next attempt starts."""
+    prctl = getattr(ctypes.CDLL(None), "prctl", None)
+    if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
+        prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def be_deterministic() -> None:
@@ -294,13 +355,13 @@ def set_timeout(model: nn.Module, seconds: float) -> None:
         dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
-def explain_lost_rank(error: Exception) -> UserError | None:
+def explain_lost_rank(error: BaseException) -> LostRankError | None:
     """The one line for a collective that failed because another rank died or hung; else None."""
     text = str(error).partition("\n")[0]
     if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
         return None
     text = re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # without source files and advice
-    return UserError(
+    return LostRankError(
         f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()} lost contact with another"
         f" rank, which died or hangs: {text}. What was saved is intact: run the same command again"
         " to go on"

@@ -24,13 +24,14 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from attempts import EXPIRY_SECONDS, process_start, read_json
 from checkpoint import Saver
 from config import UserError, tell
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C in between is meant; an earlier one is an echo
 HEARTBEAT_SECONDS = 30.0
-EXPIRY_SECONDS = 300.0  # a claim of another host without a heartbeat for so long is free
+OWN_SECONDS = 60.0  # that a process of this very job may take to die
 CODE = Path(__file__).resolve().parent
 DIFF_LINES = 60
 STUCK_SECONDS = 15.0  # and three steps: torchrun kills 30 s after TERM, unless it is told otherwise
@@ -199,9 +200,11 @@ class Claim:
 
     def check(self) -> None:
         """UserError if another job trains the run; writes nothing."""
-        holder = _read_json(self.path)
-        if holder is not None and not self._is_free(holder):
-            raise self._refusal(holder)
+        deadline, own_job = time.monotonic() + OWN_SECONDS, os.environ.get("SLURM_JOB_ID")
+        while (holder := read_json(self.path)) is not None and not self._is_free(holder):
+            if not own_job or holder.get("job_id") != own_job or time.monotonic() > deadline:
+                raise self._refusal(holder)
+            time.sleep(0.5)  # of an attempt before this one, and killed with it
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         job = f"job {holder['job_id']}, " if holder.get("job_id") else ""
@@ -220,7 +223,7 @@ class Claim:
     @property
     def is_ours(self) -> bool:
         """Whether nobody else holds the run."""
-        return not self.lost and _read_json(self.path) in (None, self.mine)
+        return not self.lost and read_json(self.path) in (None, self.mine)
 
     def take(self) -> None:
         """Claims the run and keeps the claim alive; UserError if another job holds it."""
@@ -246,14 +249,14 @@ class Claim:
         }
         if not self._create():
             self.mine = None
-            raise self._refusal(_read_json(self.path) or {})
+            raise self._refusal(read_json(self.path) or {})
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
         """Gives the run free; where that fails, this process' end does."""
         self._released.set()
         try:
-            if self.mine and _read_json(self.path) == self.mine:
+            if self.mine and read_json(self.path) == self.mine:
                 self.path.unlink()
         except OSError as error:
             tell(f"{self.path} stays: {error.strerror}")
@@ -287,43 +290,18 @@ class Claim:
             return True
 
     def _beat(self) -> None:
+        status = self.path.with_name("status.json")
         while not self.lost and not self._released.wait(HEARTBEAT_SECONDS):
             try:
-                holder = _read_json(self.path)
+                holder = read_json(self.path)
                 if holder == self.mine:
                     os.utime(self.path)
+                    if status.exists():
+                        os.utime(status)
                 else:
                     self.lost = holder is not None or not self._create()
             except OSError as error:  # the file system may be back at the next beat
                 tell(f"{self.path}: no heartbeat: {error.strerror}")
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def process_start(pid: int) -> str | None:
-    """When a process of this host started, so that a number used again is not taken for it.
-
-    None if it is dead; "" where the system has no /proc to tell.
-    """
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        pass  # alive, of another user
-    except OSError:
-        return None
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return None if fields[0] == "Z" else fields[19]
 
 
 def code_in_use() -> dict[str, str]:

@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from attempts import newest_step
 from checkpoint import (
     Checkpoint,
     Saver,
@@ -42,7 +43,9 @@ from checkpoint import (
     load_weights,
 )
 from config import (
+    LOST_RANK,
     ROOT,
+    SICK_NODE,
     Config,
     ConfigError,
     UserError,
@@ -96,6 +99,7 @@ class Progress:
     bad_steps: int = 0  # skipped steps in a row, up to this one
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # see does_damage
     save_seconds: float = 0.0  # that the longest save so far took
+    rows: dict[str, int] = field(default_factory=dict)  # in each file of the run
 
 
 class Outcome(NamedTuple):
@@ -161,9 +165,10 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
             if compiles(config.train.compile, world.device):
                 world.each(lambda: check_compiler(world.device))
             world.once(lambda: open_run(directory, config, claim, seen))
+            log.status("running", None, progress.step)
             model, optimizer = build(config, inputs, checkpoint, log, world)
             describe_start(config, model, data, val_data, checkpoint, log, world)
-            log.start(progress.step, progress.hours, progress.val_loss is not None)
+            log.start(progress.step, progress.hours, progress.val_loss is not None, progress.rows)
             saver = Saver(directory, model, optimizer, config.checkpoint, claim.verify, world)
             seconds = progress.save_seconds or 1 + max(size / world.size / 100e6, size / 2e9)
             minutes = config.checkpoint.interval_minutes
@@ -176,25 +181,29 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
     except BaseException as error:
         if saver and isinstance(error, AgreedError):  # all ranks are here
             saver.finish()
-        if claim.is_ours:
-            reason, step, may_pass = explain_failure(error, progress, start, saver)
-            log.failed(reason, step, may_pass)
+        if claim.is_ours and directory.is_dir():
+            step = progress.step if saver else newest_step(directory)
+            log.failed(*explain_failure(error, step, log))
         raise
     finally:
         claim.release()
         log.close()
 
 
-def explain_failure(
-    error: BaseException, progress: Progress, start: Progress, saver: Saver | None
-) -> tuple[str, int, bool]:
-    """Reason and step of a failure for status.json, and whether another try may succeed."""
-    if isinstance(error, NotFiniteError):
-        return "non_finite", error.step, True
+def explain_failure(error: BaseException, step: int, log: RunLog) -> tuple[str, int, bool, str]:
+    """Of a failure, for status.json: reason, step, whether another try may succeed, and why.
+
+    A lost rank or a sick node may always pass. What fails alike at the same step again does not.
+    """
+    lost = explain_lost_rank(error)
+    why = str(lost or error).partition("\n")[0] or type(error).__name__
     if isinstance(error, KeyboardInterrupt):
-        return "signal", progress.step, False
-    saved = saver is not None and saver.saved_step > start.step
-    return "error", progress.step, saved and not isinstance(error, UserError)
+        return "signal", step, False, why
+    if lost or getattr(error, "code", None) in (LOST_RANK, SICK_NODE):
+        return "error", step, True, why
+    if isinstance(error, NotFiniteError):
+        return "non_finite", error.step, log.failed_before != (error.step, why), why
+    return "error", step, not isinstance(error, UserError) and log.failed_before != (step, why), why
 
 
 @dataclass
@@ -251,7 +260,7 @@ def train_steps(run: Run, progress: Progress) -> str:
 
     def save() -> None:
         nonlocal saved, save_due, reason
-        progress.hours, progress.norms = log.hours, norms.tolist()
+        progress.hours, progress.rows, progress.norms = log.hours, {**log.rows}, norms.tolist()
         progress.save_seconds = max(progress.save_seconds, run.saver.seconds)
         log.sync()
         with lookout.timed("save"):
@@ -260,6 +269,7 @@ def train_steps(run: Run, progress: Progress) -> str:
             else:
                 run.saver.save(progress.step, {**record, "state": asdict(progress)})
         saved, save_due = replace(progress), False
+        log.status("running", None, progress.step)
         log.restart_clock()
         reason = reason or agree(run)
 

@@ -16,7 +16,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,10 +28,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import attempts
 from checkpoint import Checkpoint, checkpoint_paths, readable_checkpoints, remove_leftovers
 from config import (
     ACCEPT_CHANGES,
     PEAK_FLOPS,
+    SICK_NODE,
     Config,
     ConfigError,
     DataConfig,
@@ -44,7 +48,7 @@ from config import (
     write_atomically,
 )
 from dataset import mixture_fingerprint, mixture_weights, read_manifest
-from distributed import World
+from distributed import AgreedError, NodeError, World
 from job import CODE, Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
 
@@ -78,6 +82,7 @@ class Inputs(NamedTuple):
     bos_id: int
     tokenizer_sha256: str
     byte_lengths: np.ndarray
+    model_changed: bool  # its code, since the run was started
 
 
 def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Inputs:
@@ -102,6 +107,7 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
     manifests = {name: read_manifest(resolve_path(name), tokenizer.sha256) for name in weights}
     _check_kind(config.data, manifests)
     fingerprint, template = mixture_fingerprint(manifests, weights), _template(manifests)
+    changed: list[str] = []
     if checkpoint := next(readable_checkpoints(directory), None):
         if checkpoint.manifest["tokenizer_sha256"] != tokenizer.sha256:
             raise UserError(f"{directory}: the run was trained with another tokenizer")
@@ -115,7 +121,7 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         started = directory / "config.toml"
         old = build_config(read_toml(started)) if started.exists() else checkpoint.config
         _check_changes(old, config, accept_changes)
-        _check_code(directory, accept_changes)
+        changed = _check_code(directory, accept_changes)
     return Inputs(
         manifests=manifests,
         weights=weights,
@@ -125,6 +131,7 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         bos_id=tokenizer.bos_id,
         tokenizer_sha256=tokenizer.sha256,
         byte_lengths=tokenizer.byte_lengths(),
+        model_changed="model.py" in changed,
     )
 
 
@@ -175,13 +182,15 @@ def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) ->
             raise UserError(f"{directory}: another job has just trained this run; start again")
         remove_leftovers(directory)
         (directory / "logs").mkdir(exist_ok=True)
+        by_hand = f"{socket.gethostname()} {os.getpid()} {time.time()}"
+        attempt = os.environ.get(attempts.ATTEMPT, by_hand)
+        attempts.count(directory, attempt, config.train.max_attempts)
         snapshot_code(directory)
         write_atomically(directory / "config.toml", dump_toml(config).encode())
         write_atomically(directory / "tokenizer.model", tokenizer.read_bytes())
+        attempts.opened(directory)
     except OSError as error:
-        raise UserError(
-            f"{directory}: the run directory can't be written: {error.strerror}; set train.out_dir"
-        ) from None
+        raise _not_writable(directory, error) from None
 
 
 def _check_changes(old: Config, new: Config, accept_changes: bool) -> None:
@@ -201,10 +210,10 @@ def _check_changes(old: Config, new: Config, accept_changes: bool) -> None:
         print(f"accepted: {change}")
 
 
-def _check_code(directory: Path, accept_changes: bool) -> None:
-    """Holds the code in use against the snapshot that the run was started with."""
+def _check_code(directory: Path, accept_changes: bool) -> list[str]:
+    """Holds the code in use against the snapshot that the run was started with; what differs."""
     if not (changed := changed_code(directory)):
-        return
+        return []
     print_diff(changed)
     names = ", ".join(changed)
     if not accept_changes:
@@ -213,6 +222,7 @@ def _check_code(directory: Path, accept_changes: bool) -> None:
             f" add {ACCEPT_CHANGES}; the old one is in {directory / 'code'}"
         )
     print(f"accepted: other code in {names}")
+    return list(changed)
 
 
 def preflight(
@@ -234,6 +244,7 @@ def preflight(
 
     def look() -> dict[str, Any]:
         _check_device(config, world.device)
+        _check_memory(config, size // 12, world)
         seen = {
             "host": socket.gethostname(),
             "code": digest(json.dumps(code_in_use()).encode()),
@@ -255,17 +266,27 @@ def preflight(
 
     seen_by = world.each(look)
 
-    def compare() -> None:
+    def compare() -> tuple[int, str] | None:
         first = seen_by[0]
         for rank, seen in enumerate(seen_by):
             for name in seen:
                 if name != "host" and seen[name] != first[name]:
-                    raise UserError(
+                    return rank, (
                         f"rank {rank} on {seen['host']} does not have the same {name} as rank 0 on"
                         f" {first['host']}: {seen[name][:12]} and {first[name][:12]}"
                     )
+        return None
+
+    if different := world.once(compare):
+        raise AgreedError.about(*different, SICK_NODE, world)
+
+    def check_disk() -> None:
         kept = len(checkpoint_paths(directory))
         there = next(path for path in (directory, *directory.parents) if path.is_dir())
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            raise _not_writable(directory, error) from None
         needed, free = max(1, 2 - kept) * size, shutil.disk_usage(there).free
         if free < needed:
             raise UserError(
@@ -273,7 +294,32 @@ def preflight(
                 f" {needed / 1e9:.3f} GB; make room or set train.out_dir"
             )
 
-    world.once(compare)
+    world.once(check_disk)
+
+
+def _not_writable(directory: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{directory}: the run directory can't be written: {error.strerror}; set train.out_dir"
+    )
+
+
+def _check_memory(config: Config, parameters: int, world: World) -> None:
+    """UserError where weights, gradients and optimizer state alone are more than a rank has."""
+    shards = {"ddp": 1, "fsdp": world.size, "hsdp": world.local_size}[config.parallel.strategy]
+    moments = 1 if config.optimizer.name == "muon" else 2
+    needed = 4 * (2 + moments) * parameters / shards
+    if world.device.type == "cuda":
+        memory, what = torch.cuda.mem_get_info(world.device)[1], "its GPU"
+    else:
+        pages = os.sysconf("SC_PHYS_PAGES") // world.local_size
+        memory, what = pages * os.sysconf("SC_PAGE_SIZE"), "its share of the host"
+    if needed > memory:
+        raise UserError(
+            f"the model does not fit: its {parameters / 1e9:.3g}B parameters, their gradients and"
+            f" the optimizer's state are {needed / 1e9:,.0f} GB a rank, and {what} has"
+            f" {memory / 1e9:,.0f} GB; set a smaller model.dim or model.n_layers, or"
+            " parallel.strategy=fsdp and more ranks (python plan.py CONFIG tells how many)"
+        )
 
 
 def _check_device(config: Config, device: torch.device) -> None:
@@ -289,7 +335,7 @@ def _check_device(config: Config, device: torch.device) -> None:
     try:
         torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
     except RuntimeError as error:
-        raise UserError(
+        raise NodeError(
             f"{torch.cuda.get_device_name(device)} on {socket.gethostname()} can't compute with"
             f" torch {torch.__version__}: {str(error).partition(chr(10))[0]}"
         ) from None
@@ -316,20 +362,30 @@ class RunLog:
         peak = device_peak(world.device)
         self.peak_rate = peak * world.size / flops if peak else None  # tokens/s at 100% MFU
         self.files: dict[str, Any] = {}
+        self.rows: Counter[str] = Counter()  # that each file has
         self.boards: dict[str, Any] = {}  # TensorBoard's writers, by what their rows are of
         self.reporter = ThreadPoolExecutor(1, "report")  # exiting Python waits for its last report
         self.next_report: Future[None] = Future()
         self.bar = tqdm(disable=True)
-        self.failed_at = self._failed_at() if self.enabled else None
+        self.failed_before = self._failed_before() if self.enabled else None
 
-    def start(self, step: int, hours: float, evaluated: bool) -> None:
-        """Opens the files, cut to what the checkpoint of a step knows, and starts the clocks."""
+    def start(self, step: int, hours: float, evaluated: bool, rows: dict[str, int]) -> None:
+        """Opens the files, cut to what the checkpoint of a step knows, and starts the clocks.
+
+        Args:
+            rows: how many each file had then.
+        """
         self.started = time.monotonic() - 3600 * hours
         self.restart_clock()
         if self.enabled:
             for name in self.FILES:
                 known = math.inf if name == "jobs.jsonl" else step  # what came to nothing was a job
-                cut_rows(self.directory / name, known, evaluated)
+                self.rows[name] = kept = cut_rows(self.directory / name, known, evaluated)
+                if missing := max(0, rows.get(name, 0) - kept):
+                    self.say(
+                        f"{self.directory / name}: {missing} of the {rows[name]} rows up to step"
+                        f" {step} are missing; it was cut or deleted since that was saved"
+                    )
                 self.files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
@@ -339,7 +395,6 @@ class RunLog:
                 for kind, first in (("train", step + 1), ("val", step + evaluated)):
                     folder = str(self.directory / "tensorboard" / kind)
                     self.boards[kind] = SummaryWriter(folder, purge_step=first)
-        self.status("running", None, step)
 
     def job_row(self, step: int, about: dict[str, Any]) -> None:
         """Writes the row of the job that begins at a step, with what else is known about it."""
@@ -410,6 +465,7 @@ class RunLog:
         if self.enabled:
             line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
             self._guarded(lambda: self.files[file].write(line.encode()))
+            self.rows[file] += 1
 
     def board(self, kind: str, step: int, row: dict[str, Any]) -> None:
         """Passes a row's numbers on to TensorBoard, if it is to know."""
@@ -455,53 +511,43 @@ class RunLog:
         except OSError as error:
             raise UserError(f"{self.directory} can't be written: {error.strerror}") from None
 
-    def status(self, state: str, reason: str | None, step: int, requeue: bool = False) -> None:
+    def status(
+        self, state: str, reason: str | None, step: int, requeue: bool = False, why: str = ""
+    ) -> None:
         """Writes status.json, the contract for scripts: torchrun turns every exit code into 1.
 
         Args:
             state: running, finished, stopped or failed.
             reason: why it ended: deadline, signal, stop_file, stop_at_step, early_stop, non_finite
                 or error; else None.
-            requeue: whether the same job should come back.
+            requeue: whether the same job should come back; not once its attempts were too many.
+            why: the reason in words.
         """
         if not self.enabled:
             return
-        status = {
-            "state": state,
-            "reason": reason,
-            "step": step,
-            "job_id": os.environ.get("SLURM_JOB_ID"),
-            "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
-            "requeue": requeue,
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        content = (json.dumps(status) + "\n").encode()
-        self._guarded(lambda: write_atomically(self.directory / "status.json", content))
+        if requeue and (too_many := attempts.exhausted(self.directory)):
+            requeue, why = False, f"{too_many}; the last one: {why or reason}"
+            self.say(f"does not come back: {too_many}")
+        attempt = os.environ.get(attempts.ATTEMPT)
+        status = {"state": state, "reason": reason, "step": step, "requeue": requeue}
+        status |= {"why": why, "attempt": attempt}
+        self._guarded(lambda: attempts.write_status(self.directory, status))
 
-    def _failed_at(self) -> int | None:
-        """The step at which the job before this one failed, if it did."""
+    def _failed_before(self) -> tuple[int, str] | None:
+        """Where the job before this one failed, and why, if it did."""
+        status = attempts.read_json(self.directory / "status.json") or {}
+        return (status["step"], status.get("why", "")) if status.get("state") == "failed" else None
+
+    def failed(self, reason: str, step: int, requeue: bool, why: str) -> None:
+        """Records a failure; where even that fails, says so and leaves the first error in view."""
         try:
-            status = json.loads((self.directory / "status.json").read_bytes())
-            return status["step"] if status["state"] == "failed" else None
-        except (OSError, ValueError, KeyError, TypeError):  # none yet, or a torn one
-            return None
-
-    def failed(self, reason: str, step: int, may_pass: bool) -> None:
-        """Records a failure; where even that fails, says so and leaves the first error in view.
-
-        The job comes back if the failure may pass, but not twice from the same step.
-        """
-        try:
-            self.status("failed", reason, step, may_pass and self.failed_at != step)
+            self.status("failed", reason, step, requeue, why)
         except UserError as error:
             tell(f"no status.json: {error}")
         self.report()
 
     def end(self, reason: str, step: int, advanced: bool) -> None:
-        """Records and says that the run ended in order.
-
-        A job whose time was too short to advance at all does not come back: it would be no longer.
-        """
+        """Records and says that the run ended in order."""
         told = {
             "max_steps": "finished",
             "early_stop": "finished early, no new best",
@@ -512,8 +558,9 @@ class RunLog:
         }[reason]
         if reason == "deadline" and not advanced:
             told += " (too short for any progress: give it more)"
-        requeue = reason == "signal" or (reason == "deadline" and advanced)
-        self.status(told.split()[0], None if reason == "max_steps" else reason, step, requeue)
+        requeue = reason in ("signal", "deadline")
+        shown = None if reason == "max_steps" else reason
+        self.status(told.split()[0], shown, step, requeue, told)
         self.report()
         self.say(f"{told} at step {step}: {self.directory}")
 
@@ -529,14 +576,14 @@ def finite(number: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def cut_rows(path: Path, step: float, evaluated: bool) -> None:
-    """Cuts a file of rows behind the last whole one up to a step.
+def cut_rows(path: Path, step: float, evaluated: bool) -> int:
+    """Cuts a file of rows behind the last whole one up to a step; how many it keeps.
 
     If that step was not evaluated yet, rows of an evaluation that a job before began are cut too.
     """
     if not path.exists():
-        return
-    keep = 0
+        return 0
+    keep = rows = 0
     with open(path, "rb+") as file:
         for line in file:
             try:
@@ -548,7 +595,9 @@ def cut_rows(path: Path, step: float, evaluated: bool) -> None:
             if not inside:
                 break
             keep += len(line)
+            rows += 1
         file.truncate(keep)
+    return rows
 
 
 def describe_seconds(seconds: float) -> str:

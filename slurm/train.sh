@@ -73,25 +73,15 @@ tee=$!
 trap 'exec >&- 2>&-; wait "$tee" || true' EXIT # Slurm kills what is left when this shell ends
 say "job $job, restart $restarts, on ${SLURM_JOB_NODELIST:-}: $run"
 
-# A new checkpoint is a new name or, where a damaged one was replaced, a new inode.
-checkpoints() {
-    find "$run" -path '*/checkpoints/step_*' -prune ! -name '*.tmp' -printf '%f %i\n' | sort
-}
-progress_since() { [ -n "$(comm -13 <(echo "$1") <(checkpoints))" ]; }
-
-# Prints `job restart requeue state reason` of status.json, and nothing where there is none.
-read_status() {
-    "$python" -c 'import json, sys
-s = json.load(open(sys.argv[1]))
-print(s["job_id"], s["restart_count"], s["requeue"], s["state"], s["reason"])' "$run/status.json" 2>/dev/null || true
-}
+# Asks attempts.py, the run's own copy where that is what trains.
+attempts() { "$python" "$tool" "$@"; }
 
 # What the next attempt runs. One that comes back runs the code and the configuration with which the
 # run began, so that nobody's edit changes a job that waits; but only if this job got so far as to
 # write them, else its own overrides would be lost.
 choose_program() {
     program=$ROCKET_ROOT/rocket.py
-    if [ -n "$returning" ] && [[ $(read_status) == "$SLURM_JOB_ID "* ]]; then
+    if [ -n "$returning" ] && attempts opened "$run"; then
         program=$run/code/rocket.py arguments=("$run/config.toml")
     elif [ -n "$successor" ] && [ -f "$run/code/rocket.py" ]; then
         program=$run/code/rocket.py # its arguments were chosen by the job before it
@@ -99,29 +89,30 @@ choose_program() {
 }
 
 # Trains until srun ends. torchrun gets no --max-restarts: it would try a bad configuration N times,
-# where this script knows from status.json what is worth trying again.
-attempt() {
+# where attempts.py knows what is worth trying again.
+train() {
     local nodes=$SLURM_JOB_NUM_NODES hosts workers
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
     workers=$((${SLURM_NTASKS:-$nodes} / nodes))
     workers=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$workers}}
+    workers=$((workers > 0 ? workers : 1))
     local torchrun=(
-        --nnodes="$nodes" --nproc-per-node="$((workers > 0 ? workers : 1))"
-        --rdzv-backend=c10d --rdzv-id="$job-$restarts-$attempt"
+        --nnodes="$nodes" --nproc-per-node="$workers"
+        --rdzv-backend=c10d --rdzv-id="$ROCKET_ATTEMPT"
         --rdzv-endpoint="${hosts%%$'\n'*}:$((10000 + SLURM_JOB_ID % 20000))"
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
         --shutdown-timeout=150 # of the 180 s between USR1 and the limit
     )
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # or torchrun sets it, with a long warning
+    local threads=$((${SLURM_CPUS_ON_NODE:-1} / workers)) # of what the job was given
     # --wait, not --kill-on-bad-exit: the first agent to go must not end those that still save.
     # USR1 is ignored until torchrun has its handlers, or it would kill the agent.
     # shellcheck disable=SC2016 # the variables are the task's
-    srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} \
+        srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=0 --wait=60 \
         bash -c 'trap "" USR1
-            exec "$0" -m torch.distributed.run --rdzv-conf=is_host=$((SLURM_NODEID == 0)) \
-                --local-addr="$SLURMD_NODENAME" "$@"' \
-        "$python" "${torchrun[@]}" "$program" "${arguments[@]}" &
+            exec "$0" "$1" agent "$2" "$ROCKET_ATTEMPT" "${@:3}"' \
+        "$python" "$tool" "$run" "${torchrun[@]}" "$program" "${arguments[@]}" &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap ends wait early
     srun=''
@@ -138,24 +129,57 @@ job_state() {
 
 # Sends this job back to the queue, and exits: at once, since Slurm is about to kill it.
 come_back() {
+    trap '' TERM # which it does with TERM, and the sick nodes are named only after that
     # scontrol requeue would bring back what scancel is ending, too. At the time limit Slurm says
-    # why it ends the job, and one that got on may have another.
+    # why it ends the job.
     local state
     state=$(job_state)
     case $state in
-        RUNNING*) ;;
-        'COMPLETING TimeLimit') progress_since "$at_start" || fail "no progress within the time limit" ;;
-        *) fail "not requeued, the job is ${state:-gone}: $1" ;;
+        RUNNING* | 'COMPLETING TimeLimit') say "comes back: $why" ;;
+        *)
+            if [[ $(job_field Restarts) -gt $restarts ]]; then
+                say "comes back, by Slurm's own doing: $why"
+                exclude_sick
+                exit 0
+            fi
+            attempts ended "$run" "$ROCKET_ATTEMPT" "the job is ${state:-gone}"
+            fail "not requeued, the job is ${state:-gone}: $why"
+            ;;
     esac
-    say "comes back: $1"
-    scontrol requeue "$job" && exit 0
-    succeed
+    scontrol requeue "$job" || succeed
+    exclude_sick
+    exit 0
+}
+
+job_field() { scontrol show job -o "$job" | grep -oP "(?<= $1=)\S+"; }
+
+# The nodes that the job is not to have: those that it has excluded before and, if the partition has
+# enough others, the sick ones.
+nodes_to_exclude() {
+    local before after left
+    before=$(job_field ExcNodeList)
+    [ "$before" = '(null)' ] && before='' || before=$(scontrol show hostnames "$before")
+    after=$(printf '%s\n%s' "$before" "${sick//,/$'\n'}" | grep . | sort -u) || true
+    left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp,resv -o %N | sort -u |
+        grep -cvxF "${after:-/}") || true
+    [ "$left" -ge "$SLURM_JOB_NUM_NODES" ] || {
+        say "$sick: sick, but the partition has too few nodes to do without"
+        after=$before
+    }
+    paste -sd, <<<"$after"
+}
+
+exclude_sick() {
+    [ -n "$sick" ] || return 0
+    local nodes
+    nodes=$(nodes_to_exclude)
+    [ -z "$nodes" ] || ! scontrol update JobId="$job" ExcNodeList="$nodes" || say "does without $nodes"
 }
 
 # Where requeueing is forbidden: submits a job like this one, to start when this one has ended.
 succeed() {
     local flags=(job-name partition account qos time nodes mem constraint reservation gres)
-    local values options i name
+    local values options nodes i name
     options=(
         ${SLURM_NTASKS:+--ntasks="$SLURM_NTASKS"}
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
@@ -168,6 +192,8 @@ succeed() {
             *) options+=(--"${flags[i]}=${values[i]#gres[:/]}") ;;
         esac
     done
+    nodes=$(nodes_to_exclude)
+    options+=(${nodes:+--exclude="$nodes"})
     returning=yes
     choose_program
     # What was killed left its claim, which other hosts would honour until it expires.
@@ -181,28 +207,24 @@ succeed() {
     exit
 }
 
-at_start=$(checkpoints)
-for ((attempt = 1; ; attempt++)); do
-    [ -z "$stopping" ] || come_back "$stopping came before training began"
-    before=$(checkpoints)
+for ((number = 1; ; number++)); do
+    export ROCKET_ATTEMPT=$job-$restarts-$number # its id
+    tool=$ROCKET_ROOT/attempts.py asked='' sick=''
+    [ "$number$returning$successor" != 1 ] || asked=yes
     choose_program
-    attempt
-    read -r owner count requeue state reason < <(read_status) || true
-    [ "$owner $count" = "$SLURM_JOB_ID $restarts" ] || state=absent requeue='' # another job's
-    [ "$state $reason" != 'failed error' ] || [ "$requeue" != True ] || state=running # some rank died
-    [ "$requeue" != True ] || [ "$state" = running ] || come_back "$state, $reason"
-    case $state in
-        finished | stopped) exit 0 ;;
-        failed) fail "failed, $reason; not requeued: it would only fail again" ;;
-        running) # it was killed without a word
-            if [ -z "$stopping" ] && progress_since "$before" && [[ $(job_state) == RUNNING* ]]; then
-                say "killed after a new checkpoint: another attempt"
-                returning=yes
-                continue
-            fi
-            ! progress_since "$at_start" || come_back "killed, without progress in this attempt"
+    [ ! -f "${program%/*}/attempts.py" ] || tool=${program%/*}/attempts.py
+    attempts begin "$ROCKET_ATTEMPT" "$asked" "${arguments[@]}" || fail "not tried again"
+    [ -n "$stopping" ] || train
+    verdict=$(attempts judge "$run" "$ROCKET_ATTEMPT" "$stopping")
+    IFS='|' read -r action sick why <<<"$verdict"
+    case $action in
+        done) exit 0 ;;
+        back) come_back ;;
+        again)
+            [[ $(job_state) == RUNNING* ]] || come_back
+            say "another attempt, for it had saved something new: $why"
+            returning=yes
             ;;
+        *) fail "not requeued: $why" ;;
     esac
-    [ -z "$stopping" ] || come_back "$stopping came before the first checkpoint"
-    fail "ended before any new checkpoint (status: $state); not requeued, the reason is above"
 done

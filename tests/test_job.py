@@ -1,6 +1,7 @@
 """Protects runs from what befalls jobs: signals, deadlines, the STOP file, a second job on the
 run, edited code, dead and hung ranks, ranks that differ. Real processes throughout."""
 
+import contextlib
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from training import (
     until,
 )
 
+import attempts
 import job
 from checkpoint import find_checkpoint
 from config import UserError
@@ -127,12 +129,16 @@ def test_nohup_keeps_its_word(run, tmp_path):
     assert status(out)["state"] == "finished"
 
 
-def test_a_job_too_short_for_a_step_does_not_come_back(run, tmp_path):
-    done = rocket(run(train__max_hours=0.1 / 3600))
-    assert done.returncode == 0, done.stderr
-    assert "too short" in done.stdout
-    state = status(tmp_path / "run")
-    assert (state["reason"], state["step"], state["requeue"]) == ("deadline", 0, False)
+def test_a_job_too_short_for_a_step_comes_back_a_few_times(run, tmp_path):
+    """A slow start may pass, a limit that is too short does not: its attempts are counted."""
+    for requeue in (True, False):
+        done = rocket(run(train__max_hours=0.1 / 3600, train__max_attempts=2))
+        assert done.returncode == 0, done.stderr
+        assert "too short" in done.stdout
+        state = status(tmp_path / "run")
+        assert (state["reason"], state["step"], state["requeue"]) == ("deadline", 0, requeue)
+    assert "2 attempts in a row without a new checkpoint" in state["why"]
+    assert "does not come back: 2 attempts in a row" in done.stdout
 
 
 def test_a_crash_comes_back_once(run, dataset, tmp_path):
@@ -243,7 +249,7 @@ def test_claims_of_other_hosts_expire(tmp_path, monkeypatch):
     own.release()
     monkeypatch.delenv("SLURM_JOB_ID")
     claim_of(tmp_path)
-    old = time.time() - job.EXPIRY_SECONDS - 5
+    old = time.time() - attempts.EXPIRY_SECONDS - 5
     os.utime(tmp_path / "claim.json", (old, old))
     Claim(tmp_path).take()
 
@@ -251,7 +257,7 @@ def test_claims_of_other_hosts_expire(tmp_path, monkeypatch):
 def test_a_process_number_used_again_is_not_the_holder(tmp_path):
     claim_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), started="0")
     Claim(tmp_path).take()
-    alive = job.process_start(os.getppid())
+    alive = attempts.process_start(os.getppid())
     claim_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), started=alive)
     with pytest.raises(UserError, match="is being trained"):
         Claim(tmp_path).take()
@@ -398,6 +404,84 @@ def test_a_killed_rank_ends_the_job_at_once(run, tmp_path):
     assert status(out)["requeue"]  # it had made progress
 
 
+@pytest.mark.parametrize("saved", [0, 4])
+def test_a_rank_lost_before_a_new_checkpoint_comes_back(saved, run, tmp_path):
+    """Whatever this start has saved: but not without end, and each new checkpoint counts anew."""
+    out = tmp_path / "run"
+    options = {**LONG, "train__max_attempts": 2}
+    if saved:
+        assert rocket([*run(**options), f"--train.stop_at_step={saved}"]).returncode == 0
+    for requeue in (True, False):
+        with started(run(**options), ranks=2) as launched:
+            until(lambda launched=launched: "| loss" in launched.said())
+            os.kill(launched.workers()[1], signal.SIGKILL)
+            assert launched.wait() == 1
+        assert (status(out)["state"], status(out)["reason"]) == ("failed", "error")
+        assert status(out)["requeue"] == requeue
+        assert "lost contact with another rank" in status(out)["why"]
+        assert status(out)["step"] > saved
+    assert "2 attempts in a row without a new checkpoint" in status(out)["why"]
+    assert rocket([*run(**options), f"--train.stop_at_step={saved + 1}"]).returncode == 0
+    with started(run(**options), ranks=2) as launched:
+        until(lambda: "| loss" in launched.said())
+        os.kill(launched.workers()[1], signal.SIGKILL)
+        assert launched.wait() == 1
+    assert status(out)["requeue"]
+
+
+def test_a_rank_dies_with_its_agent(run, tmp_path):
+    """torchrun is killed: its rank would train on, and hold the run against the next attempt."""
+    out = tmp_path / "run"
+    with started(run(**LONG), ranks=2) as launched:
+        until(lambda: trains(out))
+        ranks = launched.workers()
+        launched.process.kill()
+        until(lambda: not any(attempts.process_start(rank) for rank in ranks))
+    done = rocket([*run(**LONG), "--train.stop_at_step=3"])
+    assert done.returncode == 0, done.stderr
+
+
+def test_status_tells_a_live_run_from_a_dead_one(run, tmp_path, monkeypatch):
+    """The step from which it goes on from the start, then what is saved; alive by its claim."""
+    out = tmp_path / "run"
+    assert rocket([*run(**LONG), "--train.stop_at_step=7"]).returncode == 0
+    assert not attempts.is_alive(out)
+    with started(run(**{**LONG, "checkpoint__interval": 20})) as launched:
+        until(lambda: status(out)["state"] == "running")
+        assert status(out)["step"] == 7
+        assert attempts.is_alive(out)
+        until(lambda: status(out)["step"] == 20)
+        launched.process.kill()
+        launched.wait()
+    assert status(out)["state"] == "running"
+    assert not attempts.is_alive(out)
+    claim_of(out)
+    assert attempts.is_alive(out)  # of another host, by its heartbeat
+    old = time.time() - attempts.EXPIRY_SECONDS - 5
+    os.utime(out / "claim.json", (old, old))
+    assert not attempts.is_alive(out)
+
+
+def test_a_live_run_keeps_its_status_fresh(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
+    attempts.write_status(tmp_path, {"state": "running"})
+    os.utime(tmp_path / "status.json", (0, 0))
+    claim = Claim(tmp_path)
+    claim.take()
+    until(lambda: (tmp_path / "status.json").stat().st_mtime > time.time() - 60)
+    claim.release()
+
+
+def test_a_full_disk_is_in_the_status(small_disk):
+    """There is no room for another status.json, and it is told all the same."""
+    attempts.write_status(small_disk, {"state": "running", "why": ""})
+    with open(small_disk / "filler", "wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(1000))
+    attempts.write_status(small_disk, {"state": "failed", "why": "no space is left" * 20})
+    assert status(small_disk)["state"] == "failed"
+
+
 @pytest.mark.long
 def test_torchrun_restarts_from_the_last_checkpoint(run, tmp_path):
     out = tmp_path / "run"
@@ -447,6 +531,7 @@ def test_a_device_that_does_not_answer_a_signal_is_a_lost_rank(tmp_path):
 WAITING = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
+import attempts
 import job
 from config import run_program
 from distributed import explain_lost_rank

@@ -1,0 +1,319 @@
+"""Attempts at a run: how many in a row saved nothing new, how they ended, and what comes next.
+
+A fault that may pass (a lost rank, a signal, a deadline, a sick node) never ends a run by itself;
+train.max_attempts in a row without a new checkpoint do. What is known from one attempt to the next
+lies in attempts.json of the run. slurm/train.sh asks this file as a program:
+
+    python attempts.py begin ATTEMPT ASKED CONFIG [overrides]
+    python attempts.py agent RUN ATTEMPT [what torchrun takes]
+    python attempts.py judge RUN ATTEMPT SIGNAL
+    python attempts.py ended RUN ATTEMPT WHY
+    python attempts.py opened RUN
+
+begin counts an attempt, and fails where it is one too many; agent is torchrun on one node, which
+notes how its ranks ended; judge prints what to do next, the sick nodes and why; ended says that the
+job does not come back after all; opened tells whether this job has written the run's config.toml.
+ATTEMPT is an id of its own. ASKED is empty unless a person asked for the attempt, SIGNAL unless one
+came.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from config import (
+    ACCEPT_CHANGES,
+    DISK_FULL,
+    LOST_RANK,
+    SICK_NODE,
+    UserError,
+    load_config,
+    resolve_path,
+    run_program,
+    tell,
+    write_atomically,
+)
+
+Json = dict[str, Any]
+ATTEMPT = "ROCKET_ATTEMPT"  # the environment variable that holds the id of this attempt
+EXPIRY_SECONDS = 300.0  # a run without a heartbeat for so long is dead
+DEATHS_SECONDS = 24 * 3600.0  # MOST_DEATHS of ranks on a node within so long, and it is sick
+MOST_DEATHS = 2
+
+
+class Verdict(NamedTuple):
+    """What train.sh does after an attempt."""
+
+    action: str  # done; failed: over, too; again: here and now; back: the job is requeued
+    why: str
+
+
+def main(arguments: list[str]) -> None:
+    command, *rest = arguments or ["--help"]
+    if command == "begin":
+        attempt, asked, *rest = rest
+        config, _ = load_config(rest, usage=str(__doc__), flags={ACCEPT_CHANGES: "as rocket.py's"})
+        directory = resolve_path(config.train.out_dir)
+        begin(directory, attempt, config.train.max_attempts, bool(asked))
+    elif command == "agent":
+        agent(Path(rest[0]), rest[1], rest[2:])
+    elif command == "judge":
+        directory, attempt, received = Path(rest[0]), rest[1], bool(rest[2])
+        verdict = judge(directory, attempt, received)
+        print(verdict.action, ",".join(sick_nodes(directory)), verdict.why, sep="|")
+    elif command == "ended":
+        correct_status(Path(rest[0]), rest[1], requeue=False, why=rest[2])
+    elif command == "opened":
+        record = _read(Path(rest[0]))
+        job = os.environ.get("SLURM_JOB_ID")
+        sys.exit(job is None or record.get("opened_by") != job)
+    else:
+        raise UserError(f"no such command: {command}\n{__doc__}")
+
+
+def checkpoints(directory: Path) -> set[str]:
+    """The run's checkpoints, each as name and inode: one that replaces a damaged one is new."""
+    found = directory.glob("checkpoints/step_" + "[0-9]" * 8)
+    return {f"{path.name} {path.stat().st_ino}" for path in found}
+
+
+def newest_step(directory: Path) -> int:
+    """The step of the newest checkpoint; 0 if there is none."""
+    return max((int(name.split()[0][5:]) for name in checkpoints(directory)), default=0)
+
+
+def begin(directory: Path, attempt: str, limit: int, asked: bool) -> None:
+    """Counts an attempt before it starts, so that one that dies without a word counts too.
+
+    Raises:
+        UserError: there were too many before it; status.json says so.
+    """
+    given_up = _read(directory).get("given_up")
+    # A job that comes back after it was given up was brought back by a person.
+    if not asked and not given_up and (why := exhausted(directory)):
+        give_up(directory, attempt, why)
+        raise UserError(f"{directory}: {why}")
+    count(directory, attempt, limit, asked or bool(given_up))
+
+
+def count(directory: Path, attempt: str, limit: int, anew: bool = False) -> None:
+    """Counts an attempt, once however often it is told; anew: those before it are forgotten."""
+    record = _read(directory)
+    if record.get("attempt") == attempt:
+        return
+    before = 0 if anew or made_progress(directory) else record["count"]
+    counted = {"attempt": attempt, "count": before + 1, "max_attempts": limit}
+    known = {"checkpoints": sorted(checkpoints(directory)), "given_up": False}
+    _write(directory, record | counted | known)
+
+
+def opened(directory: Path) -> None:
+    """Notes that this job has written the run's configuration and code."""
+    record = _read(directory)
+    _write(directory, record | {"opened_by": os.environ.get("SLURM_JOB_ID")})
+
+
+def made_progress(directory: Path) -> bool:
+    """Whether there is a checkpoint that was not there when the last attempt was counted."""
+    record = _read(directory)
+    return "count" not in record or bool(checkpoints(directory) - set(record["checkpoints"]))
+
+
+def exhausted(directory: Path) -> str:
+    """Why the run should not be tried again, if its attempts were too many; else nothing."""
+    record = _read(directory)
+    if made_progress(directory) or record["count"] < record["max_attempts"]:
+        return ""
+    times = f"{record['count']} attempts in a row" if record["count"] > 1 else "an attempt"
+    return f"{times} without a new checkpoint (train.max_attempts = {record['max_attempts']})"
+
+
+def judge(directory: Path, attempt: str, received: bool) -> Verdict:
+    """What to do after an attempt; makes status.json true where its ranks could not.
+
+    Args:
+        received: a signal came, so that the job itself is about to end.
+    """
+    ended, status = _take_notes(directory, attempt), _read(directory, "status")
+    if status.get("attempt") != attempt:  # it did not get so far as to write one
+        status = {}
+    state, reason = status.get("state"), status.get("reason")
+    interrupted = reason in ("signal", "deadline")
+    if state == "finished" or (state == "stopped" and not interrupted):
+        return Verdict("done", f"{state}, {reason}")
+    killed = "killed" if state else "ended before training began"
+    why = status.get("why") or killed
+    codes = {code for of_node in ended.values() for code in of_node.values()}
+    if state in ("stopped", "failed") and not status["requeue"]:
+        return give_up(directory, attempt, why)
+    if not state and UserError.code in codes:
+        return give_up(directory, attempt, "it made a mistake before training began")
+    if sick := [node for node in sick_nodes(directory) if node in ended]:
+        why += f" (sick: {', '.join(sick)})"
+    if too_many := exhausted(directory):
+        return give_up(directory, attempt, f"{too_many}; the last one: {why}")
+    correct_status(directory, attempt, requeue=True, why=why)
+    passing = state == "running" or (state, reason) == ("failed", "error")
+    if passing and not received and not sick and made_progress(directory):
+        return Verdict("again", why)
+    return Verdict("back", f"{state}, {reason}: {why}" if reason else why)
+
+
+def give_up(directory: Path, attempt: str, why: str) -> Verdict:
+    """Records that the run is not tried again until a person asks for it."""
+    _write(directory, _read(directory) | {"given_up": True})
+    correct_status(directory, attempt, requeue=False, why=why)
+    return Verdict("failed", why)
+
+
+def correct_status(directory: Path, attempt: str, *, requeue: bool, why: str) -> None:
+    """Says in status.json what the ranks of an attempt could not, or said before it was known."""
+    claim, job = _read(directory, "claim"), os.environ.get("SLURM_JOB_ID")
+    if claim and claim.get("job_id") != job:
+        return  # another job trains the run, and says what becomes of it
+    status = _read(directory, "status")
+    if status.get("attempt") != attempt or status["state"] == "running":
+        status = {"state": "failed", "reason": "error", "step": newest_step(directory)}
+    write_status(directory, status | {"requeue": requeue, "why": why, "attempt": attempt})
+
+
+def write_status(directory: Path, status: Json) -> None:
+    """Writes status.json, stamped with job and time.
+
+    Where the disk is full it goes over the one that is there: what that occupies is enough.
+    """
+    stamp = {
+        "job_id": os.environ.get("SLURM_JOB_ID"),
+        "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    content = json.dumps(status | stamp, ensure_ascii=False).encode() + b"\n"
+    path = directory / "status.json"
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        if error.errno not in DISK_FULL or not path.exists():
+            raise
+        with open(path, "rb+", buffering=0) as file:
+            file.write(content)
+            file.truncate()
+
+
+def is_alive(directory: Path) -> bool:
+    """Whether a process trains the run: as its claim says on this host, or by its heartbeat."""
+    path = directory / "claim.json"
+    claim = read_json(path) or {}
+    if claim.get("host") == socket.gethostname():
+        return process_start(claim["pid"]) == claim["started"]
+    return bool(claim) and time.time() - path.stat().st_mtime < EXPIRY_SECONDS
+
+
+def process_start(pid: int) -> str | None:
+    """When a process of this host started, so that a number used again is not taken for it.
+
+    None if it is dead; "" where the system has no /proc to tell.
+    """
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass  # alive, of another user
+    except OSError:
+        return None
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return None if fields[0] == "Z" else fields[19]
+
+
+def sick_nodes(directory: Path) -> list[str]:
+    """The nodes that the next attempt should do without."""
+    since = time.time() - DEATHS_SECONDS
+    deaths = _read(directory).get("deaths", {})
+    recent = {node: sum(at > since for at in times) for node, times in deaths.items()}
+    return sorted(node for node, number in recent.items() if number >= MOST_DEATHS)
+
+
+def _take_notes(directory: Path, attempt: str) -> dict[str, dict[str, int]]:
+    """Exit codes by node and rank of what failed in an attempt; counts the deaths among them.
+
+    A rank that made a mistake, lost another one or was told to end says nothing of its node. Nor
+    does a crash that all nodes had.
+    """
+    prefix, ended = f"ended.{attempt}.", {}
+    for path in sorted((directory / "logs").glob(f"{prefix}*.json")):
+        ended[path.name.removeprefix(prefix).removesuffix(".json")] = read_json(path) or {}
+        path.unlink()
+    innocent = {0, UserError.code, LOST_RANK, -signal.SIGTERM}
+    if len(ended) > 1 and all(1 in codes.values() for codes in ended.values()):
+        innocent.add(1)
+    record, now = _read(directory), time.time()
+    deaths = record.get("deaths", {})
+    for node, codes in ended.items():
+        if SICK_NODE in codes.values():  # it said so itself
+            deaths[node] = [now] * MOST_DEATHS
+        elif set(codes.values()) - innocent:
+            deaths[node] = [*deaths.get(node, [])[1 - MOST_DEATHS :], now]
+    _write(directory, record | {"deaths": deaths})
+    return ended
+
+
+def agent(directory: Path, attempt: str, arguments: list[str]) -> None:
+    """torchrun in this process; says in a line how a rank failed, and notes it for judge()."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    try:
+        torchrun(arguments)
+    except SignalException:
+        sys.exit(1)  # its ranks have said what they did about it
+    except ChildFailedError as error:
+        codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        for rank, code in codes.items():
+            if code not in (UserError.code, LOST_RANK, SICK_NODE):  # those have said it themselves
+                tell(f"rank {rank} on {node} {_how_it_ended(code)}")
+        note = directory / "logs" / f"ended.{attempt}.{node}.json"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps(codes).encode())
+        sys.exit(1)
+
+
+def _how_it_ended(code: int) -> str:
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    why = " (a file that it had mapped was cut, or memory ran out)" if name == "SIGBUS" else ""
+    return f"was killed by {name}{why}"
+
+
+def read_json(path: Path) -> Json | None:
+    """A JSON object of the run; None if there is none, {} if it was torn."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _read(directory: Path, name: str = "attempts") -> Json:
+    return read_json(directory / f"{name}.json") or {}
+
+
+def _write(directory: Path, record: Json) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(directory / "attempts.json", json.dumps(record).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    run_program(main)
