@@ -42,10 +42,11 @@ test: $(READY)
 test-all: $(READY)
 	$(PY) -m pip install --quiet -r tests/requirements.txt
 	$(PY) -m pytest -n $(JOBS) --dist worksteal -m "not slurm"
-	$(PY) -m pytest -m slurm
+	$(PY) -m pytest -m "slurm and not torture"
 
 torture: $(READY)
 	$(PY) tests/torture.py
+	$(PY) -m pytest -m torture
 
 lint: $(READY)
 	$(PY) -m ruff check .

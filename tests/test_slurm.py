@@ -5,7 +5,9 @@ come back where it should not.
 Python's part (claims, signals, deadlines) has its own tests; this one protects slurm/*.sh.
 """
 
+import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -153,6 +155,17 @@ def workers(out: Path) -> list[int]:
     return sorted(found)
 
 
+def agents(out: Path) -> list[int]:
+    """The processes that start and watch the workers of a run, one a node."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            words = path.read_bytes().decode(errors="replace").split("\0")
+            if "agent" in words and str(out) in words and "srun" not in words[0]:
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
 def assert_finished(out: Path, like: Path) -> None:
     """A run is finished, and in the same bits as another: each step once in its metrics."""
     assert status(out)["state"] == "finished"
@@ -229,6 +242,91 @@ def test_killed_worker(nodes, cluster, arguments, undisturbed, tmp_path):
     assert_finished(tmp_path, undisturbed[nodes])
 
 
+def wait_trains(out: Path, step: int = 0) -> None:
+    """Returns when a run has trained beyond a step in its present start."""
+    trained = lambda: any(row["step"] > step for row in rows(out))  # noqa: E731
+    wait_until(lambda: workers(out) and (out / "metrics.jsonl").exists() and trained(), "step")
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_killed_before_a_new_checkpoint(nodes, cluster, arguments, undisturbed, tmp_path):
+    """A checkpoint at step 60, the next far away, and a worker dies in between."""
+    stopped = cluster.train(*arguments(tmp_path, train__stop_at_step=60), flags=f"--nodes={nodes}")
+    assert cluster.end(stopped)["JobState"] == "COMPLETED"
+    far = arguments(tmp_path, checkpoint__interval=0)
+    job = cluster.train(*far, flags=f"--nodes={nodes}")
+    wait_trains(tmp_path, 65)
+    os.kill(workers(tmp_path)[-1], signal.SIGKILL)
+    found = cluster.end(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
+    assert "comes back" in cluster.log(job)
+    assert_finished(tmp_path, undisturbed[nodes])
+
+
+def test_attempts_without_progress_end(cluster, arguments, tmp_path):
+    """A signal in each start-up, as a limit sends that is shorter than it: twice, and no more."""
+    job = cluster.train(*arguments(tmp_path, train__max_attempts=2))
+    for restart in range(2):
+        wait_until(lambda r=restart: f"restart {r}," in cluster.log(job), f"start {restart}")
+        cluster.call("scancel", "--batch", "--signal=USR1", job)
+    found = cluster.end(job)
+    assert (found["JobState"], found["Restarts"]) == ("FAILED", "1")
+    assert "2 attempts in a row without a new checkpoint" in cluster.log(job)
+    assert (status(tmp_path)["state"], status(tmp_path)["requeue"]) == ("failed", False)
+    assert "2 attempts in a row" in status(tmp_path)["why"]
+    again = cluster.train(*arguments(tmp_path, train__stop_at_step=5))  # a person asks for it
+    assert cluster.end(again)["JobState"] == "COMPLETED"
+
+
+def test_a_sick_node_is_left_out(cluster, arguments, tmp_path):
+    """Two workers die on it before anything is saved; the third attempt is elsewhere."""
+    job = cluster.train(*arguments(tmp_path))
+    for restart in range(2):
+        wait_until(lambda r=restart: f"restart {r}," in cluster.log(job), f"start {restart}")
+        found = wait_until(lambda: workers(tmp_path), "worker")
+        assert cluster.job(job)["NodeList"] == "slurmn1"
+        os.kill(found[0], signal.SIGKILL)
+        wait_until(lambda: not workers(tmp_path), "death")
+    found = cluster.end(job)
+    assert (found["JobState"], found["Restarts"], found["NodeList"]) == (
+        "COMPLETED",
+        "2",
+        "slurmn2",
+    )
+    assert found["ExcNodeList"] == "slurmn1"
+    assert "rank 0 on slurmn1 was killed by SIGKILL" in cluster.log(job)
+    assert "does without slurmn1" in cluster.log(job)
+
+
+def test_a_sick_node_that_is_needed_stays(cluster, arguments, undisturbed, tmp_path):
+    job = cluster.train(*arguments(tmp_path), flags="--nodes=2")
+    for restart in range(2):
+        wait_until(lambda r=restart: f"restart {r}," in cluster.log(job), f"start {restart}")
+        found = wait_until(lambda: len(workers(tmp_path)) == 2 and workers(tmp_path), "workers")
+        os.kill(found[1], signal.SIGKILL)
+        wait_until(lambda: not workers(tmp_path), "death")
+    found = cluster.end(job)
+    assert (found["JobState"], found["ExcNodeList"]) == ("COMPLETED", "(null)")
+    assert "too few nodes to do without" in cluster.log(job)
+    assert_finished(tmp_path, undisturbed[2])
+
+
+def test_a_node_lost_during_start_up(cluster, arguments, undisturbed, tmp_path):
+    """Slurm itself requeues the job; where its agent alone dies, train.sh does."""
+    job = cluster.train(*arguments(tmp_path), flags="--nodes=2")
+    wait_until(lambda: len(workers(tmp_path)) == 2, "workers")
+    cluster.call("scontrol", "update", "NodeName=slurmn2", "State=DOWN", "Reason=lost")
+    wait_until(lambda: cluster.job(job)["Restarts"] == "1", "requeue")
+    with contextlib.suppress(AssertionError):  # it answers, and may have come back by itself
+        cluster.call("scontrol", "update", "NodeName=slurmn2", "State=RESUME")
+    wait_until(lambda: "restart 1," in cluster.log(job), "restart")
+    agent = wait_until(lambda: agents(tmp_path), "agent")[-1]
+    os.kill(agent, signal.SIGKILL)
+    found = cluster.end(job, timeout=240)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "2")
+    assert_finished(tmp_path, undisturbed[2])
+
+
 def test_cancelled_for_good(cluster, arguments, tmp_path):
     job = cluster.train(*arguments(tmp_path))
     wait_saved(tmp_path)
@@ -239,6 +337,7 @@ def test_cancelled_for_good(cluster, arguments, tmp_path):
     step = status(tmp_path)["step"]
     assert (tmp_path / "checkpoints" / f"step_{step:08d}").exists()
     assert "not requeued" in cluster.log(job)
+    assert not status(tmp_path)["requeue"]
 
 
 def test_stop_file_is_the_end(cluster, arguments, tmp_path):
@@ -257,6 +356,7 @@ def test_user_mistakes_are_not_tried_again(cluster, arguments, tmp_path):
         found = cluster.end(job)
         assert (found["JobState"], found["Restarts"]) == ("FAILED", "0")
         assert len(re.findall(f"error: .*{message}", cluster.log(job))) == 1
+    assert (status(tmp_path)["state"], status(tmp_path)["requeue"]) == ("failed", False)
 
 
 def test_successor_where_requeueing_is_forbidden(cluster, arguments, undisturbed, tmp_path):
@@ -371,3 +471,35 @@ def test_time_limit(cluster, arguments, tmp_path):
     common = min(len(limited), len(unlimited))
     assert 10 * common > stopped + 50
     assert limited[:common] == unlimited[:common]
+
+
+@pytest.mark.torture
+def test_thirty_attempts_each_killed(cluster, arguments, undisturbed, tmp_path):
+    """A worker or an agent, at a random second; the ends of rank 0 and 1 within 10 ms."""
+    seed = random.SystemRandom().randrange(10**6)
+    print("seed", seed)
+    rng, steps = random.Random(seed), 3000
+    keys = {"train__max_steps": steps, "checkpoint__interval": 50, "train__eval_interval": 500}
+    keys |= {"train__log_interval": 1, "train__max_attempts": 30}
+    reference, out = tmp_path / "reference", tmp_path / "killed"
+    assert cluster.end(cluster.train(*arguments(reference, **keys), flags="--nodes=2"), 600)
+    job = cluster.train(*arguments(out, **keys), flags="--nodes=2 --time=3:00:00")
+    over = lambda: cluster.job(job)["JobState"] in TERMINAL  # noqa: E731
+    for kill in range(30):
+        wait_until(lambda: over() or len(agents(out)) == 2, "attempt", 400)
+        time.sleep(rng.uniform(0, 12))
+        found = agents(out) if rng.random() < 0.3 else workers(out)
+        victims = found if rng.random() < 0.2 else rng.sample(found, min(1, len(found)))
+        for victim in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+        print(kill, len(victims), cluster.job(job)["Restarts"], flush=True)
+        if over():
+            break
+        wait_until(
+            lambda seen=found: over() or not set(seen) & set(agents(out) + workers(out)), "end", 400
+        )
+    assert cluster.end(job, 600)["JobState"] == "COMPLETED"
+    assert status(out)["state"] == "finished"
+    assert_identical(out, reference)
+    assert [row["step"] for row in rows(out) if "loss" in row] == list(range(1, steps + 1))
