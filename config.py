@@ -162,6 +162,9 @@ class DataConfig:
         resume="free",
     )
     document_mask: bool = key(False, "attention stays within a document")
+    verify: bool = key(
+        True, "compare the shards with their sha256 beside training, once a dataset", resume="free"
+    )
     max_document_bytes: int = key(
         16_000_000, "a larger document is a bad one, see on_error", resume="free", low=1
     )

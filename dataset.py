@@ -122,10 +122,43 @@ def mixture_weights(data: DataConfig) -> dict[str, int]:
     return weights
 
 
+class MappedFile:
+    """A shard or mask as a memory map, and the file, whose size can be asked for."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.file = open(path, "rb")  # noqa: SIM115
+        self.path, self.array = path, np.memmap(self.file, dtype=dtype, mode="r")
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """The entries from start to stop.
+
+        Raises:
+            UserError: the file was cut since it was opened. To read the map there would be the end
+                of the process by SIGBUS, which names nothing.
+        """
+        if os.fstat(self.file.fileno()).st_size < self.array.nbytes:
+            raise UserError(
+                f"{self.path} was cut while it was in use; restore it, or run prepare.py with"
+                " --force"
+            )
+        return self.array[start:stop]
+
+
 @functools.lru_cache(maxsize=OPEN_FILES)  # one limit for all datasets of the process
-def open_file(path: Path, dtype: str) -> np.memmap:
-    """A shard or mask as a memory map, which opens when it is first read."""
-    return np.memmap(path, dtype=dtype, mode="r")
+def open_file(path: Path, dtype: str) -> MappedFile:
+    """A shard or mask, which opens when it is first read."""
+    return MappedFile(path, dtype)
+
+
+def digests(manifest: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of each shard and mask of a dataset, by file name."""
+    found = {}
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            found[shard["file"]] = shard["sha256"]
+            if "mask_sha256" in shard:
+                found[mask_name(shard["file"])] = shard["mask_sha256"]
+    return found
 
 
 class TokenDataset:
@@ -171,11 +204,11 @@ class TokenDataset:
     def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """The token ids of a window, uint16, and where they are training targets, boolean."""
         pieces = [(self.files[i], start, stop) for i, start, stop in self._pieces(index)]
-        ids = np.concatenate([open_file(file, "<u2")[start:stop] for file, start, stop in pieces])
+        ids = np.concatenate([open_file(file, "<u2").read(*span) for file, *span in pieces])
         if not self.packed:
             return ids, np.ones(len(ids), dtype=bool)
         masks = [(file.with_name(mask_name(file.name)), *piece) for file, *piece in pieces]
-        mask = np.concatenate([open_file(file, "u1")[start:stop] for file, start, stop in masks])
+        mask = np.concatenate([open_file(file, "u1").read(*span) for file, *span in masks])
         return ids, mask != 0
 
     def places(self, index: int) -> list[dict[str, Any]]:

@@ -96,6 +96,7 @@ class Votes(NamedTuple):
 
     claim_lost: float
     save_failed: float
+    data_damaged: float
     stop_file: float
     signal: float
     deadline: float
@@ -116,8 +117,10 @@ class Lookout:
         end: float,
         save_seconds: float,
         save_minutes: float,
+        data_damaged: Callable[[], bool] = lambda: False,
     ) -> None:
         """The first save is estimated at save_seconds; the rest is measured."""
+        self.data_damaged = data_damaged
         self.stop_file = directory / "STOP"
         self.signals, self.claim, self.saver, self.end = signals, claim, saver, end
         self.margin = min(30.0, 0.05 * (end - time.time()))
@@ -178,6 +181,7 @@ class Lookout:
         return Votes(
             claim_lost=float(self.claim.lost),
             save_failed=float(self.saver.failed),
+            data_damaged=float(self.data_damaged()),
             stop_file=float(self.stop_file_seen),
             signal=float(self.signals.received),
             deadline=float(late),

@@ -81,7 +81,7 @@ from distributed import (
 from job import Claim, Lookout, Signals, Votes, job_end
 from model import IGNORE, Llama, flops_per_token, initial_weight, parameter_count
 from optimizer import build_optimizer, learning_rate
-from run import Inputs, RunLog, check_inputs, finite, open_run, preflight
+from run import DataCheck, Inputs, RunLog, check_inputs, finite, open_run, preflight, record_start
 from tokenizer import Tokenizer
 
 NORM_DECAY, NORM_STEPS = 0.98, 20  # of the running mean of gradient norms; steps until it counts
@@ -166,16 +166,23 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
                 world.each(lambda: check_compiler(world.device))
             world.once(lambda: open_run(directory, config, claim, seen))
             log.status("running", None, progress.step)
+            if not inputs.model_changed:
+                world.once(lambda: record_start(directory, config))
             model, optimizer = build(config, inputs, checkpoint, log, world)
             describe_start(config, model, data, val_data, checkpoint, log, world)
             log.start(progress.step, progress.hours, progress.val_loss is not None, progress.rows)
             saver = Saver(directory, model, optimizer, config.checkpoint, claim.verify, world)
             seconds = progress.save_seconds or 1 + max(size / world.size / 100e6, size / 2e9)
             minutes = config.checkpoint.interval_minutes
-            lookout = Lookout(directory, signals, claim, saver, end, seconds, minutes)
-            parts = config, inputs, data, val_data, model, optimizer, saver, lookout, log, world
+            check = DataCheck(inputs.manifests, config.data.verify, world)
+            watched = directory, signals, claim, saver, end, seconds, minutes, check.damaged
+            parts = config, inputs, data, val_data, model, optimizer, saver
+            parts += Lookout(*watched), check, log, world
             with reading_thread(world) as reader:
-                reason = train_steps(Run(*parts, reader), progress)
+                run = Run(*parts, reader)
+                if inputs.model_changed and check_model(run, progress):
+                    world.once(lambda: record_start(directory, config))
+                reason = train_steps(run, progress)
         advanced = (progress.step, progress.val_loss) != (start.step, start.val_loss)
         log.end(reason, progress.step, advanced)
     except BaseException as error:
@@ -218,6 +225,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     saver: Saver
     lookout: Lookout
+    check: DataCheck
     log: RunLog
     world: World
     reader: Executor
@@ -268,6 +276,7 @@ def train_steps(run: Run, progress: Progress) -> str:
                 run.saver.amend(progress.step, asdict(progress))
             else:
                 run.saver.save(progress.step, {**record, "state": asdict(progress)})
+        run.check.remember()
         saved, save_due = replace(progress), False
         log.status("running", None, progress.step)
         log.restart_clock()
@@ -289,6 +298,7 @@ def train_steps(run: Run, progress: Progress) -> str:
                 save()
         if reason:
             run.saver.wait()
+            run.check.remember()
             world.once(lambda: lookout.stop_file.unlink(missing_ok=True))
             return reason
 
@@ -417,13 +427,44 @@ def stop_reason(run: Run, votes: Votes) -> str | None:
     """Why to stop, or None.
 
     Raises:
-        AgreedError: on every rank: the run belongs to another job, a save failed.
+        AgreedError: on every rank: the run belongs to another job, a save failed, a dataset is
+            damaged.
     """
     if votes.claim_lost:
         raise AgreedError(f"{run.log.directory} was taken over by another job; nothing was saved")
     if votes.save_failed:
         run.saver.wait()
+    if votes.data_damaged:
+        run.check.tell()
     return next((why for why in ("stop_file", "signal", "deadline") if getattr(votes, why)), None)
+
+
+def check_model(run: Run, progress: Progress) -> bool:
+    """Holds a model whose code has changed against the loss that was recorded of these weights.
+
+    False if a signal came before it was known, so that the run ends here.
+
+    Raises:
+        AgreedError: they are worth something else now: another model trained them.
+    """
+    run.log.say("model.py has changed: these weights were trained by another model")
+    if progress.val_loss is None or not run.val_data:
+        run.log.say("that it computes the same can't be checked: this step was not evaluated")
+        return True
+    scores = evaluate(run, run.model, progress.step)
+    reshard(run.model)
+    if scores is None:
+        return False
+    told = f"validation loss {scores['val_loss']:.4f}, recorded {progress.val_loss:.4f}"
+    tolerance = 1e-3 if run.world.dtype == torch.float32 else 2e-2
+    if not abs(scores["val_loss"] - progress.val_loss) < tolerance:
+        raise AgreedError(
+            f"model.py has changed what the model computes: {told}; take the old code, which is in"
+            f" {run.log.directory / 'code'}, or start a new run from these weights with"
+            " train.init_from"
+        )
+    run.log.say(f"it computes the same: {told}")
+    return True
 
 
 def validate(run: Run, model: nn.Module, progress: Progress) -> bool:

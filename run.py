@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import attempts
@@ -42,12 +44,13 @@ from config import (
     build_config,
     changes,
     dump_toml,
+    file_sha256,
     read_toml,
     resolve_path,
     tell,
     write_atomically,
 )
-from dataset import mixture_fingerprint, mixture_weights, read_manifest
+from dataset import digests, mixture_fingerprint, mixture_weights, read_manifest
 from distributed import AgreedError, NodeError, World
 from job import CODE, Claim, changed_code, code_in_use, print_diff, snapshot_code
 from tokenizer import configured_tokenizer
@@ -122,6 +125,12 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         old = build_config(read_toml(started)) if started.exists() else checkpoint.config
         _check_changes(old, config, accept_changes)
         changed = _check_code(directory, accept_changes)
+        evaluated = checkpoint.config.train.eval_sequences
+        if "model.py" in changed and evaluated != config.train.eval_sequences:
+            raise ConfigError(
+                "model.py has changed, so this start compares the validation loss with the recorded"
+                f" one: leave train.eval_sequences at {evaluated} for it"
+            )
     return Inputs(
         manifests=manifests,
         weights=weights,
@@ -167,7 +176,7 @@ def _template(manifests: dict[str, dict[str, Any]]) -> dict[str, str] | None:
 
 
 def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) -> None:
-    """Makes the run directory ours and ready: configuration, tokenizer and code, no leftovers.
+    """Makes the run directory ours, without leftovers, and counts the attempt.
 
     Args:
         seen: the checkpoints that there were when this job chose one.
@@ -175,7 +184,6 @@ def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) ->
     Raises:
         UserError: another job trains it, or did in the meantime; it can't be written.
     """
-    tokenizer = resolve_path(config.tokenizer.path)
     try:
         claim.take()
         if checkpoint_paths(directory) != seen:
@@ -185,9 +193,21 @@ def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) ->
         by_hand = f"{socket.gethostname()} {os.getpid()} {time.time()}"
         attempt = os.environ.get(attempts.ATTEMPT, by_hand)
         attempts.count(directory, attempt, config.train.max_attempts)
+    except OSError as error:
+        raise _not_writable(directory, error) from None
+
+
+def record_start(directory: Path, config: Config) -> None:
+    """Writes down with which configuration, tokenizer and code the run goes on.
+
+    Raises:
+        UserError: the directory can't be written.
+    """
+    try:
         snapshot_code(directory)
         write_atomically(directory / "config.toml", dump_toml(config).encode())
-        write_atomically(directory / "tokenizer.model", tokenizer.read_bytes())
+        tokenizer = resolve_path(config.tokenizer.path).read_bytes()
+        write_atomically(directory / "tokenizer.model", tokenizer)
         attempts.opened(directory)
     except OSError as error:
         raise _not_writable(directory, error) from None
@@ -339,6 +359,111 @@ def _check_device(config: Config, device: torch.device) -> None:
             f"{torch.cuda.get_device_name(device)} on {socket.gethostname()} can't compute with"
             f" torch {torch.__version__}: {str(error).partition(chr(10))[0]}"
         ) from None
+
+
+class DataCheck:
+    """Compares the datasets' bytes with their digests, beside training and once.
+
+    A flipped bit trains as well as a right one, so every shard is hashed: each rank takes its
+    share, in a thread of the lowest priority. What was right is remembered beside the manifest, in
+    verified.json, by size, time and inode, and is not hashed again.
+    """
+
+    FILE = "verified.json"
+
+    def __init__(self, manifests: dict[str, dict[str, Any]], enabled: bool, world: World) -> None:
+        """Every rank must call this. Hosts whose datasets lie on disks of their own hash all."""
+        self.world, self.wrong = world, ""
+        self.paths = {resolve_path(name): digests(found) for name, found in manifests.items()}
+        self.checked: dict[Path, dict[str, list[int]]] = {path: {} for path in self.paths}
+        self.finished = not enabled
+        if self.finished:
+            return
+        # Only a file system that ranks share shows them the same file, changed at the same moment.
+        found = [(path / "manifest.json").stat() for path in self.paths]
+        mine = [(stat.st_ino, stat.st_ctime_ns) for stat in found]
+        disks: list[Any] = [None] * world.size
+        dist.all_gather_object(disks, mine)
+        self.sharers = [rank for rank, disk in enumerate(disks) if disk == mine]
+        lists: list[Any] = [None] * world.size
+        leads = world.rank == self.sharers[0]
+        dist.all_gather_object(lists, self._not_verified() if leads else None)
+        todo = lists[self.sharers[0]]
+        self.share = todo[self.sharers.index(world.rank) :: len(self.sharers)]
+        self.finished = not any(lists)
+        threading.Thread(target=self._hash, daemon=True).start()
+
+    def damaged(self) -> bool:
+        """Whether this rank has found a file that is wrong."""
+        return bool(self.wrong)
+
+    def tell(self) -> None:
+        """AgreedError on every rank if one of them has found a file that is wrong."""
+
+        def name() -> None:
+            if self.wrong:
+                raise UserError(self.wrong)
+
+        self.world.each(name)
+
+    def remember(self) -> None:
+        """Writes down what is right by now, until all of it is; every rank must call this."""
+        if self.finished:
+            return
+        self.tell()
+        lists: list[Any] = [None] * self.world.size
+        dist.all_gather_object(lists, (self.checked, not self.share))
+        self.finished = all(done for _, done in lists)
+        if self.world.rank != self.sharers[0]:
+            return
+        for path in self.paths:
+            known = self._known(path)
+            for rank in self.sharers:
+                known |= lists[rank][0][path]
+            temporary = path / f"{self.FILE}.{socket.gethostname()}.{os.getpid()}.tmp"
+            try:
+                temporary.write_text(json.dumps(known))
+                temporary.replace(path / self.FILE)
+            except OSError as error:  # others' data, say: they are right all the same
+                tell(f"{path / self.FILE} can't be written: {error.strerror}; hashed in each job")
+
+    def _known(self, path: Path) -> dict[str, list[int]]:
+        return attempts.read_json(path / self.FILE) or {}
+
+    def _not_verified(self) -> list[tuple[Path, str]]:
+        found = []
+        for path, files in self.paths.items():
+            known = self._known(path)
+            with os.scandir(path) as entries:
+                stats = {e.name: self._stamp(e.stat()) for e in entries if e.name in files}
+            found += [(path, name) for name in files if known.get(name) != stats.get(name)]
+        return found
+
+    @staticmethod
+    def _stamp(stat: os.stat_result) -> list[int]:
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+    def _hash(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while self.share:
+            directory, name = self.share[-1]
+            path = directory / name
+            try:
+                stamp = self._stamp(path.stat())
+                digest = file_sha256(path)
+            except OSError as error:
+                self.wrong = f"{path} can't be read: {error.strerror}"
+                return
+            if digest != self.paths[directory][name]:
+                self.wrong = (
+                    f"{path} is damaged: its sha256 is {digest[:12]}…, not"
+                    f" {self.paths[directory][name][:12]}… as in manifest.json; restore it, or run"
+                    " prepare.py with --force. Steps of this job may have read it"
+                )
+                return
+            self.checked[directory][name] = stamp
+            self.share.pop()
 
 
 class RunLog:

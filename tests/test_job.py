@@ -153,7 +153,7 @@ def test_a_crash_comes_back_once(run, dataset, tmp_path):
     shard[place["offset"] + 5] = 60_000
     shard.flush()
     for requeue in (True, False):
-        assert rocket(run(data__dir=data)).returncode == 1
+        assert rocket(run(data__dir=data, data__verify="false")).returncode == 1
         assert (status(out)["state"], status(out)["reason"]) == ("failed", "error")
         assert (status(out)["step"], status(out)["requeue"]) == (14, requeue)
 
@@ -362,7 +362,54 @@ def test_other_code_needs_consent(run, tmp_path):
     accepted = start(program, *run(), "--accept-changes")
     assert accepted.returncode == 0, accepted.stderr
     assert "accepted: other code in model.py" in accepted.stdout
+    assert "these weights were trained by another model" in accepted.stdout
+    assert "this step was not evaluated" in accepted.stdout
     assert (out / "code" / "model.py").read_text().endswith("EDITED = True\n")
+
+
+def test_weights_are_not_continued_by_a_model_that_computes_otherwise(run, tmp_path):
+    """The loss that was recorded with them tells, whatever the flag."""
+    repository, out = tmp_path / "repository", tmp_path / "run"
+    repository.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, repository)
+    shutil.copytree(ROOT / "config", repository / "config")
+    assert rocket([*run(), "--train.stop_at_step=10"]).returncode == 0  # evaluated there
+
+    def resumed(old, new):
+        model = repository / "model.py"
+        model.write_text((ROOT / "model.py").read_text().replace(old, new))
+        command = [sys.executable, str(repository / "rocket.py"), *run(), "--accept-changes"]
+        options = {"capture_output": True, "text": True, "timeout": PATIENCE, "env": ENVIRONMENT}
+        return subprocess.run(command, **options)
+
+    assert "F.silu" in (ROOT / "model.py").read_text()
+    refused = resumed("F.silu(", "(lambda x: F.relu(x) ** 2)(")
+    message = error_of(refused)
+    assert "model.py has changed what the model computes: validation loss" in message
+    assert "train.init_from" in message
+    assert [*steps_kept(out)] == [10]
+    assert "F.silu" in (out / "code" / "model.py").read_text()  # which made these weights
+    accepted = resumed("F.silu(", "torch.nn.functional.silu(")
+    assert accepted.returncode == 0, accepted.stderr
+    assert "it computes the same: validation loss" in accepted.stdout
+
+
+def test_where_nothing_can_be_written_it_is_said(run, tmp_path):
+    """Not that a disk is full that is none, and no word of files that can't be."""
+    message = error_of(process := rocket(run(train__out_dir="/proc/foo")))
+    assert "/proc/foo: the run directory can't be written" in message
+    assert "set train.out_dir" in message
+    assert "status.json" not in process.stderr
+
+
+def test_a_model_that_fits_nowhere_is_said_to(run, tmp_path):
+    huge = {"model__dim": 400_000, "model__ffn_dim": 1_000_000, "model__n_layers": 200}
+    message = error_of(process := rocket(run(**huge)))
+    assert "the model does not fit" in message
+    assert "GB a rank" in message
+    assert "status.json" not in process.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_ranks_that_see_different_things_are_named(run, tmp_path):

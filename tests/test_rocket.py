@@ -3,6 +3,7 @@ mistake is one line, and every rank stops together. Real processes throughout.""
 
 import json
 import math
+import os
 import shutil
 import socket
 import subprocess
@@ -217,6 +218,83 @@ def test_a_kill_between_checkpoints_repeats_no_row(run, finished, tmp_path):
         file.write('{"step": 11, "loss": 9.0}\n{"step": 12, "los')
     assert rocket(run()).returncode == 0
     assert_identical(finished, tmp_path / "run")
+
+
+def copied(dataset, tmp_path):
+    """A dataset that may be damaged, not yet verified."""
+    data = tmp_path / "data"
+    shutil.copytree(dataset, data, ignore=shutil.ignore_patterns("verified.json"))
+    return data
+
+
+def flip(path):
+    """Changes one bit of a file, and nothing that a look at its size would tell."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+ENDLESS = {"train__max_steps": 100_000, "train__eval_interval": 0, "checkpoint__interval": 0}
+
+
+@pytest.mark.parametrize(("ranks", "split"), [(1, "val"), (2, "train")])
+def test_damaged_bytes_of_a_dataset_stop_all_ranks(ranks, split, run, dataset, tmp_path):
+    """A flipped bit is a token like any other; the digest in the manifest tells."""
+    data, out = copied(dataset, tmp_path), tmp_path / "run"
+    flip(data / f"{split}-00000.bin")
+    failed = rocket(run(data__dir=data, **ENDLESS), ranks)
+    assert f"{data}/{split}-00000.bin is damaged" in error_of(failed)
+    state = status(out)
+    assert (state["state"], state["reason"], state["requeue"]) == ("failed", "error", False)
+    assert f"{split}-00000.bin is damaged" in state["why"]
+
+
+def test_a_dataset_is_verified_once(run, dataset, tmp_path):
+    """What was right is remembered, until a file is another one or has changed."""
+    data = copied(dataset, tmp_path)
+    done = rocket(run("first", data__dir=data), ranks=2)
+    assert done.returncode == 0, done.stderr
+    known = json.loads((data / "verified.json").read_text())
+    assert sorted(known) == sorted(path.name for path in data.glob("*.bin"))
+    shard = data / "train-00000.bin"
+    times = shard.stat()
+    flip(shard)
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had been written
+    done = rocket(run("second", data__dir=data))
+    assert done.returncode == 0, done.stderr
+    os.utime(shard)
+    assert "is damaged" in error_of(rocket(run("third", data__dir=data, **ENDLESS)))
+    assert rocket(run("fourth", data__dir=data, data__verify="false")).returncode == 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_shard_that_is_cut_while_it_is_mapped_is_named(ranks, run, dataset, tmp_path):
+    """To read beyond its end is SIGBUS, after which nobody knows which file it was."""
+    data = copied(dataset, tmp_path)
+    with started(run(data__dir=data, **ENDLESS), ranks) as launched:
+        until(lambda: "| loss" in launched.said())
+        os.truncate(data / "train-00000.bin", 100)
+        assert launched.wait() == 1
+    assert f"error: {data}/train-00000.bin was cut while it was in use" in launched.said()
+
+
+def test_rows_that_are_missing_are_said_to_be(run, finished, tmp_path):
+    """metrics.jsonl was cut or deleted between two jobs."""
+    shutil.copytree(finished, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    longer = [*run(train__max_steps=21), "--accept-changes"]
+    kept = metrics.read_text().splitlines(keepends=True)
+    assert len(kept) == 22
+    metrics.write_text("".join(kept[:5]))
+    done = rocket(longer)
+    assert done.returncode == 0, done.stderr
+    assert f"{metrics}: 17 of the 22 rows up to step 20 are missing" in done.stdout
+    metrics.unlink()
+    done = rocket([*run(train__max_steps=22), "--accept-changes"])
+    assert done.returncode == 0, done.stderr
+    assert f"{metrics}: 7 of the 7 rows up to step 21 are missing" in done.stdout
+    done = rocket([*run(train__max_steps=23), "--accept-changes"])
+    assert "are missing" not in done.stdout
 
 
 def test_damaged_checkpoints_are_passed_over_or_stop_the_run(run, finished, tmp_path):

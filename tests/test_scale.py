@@ -78,7 +78,7 @@ def configure(strategy=None, **model):
 
 
 def build(config, world):
-    inputs = Inputs({}, {}, "", None, VOCABULARY, 1, "", np.zeros(0))
+    inputs = Inputs({}, {}, "", None, VOCABULARY, 1, "", np.zeros(0), False)
     return rocket.build(config, inputs, None, None, world)
 
 
