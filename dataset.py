@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import os
 from collections.abc import Iterator
 from fractions import Fraction
@@ -123,11 +124,13 @@ def mixture_weights(data: DataConfig) -> dict[str, int]:
 
 
 class MappedFile:
-    """A shard or mask as a memory map, and the file, whose size can be asked for."""
+    """A shard or mask as a memory map."""
 
     def __init__(self, path: Path, dtype: str) -> None:
-        self.file = open(path, "rb")  # noqa: SIM115
-        self.path, self.array = path, np.memmap(self.file, dtype=dtype, mode="r")
+        self.path = path
+        with open(path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.array = np.frombuffer(self.map, dtype)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The entries from start to stop.
@@ -136,7 +139,7 @@ class MappedFile:
             UserError: the file was cut since it was opened. To read the map there would be the end
                 of the process by SIGBUS, which names nothing.
         """
-        if os.fstat(self.file.fileno()).st_size < self.array.nbytes:
+        if self.map.size() < self.array.nbytes:  # of the file, as it is now
             raise UserError(
                 f"{self.path} was cut while it was in use; restore it, or run prepare.py with"
                 " --force"

@@ -165,7 +165,7 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
             if compiles(config.train.compile, world.device):
                 world.each(lambda: check_compiler(world.device))
             world.once(lambda: open_run(directory, config, claim, seen))
-            log.status("running", None, progress.step)
+            world.once(lambda: log.status("running", None, progress.step))
             if not inputs.model_changed:
                 world.once(lambda: record_start(directory, config))
             model, optimizer = build(config, inputs, checkpoint, log, world)
@@ -278,7 +278,7 @@ def train_steps(run: Run, progress: Progress) -> str:
                 run.saver.save(progress.step, {**record, "state": asdict(progress)})
         run.check.remember()
         saved, save_due = replace(progress), False
-        log.status("running", None, progress.step)
+        world.once(lambda: log.status("running", None, progress.step))
         log.restart_clock()
         reason = reason or agree(run)
 

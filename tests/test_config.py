@@ -157,6 +157,7 @@ def test_help_and_mistakes_come_before_slow_imports(program, argument):
 
 LIBRARIES = {
     "config": set(),
+    "attempts": {"config"},
     "page": set(),
     "model": {"config"},
     "tokenizer": {"config"},
@@ -168,13 +169,21 @@ LIBRARIES = {
     "optimizer": {"config", "distributed"},
     "distributed": {"config"},
     "checkpoint": {"config", "distributed"},
-    "job": {"checkpoint", "config"},
+    "job": {"attempts", "checkpoint", "config"},
     "inspection": {"config", "dataset", "tokenizer"},
     "pretrained": {"config", "tokenizer"},
     "generation": {"checkpoint", "config", "distributed", "model", "pretrained", "tokenizer"},
     "evaluation": {"config", "dataset", "generation", "model", "tokenizer"},
     "memory": {"config"},
-    "run": {"checkpoint", "config", "dataset", "distributed", "job", "tokenizer"},
+    "run": {
+        "attempts",
+        "checkpoint",
+        "config",
+        "dataset",
+        "distributed",
+        "job",
+        "tokenizer",
+    },
 }
 
 

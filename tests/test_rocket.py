@@ -546,7 +546,9 @@ def write_instruct(directory, dataset, splits, template="{content}"):
         file = f"{split}-00000.bin"
         ids.tofile(directory / file)
         mask.tofile(directory / mask_name(file))
-        shard = {"file": file, "tokens": ids.size, "trained": int(mask.sum()), "sha256": split}
+        shard = {"file": file, "tokens": ids.size, "trained": int(mask.sum())}
+        shard["sha256"] = file_sha256(directory / file)
+        shard["mask_sha256"] = file_sha256(directory / mask_name(file))
         manifest["splits"][split] = {"tokens": ids.size, "shards": [shard]}
     (directory / "manifest.json").write_text(json.dumps(manifest))
     return directory
