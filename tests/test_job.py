@@ -34,7 +34,7 @@ from training import (
 import attempts
 import job
 from checkpoint import find_checkpoint
-from config import UserError
+from config import UserError, available_cores
 from dataset import Mixture, TokenDataset
 from distributed import explain_lost_rank
 from job import Claim
@@ -527,6 +527,37 @@ def test_a_full_disk_is_in_the_status(small_disk):
             filler.write(bytes(1000))
     attempts.write_status(small_disk, {"state": "failed", "why": "no space is left" * 20})
     assert status(small_disk)["state"] == "failed"
+
+
+THREADS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import distributed, torch
+from config import build_config
+distributed.init_distributed(build_config({"train": {"device": "cpu"}}))
+sys.stdout.write(f"{distributed._user_set_threads()} {torch.get_num_threads()}\\n")
+distributed.shut_down()
+"""
+
+
+@pytest.mark.parametrize(
+    ("threads", "ranks", "wrapped"),
+    [("1", 1, False), ("1", 2, False), (None, 2, False), ("1", 2, True), (None, 2, True)],
+)
+def test_threads_are_the_users_where_he_says_so(threads, ranks, wrapped, tmp_path):
+    """torchrun sets OMP_NUM_THREADS=1 for several ranks; a user's own 1 looks the same to them."""
+    program = tmp_path / "threads.py"
+    program.write_text(THREADS)
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment |= {"OMP_NUM_THREADS": threads} if threads else {}
+    command = [str(program), str(ROOT)]
+    if wrapped:  # the rank's parent is a shell, which torchrun has set it for
+        command = ["--no-python", "bash", "-c", '"$0" "$@"; true', sys.executable, *command]
+    launch = [*launcher(2)[:-2], f"--nproc_per_node={ranks}", *command]
+    done = subprocess.run(launch, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    share = max(1, available_cores() // ranks)
+    expected = f"{threads is not None} {threads or share}"
+    assert done.stdout.split("\n")[:-1] == [expected] * ranks, done.stderr
 
 
 @pytest.mark.long
