@@ -74,8 +74,10 @@ def main(arguments: list[str]) -> None:
         record = _read(Path(rest[0]))
         job = os.environ.get("SLURM_JOB_ID")
         sys.exit(job is None or record.get("opened_by") != job)
+    elif command == "--help":
+        print(__doc__)
     else:
-        raise UserError(f"no such command: {command}\n{__doc__}")
+        raise UserError(f"no such command: {command}; see python attempts.py --help")
 
 
 def checkpoints(directory: Path) -> set[str]:
