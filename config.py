@@ -12,10 +12,12 @@ import contextlib
 import dataclasses
 import difflib
 import errno
+import glob
 import hashlib
 import json
 import math
 import os
+import re
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -654,12 +656,33 @@ def resolve_path(text: str) -> Path:
     Raises:
         ConfigError: empty, or with a variable that is not set.
     """
+    return Path(_expand(text, str))
+
+
+def resolve_pattern(text: str) -> str:
+    """A configured glob, as resolve_path: only what `text` itself says is a pattern.
+
+    Brackets in the repository's path, in a home directory or in a variable are escaped.
+    """
+    return _expand(text, glob.escape)
+
+
+def _expand(text: str, quote: Callable[[str], str]) -> str:
+    """An absolute path; what does not stand in `text` goes through `quote`."""
     if not text:
         raise ConfigError("a path is empty; is the shell variable that was to hold it set?")
-    expanded = os.path.expanduser(os.path.expandvars(text))
-    if "$" in expanded:
-        raise ConfigError(f"{text}: the variable is not set; set it or write the path out")
-    return ROOT / expanded
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1].strip("{}")
+        if name not in os.environ:
+            raise ConfigError(f"{text}: the variable is not set; set it or write the path out")
+        return quote(os.environ[name])
+
+    expanded = re.sub(r"\$(\w+|\{[^}]*\}|)", value, text, flags=re.ASCII)
+    if expanded.startswith("~"):
+        home, _, rest = expanded.partition("/")
+        expanded = os.path.join(quote(os.path.expanduser(home)), rest)
+    return os.path.join(quote(str(ROOT)), expanded)
 
 
 def _config_file(name: str) -> Path:

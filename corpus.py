@@ -1,4 +1,4 @@
-"""Raw sources to documents: text, CSV, JSON lines, Parquet, python-stdlib. It knows no tokens.
+"""Raw sources to documents: text, CSV, TSV, JSON lines, Parquet, python-stdlib; no tokens.
 
 The unit of work is a *part*, a pure function of the sources' names and sizes, so that any number
 of processes reads the same documents in the same order. Reading streams: memory is bounded by a
@@ -12,9 +12,10 @@ batch and the largest document. What a document's text is, by `data.document`:
     {lines=N}   about N lines: one begins a document if the hash of its bytes is a multiple of N
 
 Whether a line begins a document depends on that line alone, so that any byte range can be cut off.
-Text stands as in the source, byte for byte (but python-stdlib is read as Python reads it, CRLF a
-newline). For all rules but `row`, a table's rows are lines of one larger text, a newline added
-where a row lacks it. A null is an empty text; an empty text is a document, the caller may drop it.
+Text stands as in the source, byte for byte, but for a byte order mark before it (and python-stdlib
+is read as Python reads it, CRLF a newline). For all rules but `row`, a table's rows are lines of
+one larger text, a newline added where a row lacks it. A null is an empty text; an empty text is a
+document, the caller may drop it.
 
 Of instruction data a row is a conversation, its text the JSON of [[role, content], …]; `texts`
 gives its contents. A document that can't be read is bad: `data.on_error` says whether that stops
@@ -24,51 +25,35 @@ the reading. A file that is cut short or damaged always does: it tells not how m
 from __future__ import annotations
 
 import csv
-import difflib
 import functools
-import glob
 import hashlib
 import io
 import itertools
 import json
 import math
-import os
 import re
-import sysconfig
+import shutil
+import subprocess
 import tokenize
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import BinaryIO, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from config import ROOT, ConfigError, DataConfig, UserError, resolve_path
+from config import ConfigError, DataConfig, UserError
+from sources import COMPRESSIONS, Source, Survey, suffixes
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
-TABLES = {".csv": "csv", ".json": "jsonl", ".jsonl": "jsonl", ".parquet": "parquet"}
-TEXTS = ".txt .text .md .rst .tex .html .py .c .h .cpp .java .js .rs .go".split()
-STDLIB = "python-stdlib"
-STDLIB_SKIPPED = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
+BOM = b"\xef\xbb\xbf"  # some programs write it before UTF-8, and it is no part of the text
 MIN_PART_BYTES, MAX_PARTS = 1_000_000, 1024  # the default part: small corpora still feed all cores
 BATCH_BYTES = 4_000_000  # of a Parquet column, decoded at a time
+PACKED_BYTES = 1 << 16  # of a compressed file, at a time
+LONG_WINDOW = "too much memory"  # how libzstd says it, in pyarrow's words
 TABLE_LINE_FACTOR = 8  # JSON may take six bytes for one of text, and a line has other fields
 MESSAGES = (("role", "content"), ("from", "value"))  # what a message's fields are called
 ROLES = {"human": "user", "gpt": "assistant"}  # what roles are called where a template lacks them
 COUNTED: dict[str, tuple[int, int]] = {}  # of files: so many bytes hold so many lines
 STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
-
-
-class Source(NamedTuple):
-    """A file, or what starts in it from `start` to `stop` (bytes; row groups of Parquet)."""
-
-    name: str
-    path: str
-    format: str  # text, python, csv, jsonl or parquet
-    bytes: int
-    split: str | None  # None: its documents are split by their content
-    start: int = 0
-    stop: int | None = None
 
 
 class Part(NamedTuple):
@@ -111,29 +96,16 @@ class Unreadable(Exception):
     """Why a row, or where it concerns all rows a file, can't be read."""
 
 
-def describe_sources(data: DataConfig) -> list[Source]:
-    """All source files in the order in which they are read, each once.
-
-    Raises:
-        UserError: a missing file, a glob or directory without files, a file in two splits.
-    """
-    found: dict[str, Source] = {}
-    named = ((None, data.sources), ("val", data.val_sources), ("test", data.test_sources))
-    for split, names in named:
-        for source in (source for name in names for source in _expand(name, split)):
-            if found.setdefault(source.path, source).split != split:
-                raise UserError(f"{source.path} is in the sources of two splits; name it in one")
-    return list(found.values())
-
-
-def plan(data: DataConfig) -> list[Part]:
+def plan(data: DataConfig, sources: list[Source] | None = None) -> list[Part]:
     """The parts of the corpus, from its sources' names and sizes alone, in the order of reading.
 
+    The sources are those of the configuration, which have been described already or are now.
+
     Raises:
-        UserError: as `describe_sources`; a rule that a format can't follow; a damaged Parquet file.
+        UserError: as Survey; a rule that a format can't follow; a damaged Parquet file.
     """
     _boundary(data.document)
-    sources = describe_sources(data)
+    sources = Survey(data).sources if sources is None else sources
     target = data.part_bytes or max(MIN_PART_BYTES, sum(s.bytes for s in sources) // MAX_PARTS)
     parts: list[Part] = []
     size = 0
@@ -180,55 +152,6 @@ def split_of(text: str, data: DataConfig) -> str:
     return "val" if share < val else "test" if share < val + test else "train"
 
 
-def _expand(name: str, split: str | None) -> Iterator[Source]:
-    """The files of one entry of the sources; below a directory, those of a known suffix."""
-    stdlib = name == STDLIB
-    root = Path(sysconfig.get_paths()["stdlib"]) if stdlib else resolve_path(name)
-    paths = [root]
-    if not root.exists() and glob.has_magic(name):
-        paths = [Path(path) for path in sorted(glob.glob(str(root), recursive=True))]
-    elif not root.exists():
-        siblings = os.listdir(root.parent) if root.parent.is_dir() else []
-        near = difflib.get_close_matches(root.name, siblings, n=1)
-        raise UserError(f"{root}: no such file" + (f"; did you mean {near[0]}?" if near else ""))
-    known = [".py"] if stdlib else [*TEXTS, *TABLES]
-    files: list[Path] = []
-    for path in paths:
-        below = _walk(path, STDLIB_SKIPPED if stdlib else set()) if path.is_dir() else [path]
-        files += [file for file in below if file == path or _suffixes(str(file))[0] in known]
-    if not files:
-        raise UserError(f"{root}: no file to read here ({' '.join(known)}; also .gz and .zst)")
-    for path in files:
-        base, prefix = (root, f"{STDLIB}/") if stdlib else (ROOT, "")
-        label = path.relative_to(base) if path.is_relative_to(base) else path
-        format = "python" if stdlib else TABLES.get(_suffixes(str(path))[0], "text")
-        try:
-            size = path.stat().st_size
-        except OSError as error:  # a link that leads nowhere
-            raise UserError(f"{path}: {error.strerror}") from None
-        yield Source(prefix + label.as_posix(), str(path), format, size, split)
-
-
-def _walk(root: Path, skipped: set[str]) -> list[Path]:
-    """Files below a directory by their relative names, hidden ones left out."""
-
-    def refuse(error: OSError) -> NoReturn:  # by default os.walk leaves out what it can't read
-        raise UserError(f"{error.filename}: {error.strerror}")
-
-    found = []
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        folders[:] = [f for f in folders if f not in skipped and not f.startswith(".")]
-        found += [Path(folder, name) for name in names if not name.startswith(".")]
-    return sorted(found, key=lambda path: path.relative_to(root).as_posix())
-
-
-def _suffixes(path: str) -> tuple[str, str | None]:
-    """The suffix that tells the format, and the compression if there is one."""
-    stem, suffix = os.path.splitext(path.lower())
-    compression = COMPRESSIONS.get(suffix)
-    return os.path.splitext(stem)[1] if compression else suffix, compression
-
-
 def _rule(format: str, data: DataConfig) -> str | dict:
     if data.format == "instruct":
         return "row"
@@ -242,7 +165,7 @@ def _cut(source: Source, target: int, data: DataConfig) -> Iterator[Source]:
     if rule == "row" and source.format in ("text", "python"):
         key = "format = instruct" if data.format == "instruct" else "document = row"
         raise ConfigError(f"data.{key} is for tables, but {source.path} is text")
-    whole = rule == "file" or source.format in ("csv", "python") or _suffixes(source.path)[1]
+    whole = rule == "file" or source.format in ("csv", "tsv", "python") or suffixes(source.path)[1]
     if whole or source.bytes <= target:
         yield source
     elif source.format == "parquet":
@@ -259,6 +182,29 @@ def _cut(source: Source, target: int, data: DataConfig) -> Iterator[Source]:
         edges = [source.bytes * i // count for i in range(count + 1)]
         for start, stop in itertools.pairwise(edges):
             yield source._replace(bytes=stop - start, start=start, stop=stop)
+
+
+class Blocks(io.RawIOBase):
+    """Blocks of bytes, one after another, as a file."""
+
+    def __init__(self, blocks: Generator[bytes, None, None]):
+        self.blocks, self.rest = blocks, memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self.rest:
+            if (block := next(self.blocks, None)) is None:
+                return 0
+            self.rest = memoryview(block)
+        count = min(len(buffer), len(self.rest))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        return count
+
+    def close(self) -> None:
+        self.blocks.close()
+        super().close()
 
 
 class Reader:
@@ -335,7 +281,7 @@ class Reader:
 
     def units(self) -> Iterator[tuple[str | Bad, bool]]:
         """Rows for the rule `row`, else lines, each with whether it starts inside the piece."""
-        formats = {"csv": self.csv_rows, "parquet": self.parquet_rows}
+        formats = {"csv": self.csv_rows, "tsv": self.csv_rows, "parquet": self.parquet_rows}
         stop = math.inf if self.piece.stop is None else self.piece.stop
         is_unit = self.is_text or self.rule == "row"
         for position, row in formats.get(self.piece.format, self.lines)():
@@ -372,9 +318,10 @@ class Reader:
                 position = skip_line(self.piece.stop)
                 if position >= self.piece.stop:
                     return
-            while line := take(limit + 1):
-                yield position, line if len(line) <= limit else self.too_large(self.row)
-                position += len(line)
+            while line := take(limit + 1 + (0 if position else len(BOM))):
+                start, position = position, position + len(line)
+                line = line if start else line.removeprefix(BOM)
+                yield start, line if len(line) <= limit else self.too_large(self.row)
                 if len(line) > limit and not line.endswith(b"\n"):
                     position = skip_line()
 
@@ -382,7 +329,10 @@ class Reader:
         """Records below a header of names, numbered from 1; quoted newlines are kept.
 
         A record that breaks the rules is its first line: one open quote can't swallow the rest.
+        TSV is CSV with tabs. Most of it knows no quotes, so a field may begin with a quote that is
+        never closed: one that goes over a tab and a newline breaks the rules, too.
         """
+        kind, tab = self.piece.format.upper(), "\t" if self.piece.format == "tsv" else None
         csv.field_size_limit(TABLE_LINE_FACTOR * self.limit)
         source = self.lines()
         record: list[str] = []  # the lines of the record that is being read
@@ -398,15 +348,20 @@ class Reader:
                 record.append(line.decode("latin-1"))  # a character a byte, whatever they mean
                 yield record[-1]
 
-        rows = csv.reader(lines(), strict=True)
+        def records() -> Iterator[list[str]]:
+            for values in csv.reader(lines(), strict=True, delimiter=tab or ","):
+                if tab and any(tab in value and "\n" in value for value in values):
+                    raise csv.Error("a quote is open over a tab and the end of a line")
+                yield values
+
+        rows = records()
         try:
             names = next(filter(None, rows), None)
         except csv.Error as error:
-            raise Unreadable(f"the header is not CSV ({error})") from None
+            raise Unreadable(f"the header is not {kind} ({error})") from None
         if names is None:
-            raise Unreadable("empty: a CSV file starts with a header of column names")
+            raise Unreadable(f"empty: a {kind} file starts with a header of column names")
         header = [name.encode("latin-1").decode("utf-8", "replace") for name in names]
-        header[0] = header[0].removeprefix("\ufeff")
         self.check_columns(header)
         indices = [header.index(column) for column in self.columns]
         self.row = 1
@@ -416,8 +371,8 @@ class Reader:
                 values = next(rows, None)
             except (csv.Error, Unreadable) as error:
                 again += reversed(record[1:])
-                rows = csv.reader(lines(), strict=True)
-                reason = f"not CSV ({error})" if isinstance(error, csv.Error) else str(error)
+                rows = records()
+                reason = f"not {kind} ({error})" if isinstance(error, csv.Error) else str(error)
                 yield 0, self.bad(reason)
                 continue
             if values is None:
@@ -449,9 +404,19 @@ class Reader:
         if self.piece.format == "python":
             with tokenize.open(path) as file:
                 return io.BytesIO(file.read().encode())
-        if compression := _suffixes(path)[1]:
-            return io.BufferedReader(pa.input_stream(path, compression=compression))
-        return open(path, "rb")
+        compression = COMPRESSIONS.get(suffixes(path)[1])
+        if not compression:
+            return open(path, "rb")
+        if compression == "xz":
+            return io.BufferedReader(Blocks(_unpack_xz(path)))
+        file = io.BufferedReader(pa.input_stream(path, compression=compression))
+        try:
+            file.peek(1)
+        except OSError as error:
+            if LONG_WINDOW not in str(error) or not shutil.which("zstd"):
+                raise
+            return io.BufferedReader(Blocks(_unpack_zstd(path)))
+        return file
 
     def check_columns(self, names: list[str]) -> None:
         """Unreadable unless each column that is read is one of the names, once."""
@@ -651,6 +616,56 @@ def _without_newline(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r") if line.endswith("\n") else line
 
 
+def _unpack_xz(path: str) -> Generator[bytes, None, None]:
+    """The content of an xz file, of one stream or several; OSError where it is cut or damaged.
+
+    Python's LZMAFile would take what is no stream for the end.
+    """
+    try:
+        import lzma
+    except ImportError:
+        raise UserError(f"{path}: this Python was built without lzma; unpack it: xz -d") from None
+    try:
+        with open(path, "rb") as file:
+            stream, packed = lzma.LZMADecompressor(lzma.FORMAT_XZ), b""
+            while True:
+                if stream.eof:
+                    if not (packed := stream.unused_data or file.read(PACKED_BYTES)):
+                        return
+                    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+                elif stream.needs_input and not (packed := file.read(PACKED_BYTES)):
+                    raise OSError("Truncated compressed stream")
+                yield stream.decompress(packed, BATCH_BYTES)
+                packed = b""
+    except lzma.LZMAError as error:
+        raise OSError(f"xz decompress failed: {error}") from None
+
+
+def _unpack_zstd(path: str) -> Generator[bytes, None, None]:
+    """The content of a zstd file by the program zstd, which allows any window, as pyarrow does not.
+
+    OSError where it is cut or damaged.
+    """
+    command, pipe = ["zstd", "-dcq", "--long=31"], subprocess.PIPE
+    with (
+        open(path, "rb") as file,
+        subprocess.Popen(command, stdin=file, stdout=pipe, stderr=pipe) as process,
+    ):
+        try:
+            while block := process.stdout.read(PACKED_BYTES):
+                yield block
+            if code := process.wait():
+                reason = process.stderr.read().decode(errors="replace").strip()
+                raise OSError(f"zstd ends with code {code}: {reason}")
+        finally:
+            process.kill()
+
+
 def _damage(error: Exception) -> str:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    if LONG_WINDOW in reason:
+        return (
+            "a zstd stream with a window above 128 MiB; put the program zstd on the PATH, or pack"
+            " it anew: zstd -dc --long=31 OLD.zst | zstd -o NEW.zst"
+        )
     return f"can't be read, cut short or damaged: {reason}"

@@ -101,7 +101,7 @@ def mixture_weights(data: DataConfig) -> dict[str, int]:
     Raises:
         ConfigError: a share that is rounded to nothing; a dataset that is named twice.
     """
-    paths = [resolve_path(name).resolve() for name in data.mixture]
+    paths = [os.path.realpath(resolve_path(name)) for name in data.mixture]
     if twice := [
         name for name, path in zip(data.mixture, paths, strict=True) if paths.count(path) > 1
     ]:

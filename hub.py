@@ -38,6 +38,7 @@ from config import (
     sync_directory,
     write_atomically,
 )
+from sources import TABLES, describe_kinds, ending, suffixes
 
 FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH]"
 EXAMPLE = "hf://datasets/Salesforce/wikitext/wikitext-103-raw-v1"
@@ -46,8 +47,7 @@ SOURCE = re.compile(
     re.ASCII,
 )
 LISTING = ".listing.json"
-SUFFIXES = (".parquet", ".csv", ".json", ".jsonl", ".txt")
-COMPRESSIONS = (".gz", ".zst", ".bz2")
+SUFFIXES = (*TABLES, ".txt")
 NOT_DATA = ("README.md", "dataset_infos.json")  # the hub's own, beside hidden ones
 SPLIT = re.compile(
     r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)"
@@ -290,8 +290,9 @@ def _list_hub(source: Source, listing: Listing | None) -> tuple[str, list[File]]
 
 
 def _select(source: Source, files: list[File]) -> list[File]:
-    """The files that a source means, in order of their paths."""
+    """The files that a source means, in order of their paths; says what else its folder holds."""
     seen = [file for file in files if not re.search(r"(^|/)\.[^./]", file.path)]  # not hidden
+    folder = source.path and source.path + "/"
     chosen = [file for file in files if file.path == source.path] or [
         file
         for file in seen
@@ -299,7 +300,7 @@ def _select(source: Source, files: list[File]) -> list[File]:
         and (
             fnmatchcase(file.path, source.path)
             if has_magic(source.path)
-            else file.path.startswith(source.path and source.path + "/") and _suffix(file.path)
+            else file.path.startswith(folder) and _suffix(file.path)
         )
     ]
     for file in chosen:
@@ -318,13 +319,17 @@ def _select(source: Source, files: list[File]) -> list[File]:
             f"{source.text}: holds several formats ({', '.join(formats)}); name one by a glob, such"
             f" as {source.text.rstrip('/')}/*{formats[0]}*"
         )
+    if not has_magic(source.path):
+        rest = {f.path for f in seen if f.path.startswith(folder)} - {f.path for f in chosen}
+        left = {p: ending(p) for p in sorted(rest) if p.split("/")[-1] not in NOT_DATA}
+        if left:
+            _say(f"{source.text}: not downloaded: {describe_kinds(left)}")
     return chosen
 
 
 def _suffix(path: str) -> str:
     """The suffix that tells the format; empty if that is none of data."""
-    stem, suffix = os.path.splitext(path.lower())
-    suffix = os.path.splitext(stem)[1] if suffix in COMPRESSIONS else suffix
+    suffix = suffixes(path)[0]
     return suffix if suffix in SUFFIXES else ""
 
 

@@ -331,6 +331,9 @@ def describe_origin(directory: Path, manifest: Json) -> Iterator[str]:
             yield row("bad rows", f"{sum(1 for _ in file):,}", "left out, skipped.jsonl lists them")
     else:
         yield row("bad rows", "0", "there is no skipped.jsonl")
+    if not_read := counts.get("not_read"):
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in not_read.items())
+        yield row("not read", f"{sum(not_read.values()):,}", f"files beside the sources: {kinds}")
     yield row("sources", f"{len(sources):,}", f"{sum(s['bytes'] for s in sources):,} bytes")
     for source in sources[:SOURCES]:
         split = f" ({source['split']})" if "split" in source else ""

@@ -90,6 +90,7 @@ from packing import (
     record_endings,
     tokenize_part,
 )
+from sources import Survey
 from tokenizer import Tokenizer, configured_tokenizer
 
 SPLITS = ("train", "val", "test")
@@ -138,7 +139,10 @@ def process(directory: Path, config: Config, task: Task | None, flags: list[str]
         check_part_of_mixture(directory, tokenizer)
         return
     data = hub.local_sources(config.data)
-    recipe = describe_recipe(data, tokenizer)
+    survey = Survey(data)
+    for line in survey.remarks():
+        say(line)
+    recipe = describe_recipe(data, tokenizer, survey)
     try:
         if (directory / "manifest.json").exists() and "--force" not in flags:
             check_existing(directory, recipe)
@@ -146,7 +150,7 @@ def process(directory: Path, config: Config, task: Task | None, flags: list[str]
                 discard_work(directory)  # a kill may have left it
             say(f"{directory}: up to date")
         else:
-            prepare(data, tokenizer, recipe, directory, task, hub.commits(config.data))
+            prepare(data, tokenizer, survey, recipe, directory, task, hub.commits(config.data))
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"can't write {directory}: {error.strerror or error}{where}") from None
@@ -179,6 +183,7 @@ def check_part_of_mixture(directory: Path, tokenizer: Tokenizer) -> None:
 def prepare(
     data: DataConfig,
     tokenizer: Tokenizer,
+    survey: Survey,
     recipe: Json,
     directory: Path,
     task: Task | None,
@@ -193,7 +198,7 @@ def prepare(
         OSError: the directory can't be written.
     """
     template = Template(data.template, tokenizer) if data.format == "instruct" else None
-    parts = corpus.plan(data)
+    parts = corpus.plan(data, survey.sources)
     work, reports = open_work(directory, recipe, parts, task)
     if reports:
         say(f"{directory}: {len(reports)} of {len(parts)} parts are done already")
@@ -206,6 +211,8 @@ def prepare(
         return
     tokenized = [reports[part.index] for part in parts]
     counts = add_up(tokenized)
+    if survey.unread:
+        counts["not_read"] = survey.not_read
     with starting_over(directory):
         check_splits(data, tokenized, counts, work)
     stage, shards = "", tokenized
@@ -275,7 +282,7 @@ def say(line: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def describe_recipe(data: DataConfig, tokenizer: Tokenizer) -> Json:
+def describe_recipe(data: DataConfig, tokenizer: Tokenizer, survey: Survey) -> Json:
     """What a dataset is made of, as its manifest states it: equal recipes give equal shards."""
     return {
         "version": DATASET_VERSION,
@@ -285,7 +292,7 @@ def describe_recipe(data: DataConfig, tokenizer: Tokenizer) -> Json:
         "sources": [
             {"name": source.name, "bytes": source.bytes}
             | ({"split": source.split} if source.split else {})
-            for source in corpus.describe_sources(data)
+            for source in survey.sources
         ],
         **{n: getattr(data, n) for n in ("document", "text_column", "errors", "part_bytes")},
         "split": {

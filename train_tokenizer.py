@@ -49,6 +49,7 @@ from config import (
     run_program,
     write_atomically,
 )
+from sources import Survey
 from tokenizer import (
     SPACE,
     Tokenizer,
@@ -188,7 +189,11 @@ def sample_corpus(config: Config) -> tuple[Sample, Sample]:
     start; units that could not be cut small (a compressed file) are read whole.
     """
     training, held_out = Sample(config.tokenizer.sample_bytes), Sample(HELD_OUT_BYTES)
-    parts = [part for part in corpus.plan(config.data) if part.split != "test"]
+    survey = Survey(config.data)
+    for line in survey.remarks():
+        print(line, flush=True)
+    parts = corpus.plan(config.data, survey.sources)
+    parts = [part for part in parts if part.split != "test"]
     total = sum(part.bytes for part in parts)
     share = READ_FACTOR * training.budget / max(1, total)
     progress = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)

@@ -1,15 +1,22 @@
 """corpus.py keeps every byte of every document, whatever the format and wherever parts are cut.
 
-Protected here: what a document is in each format under each rule, and what a conversation is; that
-the cut into parts changes neither the documents nor their places; that a text has one split; that
+Protected here: which files the sources name, each once, and what is said of the others; what a
+document is in each format under each rule, and what a conversation is; that the cut into parts
+changes neither the documents nor their places; that a text has one split; that
 a mistake in a source is named with file and row, or left out and told once, nothing else with it;
 that memory stays small however large a row group or a line is.
 """
 
+import contextlib
 import csv
 import gzip
 import json
+import lzma
+import os
 import random
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -24,6 +31,7 @@ from hypothesis import strategies as st
 
 import corpus
 from config import ROOT, ConfigError, DataConfig, UserError
+from sources import COMPRESSIONS, Survey
 
 STARTS = {"starts": r" = [^=]+ = $"}  # the hub's wikitext
 
@@ -78,16 +86,22 @@ def write_parquet(path: Path, rows: list, row_group_size: int = 3) -> Path:
     return path
 
 
-def write_csv(path: Path, rows: list[str]) -> Path:
+def write_csv(path: Path, rows: list[str], delimiter: str = ",") -> Path:
     with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, delimiter=delimiter)
         writer.writerows([["id", "text"], *((i, row) for i, row in enumerate(rows))])
     return path
 
 
+def write_tsv(path: Path, rows: list[str]) -> Path:
+    return write_csv(path, rows, "\t")
+
+
 def compress(path: Path, suffix: str) -> Path:
     packed = path.with_name(path.name + suffix)
-    with pa.output_stream(packed, compression=corpus.COMPRESSIONS[suffix]) as file:
+    if suffix == ".xz":
+        return write(packed, lzma.compress(path.read_bytes()))
+    with pa.output_stream(packed, compression=COMPRESSIONS[suffix]) as file:
         file.write(path.read_bytes())
     return packed
 
@@ -106,7 +120,7 @@ ROWS = [
 ]
 
 
-@pytest.mark.parametrize("writer", [write_jsonl, write_parquet, write_csv])
+@pytest.mark.parametrize("writer", [write_jsonl, write_parquet, write_csv, write_tsv])
 def test_rows_of_tables_are_kept_exactly(tmp_path, writer):
     suffix = writer.__name__.removeprefix("write_")
     path = writer(tmp_path / f"a.{suffix}", ROWS)
@@ -116,17 +130,22 @@ def test_rows_of_tables_are_kept_exactly(tmp_path, writer):
     assert {document.file for document in found} == {str(path)}
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
-@pytest.mark.parametrize("compression", [".gz", ".zst", ".bz2"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".ndjson", ".csv", ".tsv"])
+@pytest.mark.parametrize("compression", [".gz", ".zst", ".bz2", ".xz"])
 def test_compressed_sources_read_like_plain_ones(tmp_path, suffix, compression):
-    writers = {".jsonl": write_jsonl, ".csv": write_csv}
-    text = "\n".join(ROWS)
-    plain = (
-        writers[suffix](tmp_path / f"a{suffix}", ROWS)
-        if suffix in writers
-        else write(tmp_path / "a.txt", text)
-    )
-    assert texts(compress(plain, compression)) == texts(plain)
+    writers = {
+        ".jsonl": write_jsonl,
+        ".ndjson": write_jsonl,
+        ".csv": write_csv,
+        ".tsv": write_tsv,
+        ".txt": lambda path, rows: write(path, "\n".join(rows)),
+    }
+    plain = writers[suffix](tmp_path / f"a{suffix}", ROWS)
+    assert texts(plain) == (["\n".join(ROWS)] if suffix == ".txt" else ROWS)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    packed = compress(plain, compression).rename(folder / f"a{suffix}{compression}".upper())
+    assert texts(packed) == texts(folder) == texts(plain)
 
 
 def test_a_gzip_file_may_have_several_members(tmp_path):
@@ -225,7 +244,7 @@ def test_small_files_share_a_part_and_parts_are_deterministic(tmp_path):
 
 def test_the_standard_library_is_read_as_python_reads_it():
     data = DataConfig(sources=["python-stdlib"])
-    sources = corpus.describe_sources(data)
+    sources = Survey(data).sources
     assert 8e6 < sum(source.bytes for source in sources) < 25e6
     assert 8 <= len(corpus.plan(data)) <= 25
     folders = {folder for source in sources for folder in source.name.split("/")[:-1]}
@@ -271,7 +290,18 @@ def test_sources_given_per_split_are_used_as_given(tmp_path):
 def test_a_missing_file_suggests_the_nearest(tmp_path):
     write(tmp_path / "corpus.txt", "a")
     assert "corpos.txt: no such file; did you mean corpus.txt?" in failure(tmp_path / "corpos.txt")
-    assert "*.csv: no file to read here" in failure(tmp_path / "*.csv")
+    assert failure(tmp_path / "corpos" / "a.txt") == (
+        f"{tmp_path}/corpos/a.txt: no such file; {tmp_path}/corpos is missing;"
+        " did you mean corpus.txt?"
+    )
+    assert failure(tmp_path / "corpus.txt" / "a") == (
+        f"{tmp_path}/corpus.txt/a: {tmp_path}/corpus.txt is no directory"
+    )
+    assert failure(tmp_path / "*.csv") == f"{tmp_path}/*.csv: matches nothing"
+    assert failure(tmp_path / "corpos" / "*.csv") == (
+        f"{tmp_path}/corpos/*.csv: matches nothing; {tmp_path}/corpos is missing"
+    )
+    assert failure(tmp_path / ("a" * 300)).endswith(": File name too long")
     (tmp_path / "empty").mkdir()
     assert "empty: no file to read here" in failure(tmp_path / "empty")
 
@@ -382,8 +412,256 @@ def test_links_are_followed_and_a_broken_one_is_named(tmp_path):
     write(tmp_path / "elsewhere" / "a.txt", "a")
     (tmp_path / "sources" / "folder").symlink_to(tmp_path / "elsewhere")
     assert texts(tmp_path / "sources") == ["a"]
-    (tmp_path / "sources" / "b.txt").symlink_to(tmp_path / "nowhere")
-    assert f"{tmp_path}/sources/b.txt: No such file" in failure(tmp_path / "sources")
+    link = tmp_path / "sources" / "b.txt"
+    link.symlink_to("nowhere")
+    line = f"{link}: a link that leads to {link.parent}/nowhere, which does not exist"
+    assert failure(tmp_path / "sources") == failure(link) == failure(f"{tmp_path}/*/b.txt") == line
+    link.unlink()
+    link.symlink_to(link)
+    line = f"{link}: a link that leads in a circle"
+    assert failure(tmp_path / "sources") == failure(link) == failure(link / "a.txt") == line
+    (tmp_path / "gone").symlink_to(tmp_path / "purged")
+    line = f"{tmp_path}/gone: a link that leads to {tmp_path}/purged, which does not exist"
+    assert failure(tmp_path / "gone" / "a.txt") == line
+    write(tmp_path / "gond", "a")
+    assert failure(tmp_path / "gone") == line
+
+
+@pytest.fixture
+def limited():
+    """Ends a test that waits for ever."""
+
+    def stop(*_) -> None:
+        pytest.fail("it takes more than 20 s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def tree(folder: Path, *names: str) -> Path:
+    """A directory with JSON lines, each file with its name as text."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(folder / name, [name])
+    return folder
+
+
+def remarks(*sources, **keys) -> list[str]:
+    return Survey(config(*sources, **keys)).remarks()
+
+
+def other_names(tmp_path: Path) -> dict[str, Path]:
+    """Further names of a/x.jsonl, by what they are."""
+    tree(tmp_path, "a/x.jsonl")
+    (tmp_path / "latest").symlink_to("a")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a" / "x.jsonl")
+    (tmp_path / "link of a link.jsonl").symlink_to("link.jsonl")
+    os.link(tmp_path / "a" / "x.jsonl", tmp_path / "hard.jsonl")
+    return {
+        "link to the directory": tmp_path / "latest",
+        "through a link": tmp_path / "latest" / "x.jsonl",
+        "link": tmp_path / "link.jsonl",
+        "link of a link": tmp_path / "link of a link.jsonl",
+        "hard link": tmp_path / "hard.jsonl",
+        "glob": tmp_path / "late*" / "*.jsonl",
+        "back and forth": tmp_path / "a" / ".." / "a" / "x.jsonl",
+        "from the repository": Path(os.path.relpath(tmp_path, ROOT)) / "a" / "x.jsonl",
+    }
+
+
+def test_a_file_under_another_name_is_read_once(tmp_path):
+    for kind, name in other_names(tmp_path).items():
+        assert texts(tmp_path / "a", name) == ["a/x.jsonl"], kind
+        found = remarks(tmp_path / "a", name)
+        if kind in ("back and forth", "from the repository"):  # the same name, otherwise written
+            assert found == []
+        else:
+            (line,) = found
+            assert line.startswith("links to what is read already, left out: 1 ("), kind
+            assert line.endswith(f" is {tmp_path}/a/x.jsonl)"), kind
+    assert texts(tmp_path) == ["a/x.jsonl"]
+    (line,) = remarks(tmp_path)  # the directory is one of four
+    assert line == (
+        f"links to what is read already, left out: 4 ({tmp_path}/latest is {tmp_path}/a, …)"
+    )
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_file_under_another_name_does_not_stand_in_two_splits(tmp_path, swapped):
+    for kind, name in other_names(tmp_path).items():
+        train, val = (name, tmp_path / "a") if swapped else (tmp_path / "a", name)
+        for split in ("val_sources", "test_sources"):
+            message = failure(train, **{split: [str(val)]})
+            assert message.endswith(" in the sources of two splits; name it in one"), kind
+            assert f"{tmp_path}/a/x.jsonl" in message
+            if kind not in ("glob", "link to the directory"):
+                assert f"{name}" in message, kind
+
+
+def test_equal_content_is_not_one_file(tmp_path):
+    tree(tmp_path, "a.jsonl")
+    shutil.copy2(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert texts(tmp_path) == ["a.jsonl"] * 2
+    assert remarks(tmp_path) == []
+
+
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.jsonl", "*/**/*.jsonl", "**/b/**/*"])
+def test_a_walk_goes_round_no_circle(tmp_path, limited, pattern):
+    """Followed each on its own, these links would make more paths than can be walked."""
+    root = tree(tmp_path / "root", "a/b/x.jsonl", "a/b/y.jsonl")
+    for folder in (root, root / "a", root / "a" / "b"):
+        for i in range(5):
+            (folder / f"self{i}").symlink_to(".")
+        (folder / "up").symlink_to("..")
+        (folder / "top").symlink_to(root)
+    source = root / pattern
+    assert sorted(texts(source)) == ["a/b/x.jsonl", "a/b/y.jsonl"]
+    found = Survey(config(source)).sources
+    assert [Path(piece.name).name for piece in found] == ["x.jsonl", "y.jsonl"]
+    assert any(line.startswith("links to what is read already") for line in remarks(source))
+
+
+def test_names_and_order_of_sources_stay_as_they_were(tmp_path):
+    """They are what a manifest states, so that a dataset made before stays up to date."""
+    names = ["a.b/x.jsonl", "a/x.jsonl", "a/b/c/x.jsonl", "a-/x.jsonl", "z.jsonl", "B.jsonl"]
+    tree(tmp_path, *names)
+    wanted = [f"{tmp_path}/{name}" for name in sorted(names)]
+    for source in (tmp_path, f"{tmp_path}/", f"{tmp_path}/**", f"{tmp_path}/**/*.jsonl"):
+        assert [found.name for found in Survey(config(source)).sources] == wanted
+    dotted = f"{tmp_path}/a/../z.jsonl"
+    assert [found.name for found in Survey(config(dotted)).sources] == [dotted]
+    found = Survey(config("README.md", "docs/../docs/data.md")).sources
+    assert [source.name for source in found] == ["README.md", "docs/../docs/data.md"]
+
+
+def test_what_is_not_read_is_told(tmp_path):
+    tree(tmp_path, "README.md", "a/one.jsonl")
+    for name in ("wiki_00", "wiki_01", "a/wiki_02", "b.jsonl.lz4", ".hidden", ".git/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, "text")
+    for name in ("c.XML.gz", "d.png", "e.PNG"):
+        write(tmp_path / name, b"\x1f\x8b")
+    survey = Survey(config(tmp_path))
+    assert len(survey.sources) == 2
+    assert survey.not_read == {"without an ending": 3, ".png": 2, ".lz4": 1, ".xml.gz": 1}
+    assert survey.remarks() == [
+        f"not read: 3 without an ending ({tmp_path}/wiki_00, …), 2 .png ({tmp_path}/d.png, …),"
+        f" 1 .lz4 ({tmp_path}/b.jsonl.lz4), 1 .xml.gz ({tmp_path}/c.XML.gz)"
+    ]
+    for i in range(10):
+        write(tmp_path / f"part.{i}", "text")
+    assert remarks(tmp_path)[0].endswith(", 8 of 8 more kinds")
+    (tmp_path / "only").mkdir()
+    write(tmp_path / "only" / "wiki_03", "text")
+    line = failure(tmp_path / "a", tmp_path / "only")
+    assert line.endswith(
+        f"; also with .gz .zst .bz2 .xz), but 1 without an ending ({tmp_path}/only/wiki_03)"
+    )
+
+
+def test_a_file_of_an_unknown_ending_that_is_named_is_read_as_text(tmp_path):
+    for name in ("wiki_00", "wiki_01", "a.xml"):
+        write(tmp_path / name, f"{name}\n")
+    compress(tmp_path / "a.xml", ".gz")
+    assert texts(tmp_path / "a.xml") == ["a.xml\n"]
+    assert remarks(tmp_path / "a.xml") == [f"unknown ending, read as text: 1 ({tmp_path}/a.xml)"]
+    assert texts(tmp_path / "a.xml.gz") == ["a.xml\n"]
+    assert remarks(tmp_path / "a.xml.gz") != []
+    assert texts(tmp_path / "wiki_*") == ["wiki_00\n", "wiki_01\n"]
+    assert remarks(tmp_path / "wiki_*") == [
+        f"unknown ending, read as text: 2 ({tmp_path}/wiki_00, …)"
+    ]
+    write(tmp_path / "b.md", "b")
+    survey = Survey(config(tmp_path, tmp_path / "wiki_00"))  # not read, and then read
+    assert survey.not_read == {".xml": 1, ".xml.gz": 1, "without an ending": 1}
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path, limited, monkeypatch):
+    tree(tmp_path, "a.jsonl")
+    os.mkfifo(tmp_path / "b.jsonl")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)  # a socket's path has at most 100 bytes
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("c.txt")
+    (tmp_path / "d.txt").symlink_to("/dev/zero")
+    (tmp_path / "image").symlink_to("purged")
+    kinds = {"FIFO": 2, "device": 1, "socket": 1}
+    assert texts(tmp_path) == texts(tmp_path / "[a-d]*") == ["a.jsonl"]
+    assert Survey(config(tmp_path)).not_read == {**kinds, "broken link": 1}
+    assert Survey(config(tmp_path / "[a-dp]*")).not_read == kinds
+    for name, kind in (("b.jsonl", "FIFO"), ("c.txt", "socket"), ("d.txt", "device")):
+        message = f"{tmp_path / name}: a {kind}, not a file; write what it gives into one"
+        assert failure(tmp_path / name) == message
+    assert ", but 1 FIFO (" in failure(tmp_path / "pip*")
+
+
+@contextlib.contextmanager
+def without_privileges(folder: Path):
+    """As a user who does not own the directory, which is reached by all."""
+    for parent in (folder, *folder.parents[:-2]):
+        parent.chmod(0o755)
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_entered_is_told(tmp_path):
+    tree(tmp_path, "a/x.jsonl", "locked/x.jsonl", "listed/x.jsonl", "entered/x.jsonl")
+    for name, mode in (("locked", 0o000), ("listed", 0o444), ("entered", 0o111)):
+        (tmp_path / name).chmod(mode)
+    with without_privileges(tmp_path):
+        assert failure(tmp_path) == f"{tmp_path}/entered: Permission denied"
+        assert failure(tmp_path / "locked") == f"{tmp_path}/locked: Permission denied"
+        for name in ("locked/x.jsonl", "locked/y", "listed/x.jsonl"):
+            assert failure(tmp_path / name) == f"{tmp_path / name}: Permission denied"
+        assert texts(tmp_path / "entered/x.jsonl") == ["entered/x.jsonl"]
+        assert failure(tmp_path / "entered/y.jsonl") == (
+            f"{tmp_path}/entered/y.jsonl: no such file"
+        )
+        line = "matches nothing, but 1 unreadable directory"
+        assert line in failure(tmp_path / "locked" / "*.jsonl")
+        assert line in failure(tmp_path / "lock*" / "x.jsonl")
+        survey = Survey(config(tmp_path / "[ae]*" / "*.jsonl", tmp_path / "[a-d]" / "x.jsonl"))
+        assert [Path(source.path).parent.name for source in survey.sources] == ["a"]
+        assert survey.not_read == {"unreadable directory": 1}
+    for name in ("locked", "listed", "entered"):
+        (tmp_path / name).chmod(0o755)
+
+
+def test_only_what_is_written_is_a_pattern(tmp_path, monkeypatch):
+    root = tree(tmp_path / "my [1] *?[", "raw/a.jsonl", "raw/b.jsonl", "raw/data[1].jsonl")
+    tree(tmp_path / "my 1 xx[", "raw/c.jsonl")  # what the path would match as a pattern
+    monkeypatch.setenv("ROOM", str(root))
+    monkeypatch.setenv("HOME", str(root))
+    for start in (str(root).replace("[", "[[]"), "$ROOM", "${ROOM}", "~", "$ROOM/raw/.."):
+        assert texts(f"{start}/raw/[ab].jsonl") == ["raw/a.jsonl", "raw/b.jsonl"]
+        assert texts(f"{start}/r*/data[[]1].jsonl") == ["raw/data[1].jsonl"]
+    monkeypatch.setenv("NAME", "[ab]")
+    assert failure("$ROOM/raw/$NAME*.jsonl") == f"{root}/raw/[ab]*.jsonl: matches nothing"
+    assert texts("$ROOM/raw/data[1].jsonl") == ["raw/data[1].jsonl"]
+    assert texts(root / "raw" / "data[1].jsonl") == ["raw/data[1].jsonl"]
+    assert failure("$ROOM/raw/data[2].jsonl").endswith("/raw/data[2].jsonl: matches nothing")
+    code = (
+        "import corpus; data = corpus.DataConfig(sources=['raw/*.jsonl', 'raw/data[1].jsonl']);"
+        "print([piece.name for part in corpus.plan(data) for piece in part.pieces])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "ROCKET_ROOT": str(root)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "['raw/a.jsonl', 'raw/b.jsonl', 'raw/data[1].jsonl']\n"
 
 
 def test_documents_of_about_n_lines(tmp_path):
@@ -701,7 +979,7 @@ def test_python_that_is_not_what_it_says_is_one_bad_document(tmp_path, monkeypat
 def test_what_is_cut_short_stops_the_reading_in_both_modes(tmp_path):
     rows = [f"{random.Random(i).random()} text" for i in range(2000)]
     plain = write_jsonl(tmp_path / "a.jsonl", rows)
-    paths = [compress(plain, suffix) for suffix in corpus.COMPRESSIONS]
+    paths = [compress(plain, suffix) for suffix in COMPRESSIONS]
     paths.append(write_parquet(tmp_path / "a.parquet", rows, 500))
     for path in paths:
         packed = path.read_bytes()
@@ -712,6 +990,107 @@ def test_what_is_cut_short_stops_the_reading_in_both_modes(tmp_path):
     column = pq.ParquetFile(path).metadata.row_group(0).column(1)
     damaged[column.data_page_offset - 200] ^= 1  # in its dictionary
     assert "cut short or damaged" in failure(write(path, bytes(damaged)), on_error="skip")
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_compressed_file_is_whole_or_refused(tmp_path, compression):
+    """Cut after any byte, of no byte, or with something behind its end."""
+    plain = write_jsonl(tmp_path / "a.jsonl", [f"row {i}" for i in range(30)])
+    whole = compress(plain, compression).read_bytes()
+    path = tmp_path / f"b.jsonl{compression}"
+    for content in (whole, whole + whole):
+        assert len(texts(write(path, content))) == 30 * len(content) // len(whole)
+    line = failure(write(path, b""))
+    assert line == f"{path}: cut short: 0 bytes, which no {compression} file has"
+    assert failure(path, on_error="skip") == line
+    assert line in failure(tmp_path)
+    damaged = [whole[:size] for size in range(1, len(whole))]
+    damaged += [whole + whole[:size] for size in range(1, len(whole), 5)]
+    damaged += [whole + b"garbage", whole + b"\0" * 8, b"\0" * 512, b"not packed"]
+    for content in damaged:
+        for on_error in ("stop", "skip"):
+            assert "cut short or damaged" in failure(write(path, content), on_error=on_error)
+
+
+def test_a_flipped_bit_of_xz_is_found(tmp_path):
+    packed = lzma.compress(b'{"text": "some text"}\n' * 50)
+    for place in range(0, len(packed), 3):
+        damaged = bytearray(packed)
+        damaged[place] ^= 1
+        assert "damaged" in failure(write(tmp_path / "a.jsonl.xz", bytes(damaged)))
+
+
+def zstd_frame(content: bytes, window_log: int) -> bytes:
+    """A frame of one uncompressed block that asks for a window."""
+    block = (len(content) << 3 | 1).to_bytes(3, "little") + content
+    return b"\x28\xb5\x2f\xfd\x00" + bytes([(window_log - 10) << 3]) + block
+
+
+def test_a_zstd_window_of_any_size_is_read(tmp_path, monkeypatch):
+    row, bad = b'{"text": "a"}\n', "a zstd stream with a window above 128 MiB; put the program zstd"
+    path = tmp_path / "a.jsonl.zst"
+    for log in (20, 27):
+        assert texts(write(path, zstd_frame(row, log) * 2)) == ["a", "a"]
+    if shutil.which("zstd"):
+        for log in (28, 31):
+            assert texts(write(path, zstd_frame(row, log) + zstd_frame(row, 20))) == ["a", "a"]
+            assert texts(path, document="line") == ["a", "a"]
+        done = subprocess.run(["zstd", "--long=31"], input=row * 9, capture_output=True, check=True)
+        assert texts(write(path, done.stdout)) == ["a"] * 9
+        for content in (done.stdout[:-1], done.stdout + b"garbage"):
+            message = failure(write(path, content), on_error="skip")
+            assert f"{path}" in message
+            assert "cut short or damaged: zstd ends with code 1: " in message
+    monkeypatch.setenv("PATH", "")
+    for content in (zstd_frame(row, 31), zstd_frame(row, 20) + zstd_frame(row, 31)):
+        message = failure(write(path, content), on_error="skip")
+        assert bad in message
+        assert "zstd -dc --long=31 OLD.zst | zstd -o NEW.zst" in message
+        assert "damaged" not in message
+
+
+@pytest.mark.parametrize("compression", ["", *COMPRESSIONS])
+def test_a_byte_order_mark_is_no_text(tmp_path, compression):
+    def read(name: str, content: str, **keys) -> list[str]:
+        path = write(tmp_path / name, "\ufeff" + content)
+        return texts(compress(path, compression) if compression else path, **keys)
+
+    for name, tab in (("a.csv", ","), ("a.tsv", "\t")):
+        for header in (f"text{tab}id", f'"text"{tab}"id"', f'id{tab}"text"', f'"id"{tab}text'):
+            row = f"1{tab}a" if header.strip('"').startswith("id") else f"a{tab}1"
+            assert read(name, f"{header}\r\n{row}\n") == ["a"]
+            assert read(name, f"{header}\r\n{row}\n", text_column="id") == ["1"]
+    assert read("a.csv", "text\n\ufeffa\n") == ["\ufeffa"]  # within a text it is one
+    assert read("a.jsonl", '{"text": "a"}\n{"text": "\ufeffb"}') == ["a", "\ufeffb"]
+    assert read("a.ndjson", '\n{"text": "a"}\n') == ["a"]
+    assert read("a.txt", "a\n\ufeffb") == ["a\n\ufeffb"]
+    assert read("a.txt", "a\n\ufeffb", document="line") == ["a", "\ufeffb"]
+    assert read("a.txt", "# a\nb\n# c", document={"starts": "# "}) == ["# a\nb\n", "# c"]
+    assert read("a.txt", "\na\n", document="blank_line", part_bytes=1) == ["a"]
+    assert read("a.txt", "a" * 10, max_document_bytes=10) == ["a" * 10]
+    assert read("a.txt", "a" * 10, max_document_bytes=10, document="line") == ["a" * 10]
+    path = write(tmp_path / "b.txt", "\ufeff" + "é" * 6)
+    assert "row 1: a document above" in failure(path, max_document_bytes=10)
+
+
+def test_tsv_is_csv_with_tabs(tmp_path):
+    path = write(tmp_path / "a.tsv", 'id\ttext\n1\ta, "b", c\n2\t"d ""e""\nf"\n3\t"g\th"\n')
+    assert texts(path) == ['a, "b", c', 'd "e"\nf', "g\th"]
+    data = config(path, format="instruct", columns={"user": "id", "assistant": "text"})
+    assert json.loads(documents(data)[0].text)[1] == ["assistant", 'a, "b", c']
+
+
+def test_an_open_quote_of_tsv_swallows_no_row(tmp_path):
+    """Of sentences, one may open a quote and the next close it."""
+    lines = ["good\t1", '"I love it.\t2', 'It is great."\t3', '"Open', '"x" y\t5', "last\t6"]
+    path = write(tmp_path / "a.tsv", "text\tid\n" + "\n".join(lines))
+    found = left_out(path)
+    assert [row for row, _ in found] == [2, 4, 5]
+    assert found[0][1] == "not TSV (a quote is open over a tab and the end of a line)"
+    read, _ = skipping(path)
+    assert [document.text for document in read] == ["good", 'It is great."', "last"]
+    path = write(tmp_path / "b.tsv", 'id\t"text\n1\ta"\n')
+    assert "the header is not TSV" in failure(path)
 
 
 ANY_TEXT = st.text(
