@@ -247,6 +247,18 @@ def test_weights_are_whole_numbers_in_the_same_proportion(given, weights):
         assert abs(weight / sum(found) - share / sum(written)) < 1 / WEIGHT_SUM
 
 
+def test_a_dataset_is_named_once_in_a_mixture_whatever_leads_to_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "latest").symlink_to("a")
+    (tmp_path / "circle").symlink_to("circle")
+    mixture = {f"{tmp_path}/a": 1}
+    for name in ("latest", "a/../a", "latest/../a/"):
+        with pytest.raises(ConfigError, match=r"a and .* are one dataset; name it once"):
+            mixture_weights(DataConfig(mixture={**mixture, f"{tmp_path}/{name}": 1}))
+    twice = {**mixture, f"{tmp_path}/circle": 1}  # it is refused where its manifest is read
+    assert list(mixture_weights(DataConfig(mixture=twice)).values()) == [1, 1]
+
+
 def test_a_weight_that_would_never_count_is_named():
     with pytest.raises(ConfigError, match=r"data\.mixture: b is 1\.0e-07 of the whole"):
         mixture_weights(DataConfig(mixture={"a": 1, "b": 1e-7}))

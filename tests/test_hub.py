@@ -292,6 +292,22 @@ def test_splits_by_folder_and_by_odd_names(server, work):
     assert {Path(p).name for p in local.test_sources} == {"c.jsonl", "my_TEST_2.jsonl.gz"}
 
 
+def test_what_a_folder_holds_beside_its_data_is_told(server, work):
+    paths = ["a.ndjson.xz", "b.ndjson", "README.md", "c.arrow", "d.arrow", "LICENSE", "e/f.tsv"]
+    server.datasets["a/b"] = {"main": {f"data/{path}": b"" for path in paths}}
+    server.datasets["a/b"]["main"]["data/c.tsv.gz"] = b""
+    source = "hf://datasets/a/b/data"
+    assert "several formats (.ndjson, .tsv)" in refused(config(work, source))
+    for path in ("data/c.tsv.gz", "data/e/f.tsv"):
+        del server.datasets["a/b"]["main"][path]
+    data = config(work, source)
+    told = "2 .arrow (data/c.arrow, …), 1 without an ending (data/LICENSE)"
+    assert download(data).startswith(f"{source}: not downloaded: {told}\n{source}: downloaded, 2")
+    assert [Path(path).name for path in hub.local_sources(data).sources] == paths[:2]
+    data = config(work, source + "/*.ndjson*")
+    assert "not downloaded" not in download(data)
+
+
 def test_other_configurations_are_left_as_they_are():
     data = DataConfig(raw_dir="$NOT_SET/raw")  # never looked at
     program = (

@@ -404,7 +404,7 @@ def mistakes(project):
     one = ["--data.workers=1"]  # the first row is read first
     return {
         "missing file": ({}, ["--data.sources=['corpos.jsonl']"], "corpos.jsonl: no such file"),
-        "no match": ({}, [f"--data.sources=['{project}/*.csv']"], "no file to read here"),
+        "no match": ({}, [f"--data.sources=['{project}/*.csv']"], "*.csv: matches nothing"),
         "empty corpus": ({"corpus.jsonl": ""}, [], "the train split is empty: of 0 documents none"),
         "only empty texts": (
             {"corpus.jsonl": '{"text": ""}\n'},
@@ -446,6 +446,50 @@ def test_a_mistake_is_one_line(project, name):
         (project / file).write_text(content)
     assert message in refused(project, *overrides)
     assert not (project / "data" / "manifest.json").exists()
+
+
+def test_what_is_not_read_is_told_and_stated(project):
+    """Beside the sources, in the output and in the manifest; it is no part of what they are."""
+    source = f"--data.sources=['{project}/corpus']"
+    (project / "corpus").mkdir()
+    (project / "corpus.jsonl").rename(project / "corpus" / "a.jsonl")
+    prepared(project, source, f"--data.dir={project}/alone")
+    os.mkfifo(project / "corpus" / "b.jsonl")
+    for name in ("wiki_00", "wiki_01", "c.arrow"):
+        (project / "corpus" / name).write_text("text")
+    (project / "corpus" / "latest").symlink_to(".")
+    told = (
+        f"not read: 2 without an ending ({project}/corpus/wiki_00, …), 1 .arrow"
+        f" ({project}/corpus/c.arrow), 1 FIFO ({project}/corpus/b.jsonl)\n"
+        f"links to what is read already, left out: 1 ({project}/corpus/latest is {project}/corpus)\n"
+    )
+    assert prepared(project, source).startswith(told)
+    counts = {"without an ending": 2, ".arrow": 1, "FIFO": 1}
+    assert manifest(project / "data")["counts"].pop("not_read") == counts
+    assert "not_read" not in manifest(project / "alone")["counts"]
+    for name in ("data", "alone"):
+        assert prepared(project, source, f"--data.dir={project}/{name}") == (
+            f"{told}{project}/{name}: up to date\n"
+        )
+    alone, data = digests(project / "alone"), digests(project / "data")
+    assert alone.pop("manifest.json") != data.pop("manifest.json")
+    assert alone == data
+    output = prepared(project, source, "--inspect")
+    words = "not read 4 files beside the sources: 2 without an ending, 1 .arrow, 1 FIFO"
+    assert words in [" ".join(line.split()) for line in output.splitlines()]
+
+
+def test_training_text_under_another_name_is_no_validation_text(project):
+    (project / "latest").symlink_to(".")
+    os.link(project / "corpus.jsonl", project / "held_out.jsonl")
+    for name in ("latest/corpus.jsonl", "held_out.jsonl", "data/../corpus.jsonl"):
+        (project / "data").mkdir(exist_ok=True)
+        line = refused(project, f"--data.val_sources=['{project}/{name}']")
+        assert line.endswith(
+            f"{project}/{name} and {project}/corpus.jsonl are one file, which is in the sources of"
+            " two splits; name it in one"
+        )
+        assert not (project / "data" / "manifest.json").exists()
 
 
 def test_text_that_is_not_utf8_names_file_and_row(project):

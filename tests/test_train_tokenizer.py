@@ -99,6 +99,21 @@ def test_bad_documents_are_left_out_and_counted(work, capsys):
     assert "left out 1 bad documents; prepare.py lists them\n" in capsys.readouterr().out
 
 
+def test_what_is_not_read_is_told(work, capsys):
+    for name in ("wiki_00", "wiki_01"):
+        (work / "raw" / name).write_text("\u4e2d" * 5000)
+    (work / "latest").symlink_to("raw")
+    (work / "notes").write_text("a few notes")
+    run(work, f'--data.sources=["{work}/raw", "{work}/latest/000.txt", "{work}/notes"]')
+    assert capsys.readouterr().out.startswith(
+        f"not read: 2 without an ending ({work}/raw/wiki_00, …)\n"
+        f"unknown ending, read as text: 1 ({work}/notes)\n"
+        f"links to what is read already, left out: 1 ({work}/latest/000.txt is {work}/raw/000.txt)"
+        "\ntraining 320 pieces"
+    )
+    assert not any("\u4e2d" in p for p in Tokenizer(work / "out" / "tokenizer.model").pieces())
+
+
 def test_of_conversations_the_contents_are_learned(work):
     rows = (
         json.dumps({"q": LINE.format(i), "a": "\u4e2d" * 20, "id": i}) + "\n" for i in range(2000)
