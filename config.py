@@ -120,7 +120,7 @@ class TokenizerConfig:
 class DataConfig:
     sources: list[str] = key(
         ["python-stdlib"],
-        "files, directories or globs of text, CSV, JSON lines or Parquet; hf://datasets/…; or"
+        "files, directories or globs of text, CSV, TSV, JSON lines or Parquet; hf://datasets/…; or"
         " python-stdlib",
         resume="free",
     )

@@ -1012,12 +1012,15 @@ def test_a_compressed_file_is_whole_or_refused(tmp_path, compression):
             assert "cut short or damaged" in failure(write(path, content), on_error=on_error)
 
 
-def test_a_flipped_bit_of_xz_is_found(tmp_path):
+def test_a_flipped_bit_of_xz_is_found(tmp_path, monkeypatch):
     packed = lzma.compress(b'{"text": "some text"}\n' * 50)
     for place in range(0, len(packed), 3):
         damaged = bytearray(packed)
         damaged[place] ^= 1
         assert "damaged" in failure(write(tmp_path / "a.jsonl.xz", bytes(damaged)))
+    monkeypatch.setitem(sys.modules, "lzma", None)
+    path = write(tmp_path / "a.jsonl.xz", packed)
+    assert failure(path) == f"{path}: this Python was built without lzma; unpack it: xz -d"
 
 
 def zstd_frame(content: bytes, window_log: int) -> bytes:
