@@ -45,9 +45,14 @@ def sizes(model: ModelConfig, vocab_size: int) -> Sizes:
 
 def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> float:
     """As model.flops_per_token, without torch: 6 N + 12 L D T (PaLM, arXiv 2204.02311)."""
+    return 6 * multiplied(model, vocab_size) + 12 * model.n_layers * model.dim * seq_len
+
+
+def multiplied(model: ModelConfig, vocab_size: int) -> int:
+    """Parameters that each token is multiplied with: all but the input embedding, unless it is the
+    head too."""
     embedding = 0 if model.tie_embeddings else vocab_size * model.dim
-    matrices = sizes(model, vocab_size).total - embedding
-    return 6 * matrices + 12 * model.n_layers * model.dim * seq_len
+    return sizes(model, vocab_size).total - embedding
 
 
 @dataclass(frozen=True)

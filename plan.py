@@ -27,7 +27,7 @@ from config import (
     resolve_path,
     run_program,
 )
-from memory import FP32, PARTS, Memory, Setup, flops_per_token, peak, sizes
+from memory import FP32, PARTS, Memory, Setup, flops_per_token, multiplied, peak, sizes
 
 FLAGS = {
     "--gpus=8": "GPUs of the job",
@@ -36,7 +36,8 @@ FLAGS = {
     "--nodes=N": "nodes, instead of --gpus",
     "--gpu-memory-gb=GB": "memory of a GPU (10^9 bytes), where the table is wrong",
     "--gpu-tflops=TFLOPS": "dense bfloat16 TFLOP/s of a GPU, where the table is wrong",
-    "--mfu=0.4": "share of that which training reaches; published runs: 0.39 to 0.46 (H100)",
+    "--mfu=0.4": "share of that which training reaches with nothing recomputed; published runs:"
+    " 0.39 to 0.46 (H100)",
     "--json": "the figures as JSON",
 }
 # Memory in GiB (what nvidia-smi shows is a little less), and the name in PEAK_FLOPS.
@@ -59,6 +60,9 @@ INSIDE_NODE, BETWEEN_NODES = 200e9, 40e9
 # pass for each forward and backward, 4/3, as llm-foundry's HFU counts it.
 RECOMPUTE_COST = {"none": 1.0, "selective": 1.1, "block": 4 / 3}
 GPU_SLACK = 0.05  # of a GPU's memory that the allocator loses to fragments; an estimate
+MEMORY_ERROR = 0.1  # the most by which predicted memory was wrong; docs/planning.md
+FITS, TIGHT, TOO_LARGE = "fits", "is tight: may not fit", "does not fit"
+LONG_DAYS = 60  # a plan for more days than that is rarely meant
 RECOMPUTE = ("none", "selective", "block")
 SHORT = {
     "communication": "comm.",
@@ -92,9 +96,9 @@ class Option:
     setup: Setup
     moment: str  # of its peak
     memory: Memory
-    fits: bool
+    fit: str  # FITS, TIGHT or TOO_LARGE
     cost: float  # of a step, against its arithmetic alone
-    largest: int = 0  # micro-batch that fits
+    largest: int = 0  # micro-batch that fits, or may fit where it is tight
 
     @property
     def total(self) -> float:
@@ -121,21 +125,27 @@ def option(
         on_gpu=on_gpu,
     )
     moment, memory = peak(config, setup)
-    fits = sum(memory.values()) <= cluster.memory
-    return Option(setup, moment, memory, fits, relative_cost(config, cluster, setup))
+    share = sum(memory.values()) / cluster.memory
+    fit = FITS if share * (1 + MEMORY_ERROR) <= 1 else TIGHT if share <= 1 else TOO_LARGE
+    return Option(setup, moment, memory, fit, relative_cost(config, cluster, setup))
 
 
 def best_micro_batch(config: Config, cluster: Cluster, strategy: str, recompute: str) -> Option:
-    """The option with the least filler sequences and then the largest micro-batch that fits; where
-    none does, with one sequence."""
+    """The option with the least filler sequences and then the largest micro-batch that fits, or
+    where none does, may fit; else with one sequence."""
     share = -(-config.train.global_batch_size // cluster.gpus)
     sizes_tried = sorted({-(-share // parts) for parts in range(1, share + 1)}, reverse=True)
     tried = [option(config, cluster, strategy, recompute, size) for size in sizes_tried]
-    fitting = [one for one in tried if one.fits]
+    fitting = safest(tried)
     if not fitting:
         return tried[-1]
     best = min(fitting, key=lambda one: (one.setup.sequences, one.setup.micro_batches))
     return dataclasses.replace(best, largest=fitting[0].setup.micro_batch)
+
+
+def safest(found: list[Option]) -> list[Option]:
+    """Those that fit; where none does, those that may."""
+    return [one for one in found if one.fit == FITS] or [one for one in found if one.fit == TIGHT]
 
 
 def relative_cost(config: Config, cluster: Cluster, setup: Setup) -> float:
@@ -168,8 +178,8 @@ def options(config: Config, cluster: Cluster) -> list[Option]:
 
 
 def recommended(found: list[Option]) -> Option | None:
-    """The cheapest that fits; where costs are within 2%, the earlier one."""
-    fitting = [one for one in found if one.fits]
+    """The cheapest that fits, or where none does, may fit; of costs within 2%, the earlier one."""
+    fitting = safest(found)
     least = min((one.cost for one in fitting), default=0.0)
     return next((one for one in fitting if one.cost <= 1.02 * least), None)
 
@@ -277,11 +287,13 @@ def main(arguments: list[str]) -> None:
     best = recommended(found)
     facts = figures(config, cluster, steps, best)
     facts["epochs"] = epochs
+    facts["warnings"] = warnings(config, cluster, facts, best) if best else []
     if "--json" in flags:
         facts["options"] = [
             dataclasses.asdict(one.setup)
             | {"memory": one.memory, "moment": one.moment, "cost": one.cost}
-            | {"total": one.total, "fits": one.fits, "largest": one.largest}
+            | {"total": one.total, "fits": one.fit == FITS, "tight": one.fit == TIGHT}
+            | {"largest": one.largest}
             for one in found
         ]
         print(json.dumps(facts, indent=1))
@@ -301,28 +313,38 @@ def way_out(config: Config, cluster: Cluster) -> str:
     nodes = cluster.nodes
     while (nodes := 2 * nodes) * cluster.per_node <= 16_384:
         more = dataclasses.replace(cluster, gpus=nodes * cluster.per_node)
-        if option(config, more, "fsdp", "block", 1).fits:
+        if option(config, more, "fsdp", "block", 1).fit == FITS:
             return f"{more.gpus} of them would do, or more memory"
     return "more of them would not help: take GPUs with more memory, or a smaller model or seq_len"
 
 
 def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -> dict[str, Any]:
-    """The figures of the run, by name; hours are None where the FLOP/s are not known."""
+    """The figures of the run, by name; hours are None where the FLOP/s are not known, or nothing
+    fits.
+
+    They are those of the recommended option: at --mfu, times what its recomputation, communication
+    and filler sequences cost.
+    """
     train, v, seq_len = config.train, config.tokenizer.vocab_size, config.data.seq_len
     size, keep = sizes(config.model, v), config.checkpoint
     tokens = steps * train.global_batch_size * seq_len
     flops = flops_per_token(config.model, v, seq_len)
-    rate = cluster.flops * cluster.mfu * cluster.gpus if cluster.flops else None
+    rate = slowdown = None
+    if best and cluster.flops:
+        slowdown = best.cost * best.setup.sequences / train.global_batch_size
+        rate = cluster.flops * cluster.mfu * cluster.gpus / slowdown
     inner = size.layers * size.matrices if config.optimizer.name == "muon" else 0
     checkpoint = FP32 * (3 * size.total - inner)
     facts: dict[str, Any] = {
         "parameters": size.total,
+        "multiplied_parameters": multiplied(config.model, v),
         "flops_per_token": flops,
         "gpus": cluster.gpus,
         "gpu": cluster.name,
         "nodes": cluster.nodes,
         "memory_a_gpu": cluster.memory,
         "mfu": cluster.mfu,
+        "slowdown": slowdown,
         "tokens_a_step": train.global_batch_size * seq_len,
         "steps": steps,
         "tokens": tokens,
@@ -356,32 +378,35 @@ def told(
     arguments: list[str],
 ) -> list[str]:
     """The plan as lines of at most 100 columns, but for the command and long paths."""
-    keep, hours = config.checkpoint, "not known: give --gpu-tflops"
+    keep = config.checkpoint
+    hours = f"not known: {'give --gpu-tflops' if best else 'nothing fits'}"
     if facts["hours"]:
         hours = (
-            f"{figure(facts['hours'])} h at {cluster.mfu:.0%} MFU (assumed),"
+            f"{figure(facts['hours'])} h at {assumed(facts)},"
             f" {facts['tokens_per_second']:,.0f} tokens/s: {figure(facts['gpu_hours'])} GPU-hours"
         )
     rate = f", {figure(cluster.flops / 1e12)} TFLOP/s" if cluster.flops else ""
     lines = [
         f"model   {figure(facts['parameters'] / 1e6)}M parameters,"
-        f" {figure(facts['flops_per_token'] / 1e9)} GFLOPs a token",
+        f" {figure(facts['flops_per_token'] / 1e9)} GFLOPs a token (6 N + 12 L D T, N"
+        f" {counted(config)})",
         f"GPUs    {cluster.nodes} × {cluster.per_node} {cluster.name}:"
         f" {figure(cluster.memory / 1e9)} GB of each to use{rate}",
         f"run     {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens:"
         f" {figure(facts['tokens'] / 1e9)} billion tokens",
         *(f"data    {line}" for line in facts["epochs"]),
-        f"time    {hours}",
+        *textwrap.wrap(f"time    {hours}", 100, subsequent_indent=" " * 8),
         f"disk    {figure(facts['disk_bytes'] / 1e9)} GB: {figure(facts['checkpoint_bytes'] / 1e9)}"
         f" GB a checkpoint, {keep.keep_last} kept and one being written, {keep.keep_best} best",
         "",
         "GB a GPU at the peak of a step, with micro-batches (number × size) that divide the global",
-        "batch best; most: the largest that fits. * is recommended, - does not fit.",
+        "batch best; most: the largest that fits. * is recommended, - does not fit, ? may not fit:",
+        f"the estimate, which can be wrong by {MEMORY_ERROR:.0%}, is too near to what there is.",
         f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}"
         + "".join(f"{SHORT.get(part, part):>8}" for part in (*PARTS, "total")),
     ]
     for one in found:
-        mark = "*" if one is best else " " if one.fits else "-"
+        mark = "*" if one is best else {FITS: " ", TIGHT: "?", TOO_LARGE: "-"}[one.fit]
         shape = f"{one.setup.micro_batches} × {one.setup.micro_batch}"
         digits = 2 if one.total < 100e9 else 1
         values = (*(one.memory[part] for part in PARTS), one.total)
@@ -393,8 +418,7 @@ def told(
     own = option(config, cluster, strategy, recompute, config.train.micro_batch_size)
     lines += [
         f"CONFIG itself ({strategy}, {recompute}, {own.setup.micro_batches} ×"
-        f" {own.setup.micro_batch}): {own.total / 1e9:,.2f} GB, which"
-        f" {'fits' if own.fits else 'does not fit'}"
+        f" {own.setup.micro_batch}): {own.total / 1e9:,.2f} GB, which {own.fit}"
     ]
     if not best:
         return lines
@@ -403,11 +427,50 @@ def told(
         *lines,
         "",
         *why(config, cluster, found, best),
+        *(line for warning in facts["warnings"] for line in ("", *textwrap.wrap(warning, 100))),
         "",
         command,
         "",
         *request(config, facts),
     ]
+
+
+def counted(config: Config) -> str:
+    """What the N of a token's 6 N operations leaves out."""
+    return f"with{'' if config.model.tie_embeddings else 'out'} the input embedding"
+
+
+def assumed(facts: dict[str, Any]) -> str:
+    """Which MFU the hours mean."""
+    if facts["slowdown"] < 1.005:
+        return f"{facts['mfu']:.0%} MFU (assumed)"
+    reached = facts["mfu"] / facts["slowdown"]
+    return (
+        f"{reached:.0%} MFU ({facts['mfu']:.0%} is assumed, and the recommended settings take"
+        f" {facts['slowdown']:.2f} times as long)"
+    )
+
+
+def warnings(config: Config, cluster: Cluster, facts: dict[str, Any], best: Option) -> list[str]:
+    """What of the plan is unlikely to be meant, or to hold, and what to do."""
+    found, days = [], (facts["hours"] or 0) / 24
+    if days > LONG_DAYS:
+        gpus = math.ceil(days / LONG_DAYS * cluster.nodes) * cluster.per_node
+        enough = gpus <= config.train.global_batch_size  # each GPU trains a sequence or more a step
+        steps = round(facts["steps"] * LONG_DAYS / days)
+        found.append(
+            f"warning: it takes {figure(days)} days on these GPUs. For {LONG_DAYS} days"
+            + (f" take about {gpus:,} of them, or" if enough else "")
+            + f" train on {figure(steps * facts['tokens_a_step'] / 1e9)} billion tokens"
+            f" (train.max_steps={steps}), or train a smaller model."
+        )
+    if best.fit == TIGHT:
+        found.append(
+            f"warning: {best.total / 1e9:,.1f} of {cluster.memory / 1e9:,.1f} GB may not fit: the"
+            f" estimate can be wrong by {MEMORY_ERROR:.0%}. Run a few steps first"
+            " (--train.stop_at_step=5), or take more or larger GPUs."
+        )
+    return found
 
 
 def figure(number: float) -> str:
@@ -430,18 +493,21 @@ def why(config: Config, cluster: Cluster, found: list[Option], best: Option) -> 
         f"It takes {best.total / 1e9:,.1f} of {cluster.memory / 1e9:,.1f} GB, most of it {largest},"
         f" at its peak ({best.moment})."
     )
-    if setup.strategy != "ddp" and not any(
-        one.fits for one in found if one.setup.strategy == "ddp"
+    if setup.strategy != "ddp" and all(
+        one.fit == TOO_LARGE for one in found if one.setup.strategy == "ddp"
     ):
         least = min(one.total for one in found if one.setup.strategy == "ddp")
         reasons.append(f"A whole model a GPU (ddp) would take at least {least / 1e9:,.1f} GB.")
     if setup.recompute != "none":
-        reasons.append("Keeping all activations does not fit, or leaves too few tokens at a time.")
+        reasons.append(
+            "Keeping all activations does not fit for sure, or leaves too few tokens at a time."
+        )
     if cluster.flops and cluster.gpus > 1:
         others = ", ".join(
             f"{one.setup.strategy} {one.setup.recompute} {one.cost:.2f}"
+            + (" (tight)" if one.fit == TIGHT else "")
             for one in found
-            if one.fits
+            if one.fit != TOO_LARGE
         )
         reasons.append(
             f"Reckoned time, 1 where arithmetic hides all communication: {others} (assuming"
@@ -466,9 +532,11 @@ def launch(cluster: Cluster, facts: dict[str, Any], arguments: list[str]) -> str
         return f"torchrun --standalone --nproc_per_node={cluster.gpus} rocket.py {tail}"
     # a run that takes longer than a job comes back by itself (slurm/README.md)
     hours = min(24, math.ceil(1.2 * (facts["hours"] or 24) + 0.5))
+    # sbatch itself does not read the site's account and partition (slurm/site.example.sh)
     return (
-        f"sbatch --nodes={cluster.nodes} --gpus-per-node={cluster.per_node}"
-        f" --time={hours}:00:00 slurm/train.sh {tail}"
+        "(script=train; [ ! -f slurm/site.sh ] || . slurm/site.sh;"
+        f" sbatch --nodes={cluster.nodes} --gpus-per-node={cluster.per_node}"
+        f" --time={hours}:00:00 slurm/train.sh {tail})"
     )
 
 
@@ -477,16 +545,25 @@ def request(config: Config, facts: dict[str, Any]) -> list[str]:
     if not facts["hours"]:
         return []
     nodes = f"{facts['nodes']} node{'s' * (facts['nodes'] > 1)}"
+    share = " (published runs of this kind: 39% to 46%)."
+    if facts["slowdown"] >= 1.005:
+        share = (
+            f": {facts['mfu']:.0%}, which runs reach that recompute nothing (published: 39% to"
+            f" 46%), over {facts['slowdown']:.2f} for recomputation and communication."
+        )
     text = (
         f"We request {figure(facts['gpu_hours'])} GPU-hours ({facts['gpus']} {facts['gpu']} on"
         f" {nodes} for {figure(facts['hours'])} hours) and"
         f" {figure(facts['disk_bytes'] / 1e9)} GB of disk to train a Llama 2 transformer of"
         f" {figure(facts['parameters'] / 1e9)} billion parameters on"
         f" {figure(facts['tokens'] / 1e9)} billion tokens in sequences of {config.data.seq_len}."
-        f" The training takes {facts['total_flops']:.2e} floating-point operations (6 a parameter"
-        f" and token, and attention); the hours assume that it reaches"
-        f" {facts['mfu']:.0%} of the GPUs' dense bfloat16 rate (published runs of this kind: 39% to"
-        " 46%). Evaluation, checkpoints, queueing and repeated runs are not counted."
+        f" The training takes {facts['total_flops']:.2e} floating-point operations: 6 N + 12 L D T"
+        f" a token, where N = {figure(facts['multiplied_parameters'] / 1e9)} billion parameters"
+        f" {counted(config)}, L = {config.model.n_layers} layers, D = {config.model.dim} their"
+        f" width and T = {config.data.seq_len} tokens. The hours assume that it reaches"
+        f" {facts['mfu'] / facts['slowdown']:.0%} of the GPUs' dense bfloat16 rate{share}"
+        " Evaluation, checkpoints, the optimizer's step, queueing and repeated runs are not"
+        " counted."
     )
     return textwrap.wrap(text, 100)
 

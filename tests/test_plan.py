@@ -10,9 +10,12 @@ as torchrun starts, and prints each rank's peak (VmHWM):
     MALLOC_MMAP_THRESHOLD_=1000000 python tests/test_plan.py CONFIG [--section.key=value …]
 """
 
+import dataclasses
 import functools
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -225,11 +228,12 @@ def test_predicted_memory_in_bfloat16_is_that_of_fake_tensors(ranks, recompute, 
     [("llama2_7b", 184_320), ("llama2_13b", 368_640), ("llama2_70b", 1_720_320)],
 )
 def test_gpu_hours_agree_with_those_of_llama_2(name, hours):
-    """Their hours are ours at an MFU of 0.42 to 0.46, which is what runs of this kind reach."""
+    """Their hours are ours at an MFU of 0.42 to 0.46, which is what runs of this kind reach,
+    whatever these recomputed."""
     path = str(ROOT / "config" / f"{name}.toml")
     steps = round(2.0e12 / (1024 * 4096))
     found = facts(path, "--gpus=512", "--gpu=a100-80", "--mfu=0.44", f"--train.max_steps={steps}")
-    assert found["gpu_hours"] == pytest.approx(hours, rel=0.06)
+    assert found["gpu_hours"] / found["slowdown"] == pytest.approx(hours, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +250,7 @@ def test_what_llm_foundry_ran_on_h100_fits(name, gpus, recompute, micro_batch):
     config = configured(name, "--data.seq_len=2048")
     config.train.global_batch_size = gpus * micro_batch
     cluster = plan.read_cluster({f"--gpus={gpus}", "--gpu=h100"})
-    assert plan.option(config, cluster, "fsdp", recompute, micro_batch).fits
+    assert plan.option(config, cluster, "fsdp", recompute, micro_batch).fit == plan.FITS
 
 
 def test_7b_does_not_fit_whole_and_70b_not_in_a_node():
@@ -256,6 +260,7 @@ def test_7b_does_not_fit_whole_and_70b_not_in_a_node():
         state = sum(one["memory"][part] for part in ("weights", "gradients", "optimizer"))
         if one["strategy"] == "ddp":
             assert not one["fits"]
+            assert not one["tight"]
             assert state > 107 * GB
     assert found["strategy"] == "fsdp"
     result = planned(str(ROOT / "config" / "llama2_70b.toml"), "--gpus=8")
@@ -294,12 +299,12 @@ def test_what_is_recommended_fits_and_holds_the_batch(name, gpus, gpu):
     cluster = plan.read_cluster({f"--gpus={gpus}", f"--gpu={gpu}"})
     found = plan.options(config, cluster)
     best = plan.recommended(found)
-    assert best.total <= cluster.memory
+    assert 1.1 * best.total <= cluster.memory
     setup = best.setup
     assert 0 <= setup.sequences - config.train.global_batch_size < gpus
     assert all(sum(m.values()) <= best.total for m in moments(config, setup).values())
     more = plan.option(config, cluster, setup.strategy, setup.recompute, best.largest + 1)
-    assert not more.fits or more.setup.micro_batch == setup.micro_batch or best.largest > 1
+    assert more.fit != plan.FITS or more.setup.micro_batch == setup.micro_batch or best.largest > 1
 
 
 def test_the_plan_is_readable_and_its_command_starts(dataset, tiny_tokenizer, tmp_path):
@@ -320,11 +325,96 @@ def test_the_plan_is_readable_and_its_command_starts(dataset, tiny_tokenizer, tm
 def test_the_job_is_submitted_with_what_was_planned():
     path = str(ROOT / "config" / "llama2_7b.toml")
     result = planned(path, "--gpus=64", "--optimizer.learning_rate=1e-4", "--train.recompute=block")
-    line = next(line for line in result.stdout.splitlines() if line.startswith("sbatch"))
+    line = next(line for line in result.stdout.splitlines() if "sbatch" in line)
     start = f"sbatch --nodes=8 --gpus-per-node=8 --time=24:00:00 slurm/train.sh {path}"
-    assert line.startswith(f"{start} --optimizer.learning_rate=1e-4 --parallel.strategy=")
+    assert f"{start} --optimizer.learning_rate=1e-4 --parallel.strategy=" in line
     assert line.count("--train.recompute=") == 1
     assert "We request 67,865 GPU-hours (64 h100" in result.stdout
+
+
+@pytest.mark.parametrize("site", [True, False])
+def test_the_job_is_submitted_with_the_sites_settings(site, tmp_path):
+    """What is printed is run, with a site.sh or without, where sbatch says what it was told."""
+    bin, slurm = tmp_path / "bin", tmp_path / "slurm"
+    bin.mkdir()
+    slurm.mkdir()
+    sbatch = bin / "sbatch"
+    sbatch.write_text('#!/bin/sh\necho "$SBATCH_ACCOUNT $SBATCH_PARTITION $*"\n')
+    sbatch.chmod(0o755)
+    if site:
+        shutil.copy(ROOT / "slurm" / "site.example.sh", slurm / "site.sh")
+    planned_line = planned(str(ROOT / "config" / "llama2_7b.toml"), "--gpus=8").stdout
+    line = next(line for line in planned_line.splitlines() if "sbatch" in line)
+    environment = {"PATH": f"{bin}:{os.environ['PATH']}"}
+    shell = ["bash", "-euc", line]
+    done = subprocess.run(shell, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"{'my-lab gpu' if site else ' '} --nodes=1 --gpus-per-node=8 ")
+    assert "slurm/train.sh" in done.stdout
+
+
+def test_hours_are_of_what_is_recommended():
+    """7B on 4 A100-40 fits with recomputed blocks alone, a third more work; 53,781 h without."""
+    path = str(ROOT / "config" / "llama2_7b.toml")
+    found = facts(path, "--gpus=4", "--gpu=a100-40")
+    assert found["recompute"] == "block"
+    bare = found["total_flops"] / (4 * 312e12 * 0.4) / 3600
+    assert bare == pytest.approx(53_781, rel=1e-4)
+    assert found["hours"] == pytest.approx(4 / 3 * bare)
+    assert found["gpu_hours"] == pytest.approx(4 * found["hours"])
+    assert found["tokens"] / found["tokens_per_second"] / 3600 == pytest.approx(found["hours"])
+    said = " ".join(planned(path, "--gpus=4", "--gpu=a100-40").stdout.split())
+    assert "71,708 h at 30% MFU (40% is assumed, and the recommended settings take 1.33" in said
+    assert "N without the input embedding" in said
+    assert "N = 6.61 billion parameters without the input embedding" in said
+    assert "N with the input embedding" in planned(str(ROOT / "config" / "llama_110m.toml")).stdout
+    # Where 8 sequences fall to 5 GPUs, each trains 2: a fifth of the work is filler.
+    shape = [str(ROOT / "config" / "llama_1b.toml"), "--train.global_batch_size=8"]
+    even, uneven = (
+        facts(*shape, f"--gpus={n}", f"--gpus-per-node={n}", "--gpu-tflops=1", "--gpu-memory-gb=80")
+        for n in (4, 5)
+    )
+    assert (even["slowdown"], uneven["slowdown"]) == pytest.approx((1, 1.25))
+    assert uneven["gpu_hours"] == pytest.approx(1.25 * even["gpu_hours"])
+
+
+def test_a_plan_for_years_is_warned_of():
+    path = str(ROOT / "config" / "llama2_7b.toml")
+
+    def warned(*arguments):
+        text = " ".join(planned(path, *arguments).stdout.split())
+        return re.findall(r"warning: it takes ([\d,.]+) days .*?For 60 days (.*?) train on", text)
+
+    assert warned("--gpus=4", "--gpu=a100-40") == [("2,988", "take about 200 of them, or")]
+    assert not warned("--gpus=200", "--gpus-per-node=4", "--gpu=a100-40")
+    assert warned("--gpus=128", "--gpus-per-node=4", "--gpu=a100-40")
+    # more than one GPU a sequence of the batch would have nothing to do
+    small = ["--train.global_batch_size=8", "--train.max_steps=64000000"]
+    assert "For 60 days train on " in " ".join(planned(path, "--gpus=4", *small).stdout.split())
+
+
+def test_what_may_not_fit_is_said_and_not_recommended():
+    config = configured("llama2_7b")
+    cluster = plan.read_cluster({"--gpus=8", "--gpu=h100"})
+    total = plan.option(config, cluster, "fsdp", "none", 1).total
+
+    def found(memory):
+        there = dataclasses.replace(cluster, memory=memory)
+        return plan.option(config, there, "fsdp", "none", 1).fit, plan.options(config, there)
+
+    states = [found(share * total)[0] for share in (0.99, 1.01, 1.09, 1.11)]
+    assert states == [plan.TOO_LARGE, plan.TIGHT, plan.TIGHT, plan.FITS]
+    fit, options = found(1.05 * total)
+    best = plan.recommended(options)  # although it takes longer
+    assert (fit, best.fit, best.setup.recompute) == (plan.TIGHT, plan.FITS, "selective")
+    least = plan.option(config, cluster, "fsdp", "block", 1).total
+    assert plan.recommended(found(1.05 * least)[1]).fit == plan.TIGHT  # nothing else is there
+    gb = f"--gpu-memory-gb={1.05 * least / 0.95 / GB}"
+    text = planned(str(ROOT / "config" / "llama2_7b.toml"), "--gpus=8", gb).stdout
+    assert re.search(r"^warning: .* may not fit", text, re.M)
+    own = planned(str(ROOT / "config" / "llama2_13b.toml"), "--gpus=5", "--gpus-per-node=5").stdout
+    assert "GB, which is tight: may not fit" in own
+    assert "? fsdp none " in own
 
 
 def test_epochs_are_counted_over_what_is_prepared(dataset):
