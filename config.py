@@ -19,6 +19,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ PEAK_FLOPS = {
 
 Resume = Literal["free", "consent", "refused"]
 Recompute = Literal["none", "selective", "block"]
+DOCUMENTS = ("auto", "row", "file", "line", "blank_line")  # and two kinds of table
 
 # Trainer options of SentencePiece that `[tokenizer]` passes on as they are. Left out are those that
 # Rocket sets itself (input, output, vocabulary size, the ids of the special pieces).
@@ -160,7 +162,7 @@ class DataConfig:
     )
     document: str | dict = key(
         "auto",
-        'row, file, line, blank_line, {starts = "regex"} or {lines = 200}; auto: by format',
+        f'{", ".join(DOCUMENTS)}, {{starts = "regex"}} or {{lines = 200}}; auto: by format',
         resume="free",
     )
     document_mask: bool = key(False, "attention stays within a document")
@@ -188,15 +190,15 @@ class DataConfig:
         0, "bytes of source a unit of work; 0: by the corpus' size", resume="free", low=0
     )
     workers: int = key(0, "processes that prepare.py uses; 0: one a core", resume="free", low=0)
-    seq_len: int = key(1024, "tokens a training sequence", low=1)
+    seq_len: int = key(1024, "tokens a training sequence, at most model.max_seq_len", low=1)
 
 
 @dataclass
 class ModelConfig:
     dim: int = key(768, "width of the residual stream", low=1)
     n_layers: int = key(12, "transformer blocks", low=1)
-    n_heads: int = key(12, "query heads", low=1)
-    n_kv_heads: int = key(0, "key and value heads; 0: as n_heads", low=0)
+    n_heads: int = key(12, "query heads; dim / n_heads is whole and even", low=1)
+    n_kv_heads: int = key(0, "key and value heads, a divisor of n_heads; 0: as n_heads", low=0)
     ffn_dim: int = key(
         0, "width of the feed-forward; 0: 8/3 dim, rounded up to a multiple of 256", low=0
     )
@@ -251,7 +253,8 @@ class TrainConfig:
     )
     recompute: Recompute = key(
         "none",
-        "activation checkpointing: what the backward pass makes again to save memory",
+        "activation checkpointing: the backward pass makes again all but products and attention"
+        " (selective) or all of a block, to save memory",
         resume="free",
     )
     log_interval: int = key(10, "steps between rows of metrics.jsonl", resume="free", low=1)
@@ -302,9 +305,9 @@ class OptimizerConfig:
     decay_fraction: float = key(
         0.2, "wsd: share of the run spent on the decay", resume="consent", low=0
     )
-    momentum: float = key(0.95, "muon: decay of the momentum", resume="consent", low=0)
-    beta1: float = key(0.9, "decay of the first moment", resume="consent", low=0)
-    beta2: float = key(0.95, "decay of the second moment", resume="consent", low=0)
+    momentum: float = key(0.95, "muon: decay of the momentum, below 1", resume="consent", low=0)
+    beta1: float = key(0.9, "decay of the first moment, below 1", resume="consent", low=0)
+    beta2: float = key(0.95, "decay of the second moment, below 1", resume="consent", low=0)
     eps: float = key(1e-8, "epsilon of AdamW", resume="consent", low=0)
     weight_decay: float = key(0.1, "decay of matrices (never of norms)", resume="consent", low=0)
     grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", resume="consent", low=0)
@@ -564,14 +567,14 @@ def _check_relations(config: Config) -> None:
 
 
 def _check_document(rule: str | dict) -> None:
-    if rule in ("auto", "row", "file", "line", "blank_line"):
+    if rule in DOCUMENTS:
         return
     if isinstance(rule, dict) and len(rule) == 1:
         starts, lines = rule.get("starts"), rule.get("lines")
         if isinstance(starts, str) or (type(lines) is int and lines > 0):
             return
     raise ConfigError(
-        'data.document is auto, row, file, line, blank_line, {starts = "regex"} or {lines = 200},'
+        f'data.document is {", ".join(DOCUMENTS)}, {{starts = "regex"}} or {{lines = 200}},'
         f" not {rule!r}"
     )
 
@@ -795,21 +798,26 @@ def _help(usage: str, sections: tuple[str, ...], flags: dict[str, str]) -> str:
         lines += ["", f"[{section}]"]
         for name, default, help, _ in describe(section):
             lines.append(f"  --{section}.{name}={default}\n      {help}")
+        if section == "tokenizer":
+            options = "and options of SentencePiece's trainer: " + ", ".join(SENTENCEPIECE_OPTIONS)
+            lines += textwrap.wrap(options, 100, initial_indent="  ", subsequent_indent=" " * 6)
     return "\n".join(lines)
 
 
 def describe(section: str) -> list[tuple[str, str, str, str]]:
-    """(key, default as TOML, meaning, rule on resume) of a section, in order."""
-    return [
-        (
-            f.name,
-            _toml_value(getattr(getattr(Config(), section), f.name)),
-            f.metadata["help"],
-            f.metadata["resume"],
-        )
-        for f in dataclasses.fields(getattr(Config(), section))
-        if f.name != "options"
-    ]
+    """(key, default as TOML, meaning with all words that are allowed, rule on resume) of a section,
+    in order."""
+    defaults = getattr(Config(), section)
+    hints, found = typing.get_type_hints(type(defaults)), []
+    for f in dataclasses.fields(defaults):
+        if f.name == "options":
+            continue
+        meaning = f.metadata["help"]
+        if typing.get_origin(hints[f.name]) is Literal:
+            meaning += f"; one of {', '.join(typing.get_args(hints[f.name]))}"
+        default = _toml_value(getattr(defaults, f.name))
+        found.append((f.name, default, meaning, f.metadata["resume"]))
+    return found
 
 
 def markdown_table() -> str:

@@ -29,17 +29,6 @@ from config import (
 )
 from memory import FP32, PARTS, Memory, Setup, flops_per_token, multiplied, peak, sizes
 
-FLAGS = {
-    "--gpus=8": "GPUs of the job",
-    "--gpu=h100": "their kind: h100, h200, a100-40, a100-80, …; cpu: this machine's ranks",
-    "--gpus-per-node=8": "GPUs of a node",
-    "--nodes=N": "nodes, instead of --gpus",
-    "--gpu-memory-gb=GB": "memory of a GPU (10^9 bytes), where the table is wrong",
-    "--gpu-tflops=TFLOPS": "dense bfloat16 TFLOP/s of a GPU, where the table is wrong",
-    "--mfu=0.4": "share of that which training reaches with nothing recomputed; published runs:"
-    " 0.39 to 0.46 (H100)",
-    "--json": "the figures as JSON",
-}
 # Memory in GiB (what nvidia-smi shows is a little less), and the name in PEAK_FLOPS.
 GPUS = {
     "h200": (141e9, "H200"),
@@ -51,6 +40,17 @@ GPUS = {
     "a10": (24e9, "A10"),
     "a10g": (24e9, "A10G"),
     "rtx4090": (24e9, "RTX 4090"),
+}
+FLAGS = {
+    "--gpus=8": "GPUs of the job",
+    "--gpu=h100": f"their kind: {', '.join(GPUS)}; cpu: this machine's ranks",
+    "--gpus-per-node=8": "GPUs of a node",
+    "--nodes=N": "nodes, instead of --gpus",
+    "--gpu-memory-gb=GB": "memory of a GPU (10^9 bytes), where the table is wrong",
+    "--gpu-tflops=TFLOPS": "dense bfloat16 TFLOP/s of a GPU, where the table is wrong",
+    "--mfu=0.4": "share of that which training reaches with nothing recomputed; published runs:"
+    " 0.39 to 0.46 (H100)",
+    "--json": "the figures as JSON",
 }
 # Published for H100: llm-foundry 0.40 to 0.46 (7B, 13B), torchtitan 0.39 (8B); docs/planning.md.
 DEFAULT_MFU = 0.4
