@@ -14,6 +14,7 @@ import difflib
 import errno
 import glob
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -362,6 +363,13 @@ class LogConfig:
         "write TensorBoard's event files too, to tensorboard/ of the run directory",
         resume="free",
     )
+    wandb: bool = key(
+        False,
+        "keep a Weights & Biases run too, in wandb/ of the run directory; offline unless"
+        " WANDB_MODE=online",
+        resume="free",
+    )
+    wandb_project: str = key("", "its project; empty: $WANDB_PROJECT, else rocket", resume="free")
 
 
 @dataclass
@@ -759,6 +767,12 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name, such as wandb/, is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
 
 
 def available_cores() -> int:

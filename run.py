@@ -7,7 +7,6 @@ lies after it, so that each step stands in the files once.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -45,6 +44,7 @@ from config import (
     changes,
     dump_toml,
     file_sha256,
+    installed,
     read_toml,
     resolve_path,
     tell,
@@ -100,11 +100,11 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
             "train.init_from=resume: resuming is automatic, run the same command again;"
             " init_from takes another run or checkpoint to start a new run from"
         )
-    if config.log.tensorboard and not importlib.util.find_spec("tensorboard"):
-        raise UserError(
-            "log.tensorboard: the package tensorboard is missing:"
-            " pip install 'rocket-llama[tensorboard]'"
-        )
+    for name in ("tensorboard", "wandb"):
+        if getattr(config.log, name) and not installed(name):
+            raise UserError(
+                f"log.{name}: the package {name} is missing: pip install 'rocket-llama[{name}]'"
+            )
     tokenizer = configured_tokenizer(config.tokenizer)
     weights = mixture_weights(config.data)
     manifests = {name: read_manifest(resolve_path(name), tokenizer.sha256) for name in weights}
@@ -489,6 +489,7 @@ class RunLog:
         self.files: dict[str, Any] = {}
         self.rows: Counter[str] = Counter()  # that each file has
         self.boards: dict[str, Any] = {}  # TensorBoard's writers, by what their rows are of
+        self.tracker: subprocess.Popen | None = None  # follows the rows for Weights & Biases
         self.reporter = ThreadPoolExecutor(1, "report")  # exiting Python waits for its last report
         self.next_report: Future[None] = Future()
         self.bar = tqdm(disable=True)
@@ -520,6 +521,8 @@ class RunLog:
                 for kind, first in (("train", step + 1), ("val", step + evaluated)):
                     folder = str(self.directory / "tensorboard" / kind)
                     self.boards[kind] = SummaryWriter(folder, purge_step=first)
+            if self.config.wandb:
+                self._track()
 
     def job_row(self, step: int, about: dict[str, Any]) -> None:
         """Writes the row of the job that begins at a step, with what else is known about it."""
@@ -581,6 +584,11 @@ class RunLog:
             f"step {step}/{self.max_steps} | val loss {{val_loss:.4f}} | perplexity"
             " {val_perplexity:.2f} | {val_bits_per_byte:.4f} bits/byte".format(**scores)
         )
+        if len(losses := scores.get("val_losses", {})) > 1:  # of a mixture
+            names = [Path(name).name for name in losses]
+            names = names if len({*names}) == len(names) else [*losses]
+            told = (f"{n} {loss:.4f}" for n, loss in zip(names, losses.values(), strict=True))
+            self.say(f"  val loss of each dataset: {', '.join(told)}")
 
     def _place(self, step: int) -> dict[str, Any]:
         return {"step": step, "tokens": step * self.tokens_a_step, "hours": self.hours}
@@ -598,6 +606,15 @@ class RunLog:
             numbers = {name: value for name, value in row.items() if isinstance(value, float)}
             for name, value in numbers.items():
                 self.boards[kind].add_scalar(name.removeprefix("val_"), value, step)
+
+    def _track(self) -> None:
+        """Has Weights & Biases fed by a process beside training, which can't hold it up or end it;
+        its standard input ends with this process, and signals to this one are not for it."""
+        command = [sys.executable, str(CODE / "track.py"), str(self.directory), "--follow"]
+        try:
+            self.tracker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+        except OSError as error:
+            self.say(f"no W&B run: {error}")
 
     def report(self) -> None:
         """Has report.html written by a process of low priority beside training, one at a time."""
@@ -694,6 +711,9 @@ class RunLog:
         self.bar.close()
         for file in (*self.files.values(), *self.boards.values()):
             file.close()
+        if self.tracker:
+            self.tracker.stdin.close()
+            self.tracker.wait()
 
 
 def finite(number: float) -> float | None:

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from config import (
     build_config,
     changes,
     dump_toml,
+    installed,
     load_config,
     markdown_table,
     read_toml,
@@ -207,6 +209,43 @@ def test_every_key_is_described():
     for section in dataclasses.fields(build_config({})):
         for key in dataclasses.fields(getattr(build_config({}), section.name)):
             assert key.metadata["help"], key.name
+
+
+def test_every_word_that_is_allowed_is_in_help_and_readme():
+    """As the refusal of another word lists them, wherever that is checked."""
+    command = [sys.executable, str(ROOT / "rocket.py"), "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    readme, found = (ROOT / "README.md").read_text(), []
+    for section in dataclasses.fields(build_config({})):
+        for key in dataclasses.fields(getattr(build_config({}), section.name)):
+            path = f"{section.name}.{key.name}"
+            try:
+                build_config({section.name: {key.name: "no such word"}})
+            except ConfigError as error:
+                allowed = (
+                    str(error).removeprefix(f"{path} is ").removesuffix(", not 'no such word'")
+                )
+            else:
+                continue
+            if re.match("an? |true or|unknown", allowed):  # numbers, lists, tables, no key
+                continue
+            found.append(path)
+            help = told.partition(f"--{path}=")[2].split("\n")[1]
+            row = readme.partition(f"| `{path}` | ")[2].split("\n")[0]
+            for word in allowed.removeprefix("one of ").replace(" or ", ", ").split(", "):
+                alone = rf"(?<!\w){re.escape(word)}(?!\w)"
+                assert re.search(alone, help), (path, word)
+                assert re.search(alone, row), (path, word)
+    assert {"train.recompute", "train.dtype", "parallel.strategy", "data.document"} <= {*found}
+    assert "byte_fallback, character_coverage," in " ".join(told.split())
+
+
+def test_a_folder_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "wandb_of_somebody").mkdir()  # as W&B leaves in the working directory
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not installed("wandb_of_somebody")
+    assert installed("json")
+    assert not installed("no_such_package")
 
 
 def test_a_full_disk_is_one_line():

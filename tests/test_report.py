@@ -1,17 +1,21 @@
 """Protects what people see of runs: pages that hold all there is, show every spike, execute nothing
 that a run's files say, and are read from whatever a job left behind. Chromium opens the pages."""
 
+import contextlib
 import csv
 import html
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tracemalloc
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from training import ENVIRONMENT, ROOT, overrides, rocket, rows, started, status, until
@@ -424,12 +428,122 @@ def test_tensorboard_has_each_step_once(dataset, tiny_tokenizer, tmp_path):
     assert len(list((out / "tensorboard" / "train").iterdir())) == 2
 
 
-def test_a_missing_tensorboard_is_told_before_training(tmp_path, monkeypatch):
-    config = build_config({"log": {"tensorboard": True}})
-    assert LogConfig().tensorboard is False
-    monkeypatch.setitem(sys.modules, "tensorboard", None)  # as if it were not installed
-    with pytest.raises(UserError, match=r"pip install 'rocket-llama\[tensorboard\]'"):
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_told_before_training(package, tmp_path, monkeypatch):
+    config = build_config({"log": {package: True}})
+    assert getattr(LogConfig(), package) is False
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    with pytest.raises(UserError, match=rf"pip install 'rocket-llama\[{package}\]'"):
         check_inputs(tmp_path / "run", config, False)
+
+
+# ---- Weights & Biases, the real package, offline
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    pytest.importorskip("wandb", reason="the package wandb is not installed")
+    monkeypatch.delitem(ENVIRONMENT, "WANDB_MODE", raising=False)
+
+
+def recorded(out):
+    """The id of the only W&B run in a run directory, and its records, read by W&B's own program."""
+    (path,) = (out / "wandb").glob("offline-run-*/*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return path.stem.removeprefix("run-"), [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def history(records):
+    return [record["history"]["item"] for record in records if record["type"] == "history"]
+
+
+def follower(out):
+    """The processes that hand a run's rows over: track.py and what it has started."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has just ended
+            words = path.read_text().split("\0")
+            if str(out) in words and words[1].endswith("track.py"):
+                pid = path.parent.name
+                return [pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def test_wandb_has_one_run_and_each_step_once(dataset, tiny_tokenizer, tmp_path, offline):
+    """Over two jobs, of which the second does ten steps again, on more ranks."""
+    out = tmp_path / "run"
+    arguments = overrides(dataset, tiny_tokenizer, out, log__wandb="true", log__wandb_project="lab")
+    identities = []
+    for ranks in (1, 2):
+        done = rocket(arguments, ranks)
+        assert done.returncode == 0, done.stderr
+        identity, records = recorded(out)
+        identities.append(identity)
+        assert f"wandb sync {out}/wandb/offline-run-*-{identity}" in done.stdout
+        assert done.stdout.count("W&B run") == 1
+        expected = [(row["step"], row["loss"]) for row in rows(out) if "loss" in row]
+        logged = [(row["_step"], row["loss"]) for row in history(records)]
+        assert logged == [(step, pytest.approx(loss)) for step, loss in expected]
+        expected = [(row["step"], row["val_loss"]) for row in rows(out) if "val_loss" in row]
+        logged = [(row["_step"], row["val_loss"]) for row in history(records) if "val_loss" in row]
+        assert logged == [(step, pytest.approx(loss)) for step, loss in expected]
+        shutil.rmtree(out / "checkpoints" / "step_00000020")  # steps 11 to 20 are done again
+    assert len(set(identities)) == 1
+    (run,) = (record["run"] for record in records if record["type"] == "run")
+    assert (run["project"], run["display_name"]) == ("lab", "run")
+    assert run["config"]["update"]["model"]["dim"] == 32
+    assert not run.get("resume")  # `wandb sync` would add all rows to what it had sent before
+    assert program("--help").returncode == 0
+    again = [sys.executable, str(ROOT / "track.py"), str(out)]
+    done = subprocess.run(again, capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    identity, records = recorded(out)
+    assert identity == identities[0]
+    assert [row["_step"] for row in history(records)] == list(range(1, 21))
+
+
+def test_wandb_outlives_no_run(dataset, tiny_tokenizer, tmp_path, offline):
+    """What is killed leaves its rows with W&B and no process behind."""
+    out = tmp_path / "run"
+    endless = {"train__max_steps": 1_000_000, "train__eval_interval": 0, "log__wandb": "true"}
+    with started(overrides(dataset, tiny_tokenizer, out, **endless)) as launched:
+        until(lambda: "W&B run" in launched.said())
+        processes = follower(out)
+        assert len(processes) == 2
+        os.kill(launched.pid, signal.SIGKILL)
+        launched.wait()
+        until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))
+    whole = [line for line in (out / "metrics.jsonl").read_text().splitlines() if line[-1] == "}"]
+    _, records = recorded(out)
+    assert [row["_step"] for row in history(records)] == list(range(1, len(whole) + 1))
+
+
+def test_a_wandb_that_fails_is_told_and_training_goes_on(
+    dataset, tiny_tokenizer, tmp_path, offline
+):
+    """It can't begin; it is killed halfway, and TERM is for training alone."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "wandb").touch()
+    done = rocket(overrides(dataset, tiny_tokenizer, out, log__wandb="true"))
+    assert (done.returncode, status(out)["state"]) == (0, "finished")
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("track.py: error: W&B: FileExistsError: ")
+    out = tmp_path / "other"
+    endless = {"train__max_steps": 1_000_000, "train__eval_interval": 0, "log__wandb": "true"}
+    with started(overrides(dataset, tiny_tokenizer, out, **endless)) as launched:
+        until(lambda: "W&B run" in launched.said())
+        mine, core = map(int, follower(out))
+        os.kill(mine, signal.SIGTERM)
+        os.kill(core, signal.SIGKILL)
+        until(lambda: "track.py: error: W&B: " in launched.said())
+        step = rows(out)[-1]["step"]
+        until(lambda: rows(out)[-1]["step"] > step)
+        os.kill(launched.pid, signal.SIGTERM)
+        assert launched.wait() == 0
+        assert "Traceback" not in launched.said()
+    assert status(out)["reason"] == "signal"
+    assert not follower(out)
 
 
 # ---- in a browser

@@ -605,6 +605,8 @@ def test_a_mixture_with_a_document_mask(run, dataset, tmp_path):
     assert last["epochs"][str(talk)] == 1.0
     of_text, of_talk = (last["val_losses"][str(name)] for name in (dataset, talk))
     assert last["val_loss"] == pytest.approx(0.7 * of_text + 0.3 * of_talk)
+    told = f"val loss of each dataset: {dataset.name} {of_text:.4f}, talk {of_talk:.4f}"
+    assert told in one.stdout
 
     bad_steps = (tmp_path / "sparse" / "bad_steps.jsonl").read_text()
     skipped = [json.loads(line) for line in bad_steps.splitlines()]
