@@ -231,7 +231,7 @@ def test_every_word_that_is_allowed_is_in_help_and_readme():
                 continue
             found.append(path)
             help = told.partition(f"--{path}=")[2].split("\n")[1]
-            row = readme.partition(f"| `{path}` | ")[2].split("\n")[0]
+            row = readme.rpartition(f"| `{path}` | ")[2].split("\n")[0]
             for word in allowed.removeprefix("one of ").replace(" or ", ", ").split(", "):
                 alone = rf"(?<!\w){re.escape(word)}(?!\w)"
                 assert re.search(alone, help), (path, word)
