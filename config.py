@@ -107,7 +107,9 @@ class TokenizerConfig:
     path: str = key(
         "data/tokenizer.model", "SentencePiece model, written by train_tokenizer.py", resume="free"
     )
-    vocab_size: int = key(32_000, "pieces, at most 65,536", low=2)
+    vocab_size: int = key(
+        32_000, "pieces, at most 65,536; five are for conversations (<|user|>, …)", low=2
+    )
     sample_bytes: int = key(
         100_000_000,
         "bytes of training text to learn from; about 17 bytes of memory each",
@@ -266,7 +268,10 @@ class TrainConfig:
         512, "sequences an evaluation, spread evenly; 0: the whole split", resume="free", low=0
     )
     sample_prompts: int = key(
-        4, "validation prompts whose predictions samples.jsonl keeps", resume="free", low=0
+        4,
+        "validation prompts whose predictions samples.jsonl keeps, and a continuation; 0: nothing",
+        resume="free",
+        low=0,
     )
     max_attempts: int = key(
         3,

@@ -58,6 +58,11 @@ def text(value: Any, limit: int = 400) -> str:
     return html.escape(shown)
 
 
+def date(value: Any) -> str:
+    """A date of any form, which no narrow screen breaks in the middle."""
+    return f"<time>{text(value, 40)}</time>"
+
+
 def ticks(low: float, high: float, log: bool) -> list[float]:
     """Round numbers from low to high, about five."""
     if log:
@@ -308,6 +313,7 @@ dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(142px,1fr));gap:8p
 dl div{background:var(--card);border:1px solid var(--line);border-radius:6px;padding:7px 10px}
 dt{color:var(--soft);font-size:.8em}dd{margin:0;font-size:1.15em;overflow-wrap:anywhere}
 small{font-size:.7em;margin-left:.4em}
+time{white-space:nowrap}h3{font-size:1em;margin:1.2em 0 .3em}
 .against{margin-right:8px}input{margin:0 4px 0 0}label{margin-right:14px}
 .marks span{margin-right:14px;white-space:nowrap}i{font-style:normal;font-weight:bold}
 i.restart{color:var(--s3)}i.skipped,.warning{color:var(--warn)}

@@ -28,11 +28,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from config import UserError, build_config, existing_path, read_toml, run_program, tables
-from page import Line, Point, axis_switch, duration, figure, short, swatch, table, text, whole_page
+from page import (
+    Line,
+    Point,
+    axis_switch,
+    date,
+    duration,
+    figure,
+    short,
+    swatch,
+    table,
+    text,
+    whole_page,
+)
 
 STRETCHES = 600  # of a curve; each keeps two points
 ALL_STRETCHES = 2_500  # of all curves of one panel, when runs are compared
-SAMPLES, SAMPLE_STEPS, EXCERPT = 6, 12, 600  # prompts, evaluations of them, characters of each text
+SAMPLES, SAMPLE_STEPS, EXCERPT = 7, 12, 600  # prompts, evaluations of them, characters of each text
 LISTED = 50  # jobs and skipped steps
 NAMED = 8  # more curves than these are labelled by number
 Json = dict[str, Any]
@@ -51,7 +63,7 @@ PANELS = (
     Panel("Loss", "nats per token", {"loss": "training", "val_loss": "validation"}, False),
     Panel("Validation", "bits per byte", {"val_bits_per_byte": "validation"}, False),
     Panel("Learning rate", "", {"learning_rate": "learning rate"}, True),
-    Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}, False),
+    Panel("Gradient norm", "before clipping", {"grad_norm": "gradient norm"}, True),
     Panel("Throughput", "tokens per second", {"tokens_per_second": "tokens per second"}, True),
     Panel("Peak memory", "GB of rank 0", {"memory_gb": "memory"}, True),
     Panel("MFU", "share of the peak FLOP/s", {"mfu": "MFU"}, True),
@@ -275,9 +287,9 @@ def state(run: Run) -> str:
 def report(run: Run) -> bytes:
     """The page of one run."""
     factor, unit = duration(run.hours)
-    where = f"{run.path}, {run.status.get('state', 'state unknown')} {run.status.get('time', '')}"
+    where = text(f"{run.path}, {run.status.get('state', 'state unknown')}")
+    where += f" {date(run.status.get('time', ''))}"
     best, gpu = run.best, run.gpu_hours
-    on_cpu = run.about("device") == "cpu"
     last = number(run.about("max_steps"))
     losses = run.curves["loss"].points()
     at_best = f"<small>at step {short(number(best.get('step')))}</small>" if best else ""
@@ -290,7 +302,7 @@ def report(run: Run) -> bytes:
         "Training loss": short(losses[-1][3] if losses else None) + "<small>last row</small>",
         "Parameters": short(number(run.about("parameters"))),
         "Time": f"{short(run.hours * factor, 3)}<small>{unit}</small>",
-        "Rank-hours (CPU)" if on_cpu else "GPU-hours": short(gpu, 3)
+        hours_name([run]): short(gpu, 3)
         + (f"<small>{run.about('ranks')} × {text(run.about('device'))}</small>" if gpu else ""),
         "Jobs": str(run.started or "–"),
         "Skipped steps": f"{run.reasons.total():,}",
@@ -312,7 +324,7 @@ def report(run: Run) -> bytes:
     charts = "".join(figures) or "<p>There are no rows yet.</p>"
     return whole_page(
         f"{run.name}: report",
-        f"<header><h1>{text(run.name)}</h1><p>{text(where)}</p></header>{warnings([run])}"
+        f"<header><h1>{text(run.name)}</h1><p>{where}</p></header>{warnings([run])}"
         f'<dl>{cards}</dl>{axis_switch()}<span class="marks">{keys}</span>'
         f'<div class="charts">{charts}</div>'
         + samples_part(run)
@@ -333,32 +345,57 @@ def warnings(runs: list[Run]) -> str:
 
 
 def written() -> str:
-    return f"<footer>Written by report.py, {time.strftime('%Y-%m-%d %H:%M:%S %z')}</footer>"
+    now = date(time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    return f"<footer>Written by report.py, {now}</footer>"
+
+
+def hours_name(runs: list[Run]) -> str:
+    """What hours × ranks are called, by the devices of the runs."""
+    devices = {run.about("device") for run in runs if run.jobs}
+    if "cpu" not in devices:
+        return "GPU-hours"
+    return "Rank-hours" if len(devices) > 1 else "CPU rank-hours"
 
 
 def samples_part(run: Run) -> str:
-    """What the model predicted for the same prompts over time."""
+    """What the model wrote and predicted for the same prompts over time."""
     groups = run.samples.items()
     if not groups:
         return ""
-    parts = []
-    for index in range(max(len(rows) for _, rows in groups)):
-        told = [(step, rows[index]) for step, rows in groups if index < len(rows)]
+    parts = "<section><h2>Samples over time</h2>"
+    if run.samples.count > len(groups):
+        parts += f"<p>{len(groups)} of {run.samples.count} evaluations are shown.</p>"
+    if written := over_time(groups, "continuation"):
+        parts += (
+            "<h3>What the model writes</h3><p>It goes on from the prompt by itself, a token at a"
+            f" time, drawn with the same luck at each evaluation.</p>{written}"
+        )
+    return (
+        f"{parts}<h3>Its next token at each place</h3><p>One-step predictions, which are not a text"
+        " that it writes: at each place the model saw the true text up to there, and the one token"
+        " stands here that it held likeliest to come next. Read in a row even a good model's make"
+        f" nonsense where it was not right.</p>{over_time(groups, 'prediction')}</section>"
+    )
+
+
+def over_time(groups: list[tuple[float, list[Json]]], kind: str) -> str:
+    """The rows of a kind for each prompt, by step; groups are (step, all its rows)."""
+    kept = [(step, [row for row in rows if kind in row]) for step, rows in groups]
+    parts = ""
+    for index in range(max(len(rows) for _, rows in kept)):
+        told = [(step, rows[index]) for step, rows in kept if index < len(rows)]
         last = told[-1][1]
         rows = [
-            (f"step {step:,.0f}", f"<pre>{text(row.get('prediction', ''), EXCERPT)}</pre>")
-            for step, row in told
+            (f"step {step:,.0f}", f"<pre>{text(row[kind], EXCERPT)}</pre>") for step, row in told
         ]
-        rows.append(("truth", f"<pre>{text(last.get('truth', ''), EXCERPT)}</pre>"))
-        parts.append(
+        if "truth" in last:
+            rows.append(("truth", f"<pre>{text(last['truth'], EXCERPT)}</pre>"))
+        parts += (
             f"<details{' open' * (index == 0)}><summary>Prompt {index + 1}</summary>"
             f"<pre>{text(last.get('prompt', ''), EXCERPT)}</pre>"
-            f"{table(('after', 'predicted'), rows, f'Predictions {index + 1}')}</details>"
+            f"{table(('after', kind), rows, f'{kind} {index + 1}')}</details>"
         )
-    note = "Each token is predicted from the true ones before it."
-    if run.samples.count > len(groups):
-        note += f" {len(groups)} of {run.samples.count} evaluations are shown."
-    return f"<section><h2>Samples over time</h2><p>{note}</p>{''.join(parts)}</section>"
+    return parts
 
 
 def jobs_part(run: Run) -> str:
@@ -367,7 +404,11 @@ def jobs_part(run: Run) -> str:
     if run.jobs:
         keys = ("time", "host", "job_id", "ranks", "device", "commit")
         rows = (
-            (f"{job['step']:,.0f}", *(text(job.get(key) or "–", 40) for key in keys))
+            (
+                f"{job['step']:,.0f}",
+                date(job.get("time") or "–"),
+                *(text(job.get(key) or "–", 40) for key in keys[1:]),
+            )
             for job in run.jobs[-LISTED:]
         )
         lost = run.started - len(run.jobs)
@@ -450,13 +491,14 @@ def comparison(runs: list[Run]) -> bytes:
                 short(number(run.best.get("val_bits_per_byte"))),
                 short(run.tokens),
                 short(run.hours, 3),
-                short(run.gpu_hours, 3) + " (CPU)" * (run.about("device") == "cpu"),
+                short(run.gpu_hours, 3),
                 f"{run.step:,.0f}",
                 text(state(run)),
                 *(text(run.config[key]) if key in run.config else "–" for key in keys),
             )
         )
-    head = ["run", "best validation loss", "bits per byte", "tokens", "hours", "GPU-hours", "step"]
+    spent = hours_name(runs)
+    head = ["run", "best validation loss", "bits per byte", "tokens", "hours", spent, "step"]
     head = [*head, "status", *(f"<code>{text(key)}</code>" for key in keys)]
     figures = []
     for panel in COMPARED:
@@ -470,7 +512,7 @@ def comparison(runs: list[Run]) -> bytes:
     return whole_page(
         f"{len(runs)} runs compared",
         f"<header><h1>{len(runs)} runs compared</h1></header>{warnings(runs)}"
-        f"{table(head, rows, 'Runs')}<p>★ lowest. GPU-hours: hours × ranks, for the steps that"
+        f"{table(head, rows, 'Runs')}<p>★ lowest. {spent}: hours × ranks, for the steps that"
         f" count; – where the run has no jobs.jsonl.</p>{seeds_part(runs, keys)}"
         f"<h2>Curves</h2>{axis_switch()}"
         f'<div class="charts">{charts}</div>{written()}',

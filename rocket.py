@@ -85,6 +85,7 @@ from run import DataCheck, Inputs, RunLog, check_inputs, finite, open_run, prefl
 from tokenizer import Tokenizer
 
 NORM_DECAY, NORM_STEPS = 0.98, 20  # of the running mean of gradient norms; steps until it counts
+WRITTEN_TOKENS, WRITTEN_TEMPERATURE = 48, 0.8  # of the text that a model writes by itself
 
 
 @dataclass
@@ -546,7 +547,8 @@ def evaluate(run: Run, model: nn.Module, step: int) -> dict[str, Any] | None:
 
 @torch.no_grad()
 def predict(run: Run, model: nn.Module) -> list[dict[str, str]]:
-    """What the model predicts at each trained token of the second half of a few fixed windows.
+    """What the model writes by itself, and what it predicts at each trained token of the second
+    half of a few fixed windows.
 
     Forward passes that see the true tokens before each: as cheap sharded as whole, since every rank
     takes part in them alike. They have the shape of training's, which is compiled.
@@ -562,16 +564,49 @@ def predict(run: Run, model: nn.Module) -> list[dict[str, str]]:
         with autocast(model, world):
             logits = model(batch.tokens, documents=batch.documents, only=slice(len(asked)))
         found += zip(*batch[:2], logits.argmax(dim=-1), strict=False)  # without the fillers
+    written = write_on(run, model)
     if world.rank != 0:
         return []
-    decode = Tokenizer(resolve_path(config.train.out_dir) / "tokenizer.model").decode
-    half, rows = data.seq_len // 2, []
+    tokenizer = Tokenizer(resolve_path(config.train.out_dir) / "tokenizer.model")
+    decode, half, rows = tokenizer.decode, data.seq_len // 2, []
+    if written:
+        prompt, ids = written
+        ids = ids[: (*ids, tokenizer.eos_id).index(tokenizer.eos_id)]
+        rows.append({"prompt": decode(prompt), "continuation": decode(ids)})
     for prompt, truth, guess in found:
         asked = truth != IGNORE
         asked[:half] = False
         parts = {"prompt": prompt[: half + 1], "prediction": guess[asked], "truth": truth[asked]}
         rows.append({name: decode(ids.tolist()) for name, ids in parts.items()})
     return rows
+
+
+@torch.no_grad()
+def write_on(run: Run, model: nn.Module) -> tuple[list[int], list[int]] | None:
+    """The beginning of a fixed window, of a conversation its prompt, and what the model writes
+    behind it, token by token, with the same luck each time. None if the ranks agreed to stop.
+
+    A forward pass of one short sequence for each token, on every rank alike. Its shape is not
+    training's, so it is not compiled.
+    """
+    data, world = run.val_data, run.world
+    tokens, targets = data.batch(np.zeros(1, dtype=np.int64))
+    prompted = int((targets[0] != IGNORE).int().argmax())  # before the first token that is trained
+    length = max(1, min(prompted + 1 if prompted else WRITTEN_TOKENS, data.seq_len // 2))
+    end = min(length + WRITTEN_TOKENS, data.seq_len)
+    luck = torch.empty(end, run.inputs.vocab_size)  # to draw is to take the largest, once added
+    luck = luck.exponential_(generator=torch.Generator().manual_seed(0)).log_().neg_()
+    tokens, luck = tokens[:, :end].to(world.device), luck.to(world.device)
+    lagged: Lagged[None] = Lagged(run.lookout.while_waiting)
+    for place in range(length, end):
+        with torch.compiler.set_stance("force_eager"), autocast(model, world):
+            logits = model(tokens, only=(0, slice(place - 1, place)))
+        tokens[0, place] = (logits[0] / WRITTEN_TEMPERATURE + luck[place]).argmax()
+        for _, votes, _ in lagged.push(None, world.sum(cast_votes(run))):
+            if stop_reason(run, Votes(*votes)):
+                return None
+    ids = tokens[0].tolist()
+    return ids[:length], ids[length:]
 
 
 class Batch(NamedTuple):

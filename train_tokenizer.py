@@ -11,8 +11,13 @@ from config import check_command_line
 USAGE = """python train_tokenizer.py [CONFIG] [--section.key=value ...] [--force]
 
 Learns a SentencePiece model from the training split of data.sources, proves that it gives text
-back as it was, and writes it to tokenizer.path. With --add-pieces it learns nothing, but writes the
-tokenizer at tokenizer.path with more control pieces to --output."""
+back as it was, and writes it to tokenizer.path. Beside <unk>, <s> and </s> it holds control pieces
+for conversations, so that a model of text can be fine-tuned on them later: <pad>, <|system|>,
+<|user|>, <|assistant|> and <|end|>. data.template puts them into tokens; no text does, even one
+that spells them out. tokenizer.control_symbols names others, or none.
+
+With --add-pieces it learns nothing, but writes the tokenizer at tokenizer.path with more control
+pieces to --output."""
 
 FLAGS = {
     "--force": "overwrite what exists, although datasets and models may have been built on it",
@@ -147,6 +152,8 @@ def train_and_write(path: Path, config: Config) -> None:
         f" {'held-out' if held_out.size else 'training'} text, round trip exact,"
         f" {time.perf_counter() - start:.0f} s"
     )
+    control = filter(processor.is_control, range(processor.vocab_size()))
+    print(f"control pieces, which no text gives: {' '.join(map(processor.id_to_piece, control))}")
 
 
 class Sample:

@@ -66,7 +66,9 @@ def make_run(path, steps=100, val_losses=(5.0, 3.0, 2.0), **config):
     write_rows(path / "jobs.jsonl", [job_row(0)])
     (path / "status.json").write_text('{"state": "finished", "reason": null, "step": 100}')
     sample = {"prompt": "def f(", "prediction": "self):", "truth": "x):"}
-    write_rows(path / "samples.jsonl", [{"step": step, **sample} for step in (50, 100)])
+    written = {"prompt": "class ", "continuation": "Tree:"}
+    samples = [{"step": step, **row} for step in (50, 100) for row in (written, sample)]
+    write_rows(path / "samples.jsonl", samples)
     return path
 
 
@@ -131,6 +133,11 @@ def test_a_page_shows_a_run_and_needs_nothing_else(tmp_path):
     shown = Page(content)
     for words in ("finished", "100 of 100", "100k", "abcabcabcabc", "def f(", "self):", "x):"):
         assert words in shown.text
+    assert "What the model writes It goes on from the prompt by itself" in shown.text
+    assert "Prompt 1 class after continuation step 50 Tree: step 100 Tree:" in shown.text
+    assert "One-step predictions, which are not a text that it writes" in shown.text
+    assert "Prompt 1 def f( after prediction step 50 self): step 100 self): truth x):" in shown.text
+    assert "GPU-hours 2 2 × cuda" in shown.text
     assert "Best validation loss 2 at step 100 Bits per byte 0.6667" in shown.text
     assert "optimizer.learning_rate 0.001 0.0006" in shown.text
     for axis in page.AXES:
@@ -236,6 +243,8 @@ def test_restarts_and_skipped_steps_are_marked(tmp_path):
     assert {d.count("M") for d in restarts} == {2}
     skipped = [p["d"] for p in paths if p.get("class") == "skipped"]
     assert {d.count("M") for d in skipped} == {2}
+    norms = next(c for c in shown.charts("steps") if c["aria-label"].startswith("Gradient norm"))
+    assert norms["data-y"].startswith("0 ")
     assert "3 jobs, 1 more came to nothing" in shown.text
     assert "Skipped steps (spike: 2)" in shown.text
     # step 50 of 100 stands in the middle of every axis
@@ -243,6 +252,18 @@ def test_restarts_and_skipped_steps_are_marked(tmp_path):
     assert high == 100
     places = [int(x) for x in re.findall(r"M(\d+) ", restarts[0])]
     assert places[1] == pytest.approx((left + right) / 2, abs=1)
+
+
+def test_hours_are_named_after_the_device(tmp_path):
+    on_gpu, on_cpu = make_run(tmp_path / "gpu"), make_run(tmp_path / "cpu")
+    write_rows(on_cpu / "jobs.jsonl", [job_row(0, device="cpu")])
+    assert "CPU rank-hours 2 2 × cpu" in page_of(on_cpu).text
+    for names, told in (("gg", "GPU-hours"), ("cc", "CPU rank-hours"), ("gc", "Rank-hours")):
+        runs = [read({"g": on_gpu, "c": on_cpu}[name]) for name in names]
+        shown = Page(report.comparison(runs)).text
+        assert f"tokens hours {told} step" in shown
+        assert f"{told}: hours × ranks" in shown
+        assert "(CPU)" not in shown
 
 
 def test_comparison(tmp_path):
@@ -581,7 +602,9 @@ def pages(tmp_path_factory):
         make_run(folder / f"a-run-with-a-long-name-{'x' * 60}{i}", train__seed=i) for i in range(4)
     ]
     for run in runs[:1]:
-        write_rows(run / "jobs.jsonl", [job_row(0), job_row(40)])
+        time = "2026-11-28T21:39:01+0000"
+        write_rows(run / "jobs.jsonl", [job_row(0, time=time), job_row(40, time=time)])
+        (run / "status.json").write_text(json.dumps({"state": "running", "time": time}))
         write_rows(run / "bad_steps.jsonl", [{"step": 7, "reason": "spike", "loss": 3.0}])
         long = {"prompt": "x" * 1000, "prediction": HOSTILE, "truth": "y " * 300}
         write_rows(run / "samples.jsonl", [{"step": 10, **long}, {"step": 20, **long}])
@@ -671,6 +694,34 @@ def test_a_phone_never_scrolls_sideways(browser, pages):
             "</body>"
         )
         assert told(browser(outer)[0]) == [360, 0]
+
+
+@pytest.mark.browser
+def test_dates_are_whole_on_a_narrow_screen(browser, pages):
+    """Of the status, of two jobs, of the page: on one line at any width, in a page that fits."""
+    script = """
+    const seen = [];
+    for (const part of document.querySelectorAll("details")) part.open = true;
+    for (let width = 300; width <= 520; width += 5) {
+      document.body.style.width = width + "px";
+      const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+      const lines = [];
+      for (let node; node = walker.nextNode();) {
+        for (const found of node.data.matchAll(/\\d{4}-\\d\\d-\\d\\d\\S*/g)) {
+          if (node.parentElement.closest("script")) continue;
+          const range = document.createRange();
+          range.setStart(node, found.index);
+          range.setEnd(node, found.index + found[0].length);
+          lines.push(new Set([...range.getClientRects()].map(r => r.top)).size);
+        }
+      }
+      seen.push([lines, document.body.scrollWidth > width]);
+    }
+    document.title = JSON.stringify(seen);
+    """
+    seen = told(browser(pages[0], script)[0])
+    assert len(seen) == 45
+    assert all((lines, wide) == ([1, 1, 1, 1], False) for lines, wide in seen)
 
 
 @pytest.mark.browser

@@ -171,8 +171,9 @@ def test_what_a_finished_run_leaves(finished):
         assert row["val_perplexity"] == pytest.approx(math.exp(row["val_loss"]))
     assert losses(finished)[-1] < losses(finished)[0]
     samples = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
-    assert [(s["step"]) for s in samples] == [10, 10, 20, 20]
-    assert samples[0]["truth"] == samples[2]["truth"]
+    assert [s["step"] for s in samples] == [10, 10, 10, 20, 20, 20]
+    assert ["continuation" in s for s in samples] == [True, False, False] * 2
+    assert samples[1]["truth"] == samples[4]["truth"]
 
 
 @torch.no_grad()
@@ -184,11 +185,30 @@ def test_samples_are_what_the_saved_model_predicts(finished, dataset):
     tokens, targets = data.batch(evenly_spaced(2, data.windows))
     guesses = model(tokens).argmax(-1)
     decode = source.tokenizer.decode
-    kept = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()][2:]
-    for row, sample in enumerate(kept):
+    kept = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    for row, sample in enumerate(kept[4:]):
         assert sample["prompt"] == decode(tokens[row, :17].tolist())
         assert sample["prediction"] == decode(guesses[row, 16:].tolist())
         assert sample["truth"] == decode(targets[row, 16:].tolist())
+
+
+@torch.no_grad()
+def test_what_a_model_writes_by_itself_is_its_own(finished, dataset):
+    """Token by token from what it wrote before, never from the text."""
+    source = open_source(finished, "last")
+    model = load_model(source, torch.device("cpu"), torch.float32)
+    ids = torch.from_numpy(np.fromfile(dataset / "val-00000.bin", "<u2")[None, :16].astype("i8"))
+    luck = torch.empty(32, 600).exponential_(generator=torch.Generator().manual_seed(0))
+    while ids.shape[1] < 32:
+        guess = (model(ids)[0, -1] / 0.8 - luck[ids.shape[1]].log()).argmax()
+        ids = torch.cat((ids, guess.view(1, 1)), dim=1)
+    written = ids[0, 16:].tolist()
+    written = written[: [*written, 2].index(2)]  # up to EOS
+    kept = [json.loads(line) for line in (finished / "samples.jsonl").read_text().splitlines()]
+    decode = source.tokenizer.decode
+    last = {"prompt": decode(ids[0, :16].tolist()), "continuation": decode(written)}
+    assert kept[3] == {"step": 20, **last}
+    assert len(written) > 3
 
 
 def test_initial_loss_is_that_of_a_uniform_guess(finished):
@@ -576,6 +596,7 @@ def test_a_mixture_with_a_document_mask(run, dataset, tmp_path):
             run("moving", **masked, train__stop_at_step=10),
             run("plain", **mixture),
             run("sparse", **sparse),
+            run("talking", data__mixture=toml_table(**{str(talk): 1}), train__max_steps=2),
         ]
     )
     assert one.returncode == 0, one.stderr
@@ -607,6 +628,17 @@ def test_a_mixture_with_a_document_mask(run, dataset, tmp_path):
     assert last["val_loss"] == pytest.approx(0.7 * of_text + 0.3 * of_talk)
     told = f"val loss of each dataset: {dataset.name} {of_text:.4f}, talk {of_talk:.4f}"
     assert told in one.stdout
+
+    written = {
+        name: json.loads((tmp_path / name / "samples.jsonl").read_text().splitlines()[0])
+        for name in ("reference", "halved", "sharded", "talking")
+    }
+    assert written["reference"] == written["halved"]
+    assert written["reference"]["prompt"] == written["sharded"]["prompt"]
+    window = np.fromfile(talk / "val-00000.bin", "<u2")[:7]  # up to the first that is trained on
+    assert written["talking"]["prompt"] == Tokenizer(
+        tmp_path / "talking" / "tokenizer.model"
+    ).decode(window)
 
     bad_steps = (tmp_path / "sparse" / "bad_steps.jsonl").read_text()
     skipped = [json.loads(line) for line in bad_steps.splitlines()]

@@ -12,7 +12,7 @@ import pytest
 import corpus
 from config import ROOT, DataConfig, UserError
 from tokenizer import Tokenizer
-from train_tokenizer import CHUNK, Sample, chunks, main
+from train_tokenizer import CHUNK, USAGE, Sample, chunks, main
 
 LINE = "def function_{0}(value):\n    return value * {0}\n\n"
 
@@ -44,7 +44,12 @@ def test_trains_proves_and_writes(work, capsys):
     out = capsys.readouterr().out
     assert "320 pieces" in out
     assert "bytes per token on held-out text, round trip exact" in out
+    chat = ["<pad>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
+    assert f"control pieces, which no text gives: <s> </s> {' '.join(chat)}\n" in out
     tokenizer = Tokenizer(work / "out" / "tokenizer.model")
+    spelt = tokenizer.processor.encode(f"<s></s>{''.join(chat)}")
+    assert not {tokenizer.pieces().index(piece) for piece in ["<s>", "</s>", *chat]} & {*spelt}
+    assert all(piece in USAGE for piece in chat)
     assert tokenizer.vocab_size == 320
     assert tokenizer.pieces()[:3] == ["<unk>", "<s>", "</s>"]
     rows = (work / "out" / "tokenizer.vocab").read_text().split("\n")
