@@ -105,7 +105,7 @@ def track(directory: Path, over: threading.Event) -> None:
     )
     with open(directory / "metrics.jsonl", "rb") as file:
         log_rows(run, file)
-        if mode == "offline":
+        if run.offline:
             leave_alone(directory / "wandb", identity, Path(run.dir).parent.name)
             told = f"offline, to be sent by: wandb sync {directory}/wandb/offline-run-*-{identity}"
         else:
