@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attempts import is_alive
 from config import UserError, build_config, existing_path, read_toml, run_program, tables
 from page import (
     Line,
@@ -281,6 +282,8 @@ def name_runs(runs: list[Run]) -> None:
 def state(run: Run) -> str:
     """The state of a run in words."""
     reason = run.status.get("reason")
+    if run.status.get("state") == "running" and not is_alive(run.path):
+        reason = "but no process trains it: killed"
     return str(run.status.get("state", "unknown")) + (f" ({reason})" if reason else "")
 
 

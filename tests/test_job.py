@@ -502,6 +502,9 @@ def test_status_tells_a_live_run_from_a_dead_one(run, tmp_path, monkeypatch):
         launched.wait()
     assert status(out)["state"] == "running"
     assert not attempts.is_alive(out)
+    command = [sys.executable, str(ROOT / "report.py"), str(out)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert "running (but no process trains it: killed)" in (out / "report.html").read_text()
     claim_of(out)
     assert attempts.is_alive(out)  # of another host, by its heartbeat
     old = time.time() - attempts.EXPIRY_SECONDS - 5

@@ -415,6 +415,7 @@ def test_a_report_is_written_while_training_goes_on(dataset, tiny_tokenizer, tmp
         until((out / "report.html").exists)
         assert "Status running" in page_of(out).text
         assert status(out)["state"] == "running"
+        assert "no process trains it" not in page_of(out).text
         (out / "STOP").touch()
         assert launched.wait() == 0
     assert "Status stopped (stop_file)" in Page((out / "report.html").read_bytes()).text
