@@ -104,9 +104,12 @@ def track(directory: Path, over: threading.Event) -> None:
         settings=wandb.Settings(console="off", silent=True, x_disable_stats=True),
     )
     with open(directory / "metrics.jsonl", "rb") as file:
+        first = next(whole_rows(file), {"step": 0})["step"]
+        file.seek(0)
         log_rows(run, file)
         if run.offline:
-            leave_alone(directory / "wandb", identity, Path(run.dir).parent.name)
+            if first <= config.train.log_interval:  # else somebody has cut the file
+                leave_alone(directory / "wandb", identity, Path(run.dir).parent.name)
             told = f"offline, to be sent by: wandb sync {directory}/wandb/offline-run-*-{identity}"
         else:
             told = run.url or mode

@@ -522,6 +522,12 @@ def test_wandb_has_one_run_and_each_step_once(dataset, tiny_tokenizer, tmp_path,
     identity, records = recorded(out)
     assert identity == identities[0]
     assert [row["_step"] for row in history(records)] == list(range(1, 21))
+    metrics = (
+        out / "metrics.jsonl"
+    )  # without its beginning the W&B run of before has more, and stays
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[5:]))
+    assert subprocess.run(again, capture_output=True, env=ENVIRONMENT).returncode == 0
+    assert len(list((out / "wandb").glob("offline-run-*"))) == 2
 
 
 def test_wandb_outlives_no_run(dataset, tiny_tokenizer, tmp_path, offline):
