@@ -89,6 +89,7 @@ from pretrained import (
     NEEDS_HF,
     SINGLE,
     UNUSED,
+    USER_DEFINED,
     Pretrained,
     SentencePiece,
     config_json,
@@ -434,10 +435,15 @@ def check_tokenizer(directory: Path, run: Source) -> None:
         same = theirs.encode(text, add_special_tokens=False).ids == ids
         if not (same and (theirs.decode(ids) == ours.decode(ids) or not run.pieces.byte_fallback)):
             differing.append(text)
+    names = {kind: [] for _, _, kind in run.pieces.pieces}
+    for name, _, kind in run.pieces.pieces:
+        names[kind].append(name)
+    inner = (own in name for name in names[CONTROL] for own in names.get(USER_DEFINED, ()))
     doubts = {
         "which of several equally likely segmentations is taken": run.pieces.kind == 1,
         "normalization of letters with several marks": bool(run.pieces.charsmap),
         "spaces around U+2581": run.pieces.remove_spaces,
+        "names of control pieces in which user-defined pieces stand": any(inner),
     }
     doubts = [doubt for doubt, there in doubts.items() if there]
     if differing and not doubts:

@@ -116,8 +116,7 @@ def add_control_pieces(model: bytes, pieces: list[str]) -> bytes:
     processor = load_model(model, "tokenizer")
     known = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
     for piece in pieces:
-        if not piece or any(c.isspace() or c == SPACE for c in piece):
-            raise UserError(f"control piece {piece!r}: write text without spaces, such as <pad>")
+        check_symbol(piece, "control piece", control=True)
         if piece in known and not processor.is_control(known[piece]):
             raise UserError(f"control piece {piece!r}: text encodes to it already; take another")
     new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
@@ -129,6 +128,19 @@ def add_control_pieces(model: bytes, pieces: list[str]) -> bytes:
     model += _field(2, b"\x20" + _varint(len(known) + len(new)))
     load_model(model, "tokenizer with the added pieces")
     return model
+
+
+def check_symbol(symbol: str, name: str, control: bool) -> None:
+    """UserError, led by `name`, for a symbol that SentencePiece would not keep as it is.
+
+    Spaces of a text become U+2581 before symbols are looked for, so no symbol with one is found.
+    """
+    if not symbol:
+        raise UserError(f"{name} {symbol!r}: it is empty, leave it out")
+    if any(c in (" ", SPACE) or (control and c.isspace()) for c in symbol):
+        raise UserError(f"{name} {symbol!r}: write it without spaces, such as <pad> or <tool_call>")
+    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in symbol):
+        raise UserError(f"{name} {symbol!r}: SentencePiece can't store it; take printable text")
 
 
 def add_options(model: bytes, options: dict[str, Any]) -> bytes:

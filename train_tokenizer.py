@@ -28,6 +28,7 @@ FLAGS = {
 if __name__ == "__main__":  # before imports that take longer than this
     check_command_line(usage=USAGE, sections=("tokenizer", "data"), flags=FLAGS)
 
+import csv
 import heapq
 import io
 import itertools
@@ -40,7 +41,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sentencepiece import SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
 import corpus
@@ -60,6 +61,7 @@ from tokenizer import (
     Tokenizer,
     add_control_pieces,
     add_options,
+    check_symbol,
     load_model,
     noted_options,
 )
@@ -100,7 +102,9 @@ def main(arguments: list[str]) -> None:
     path = resolve_path(config.tokenizer.path)
     if own:
         add_pieces(path, dict(a.split("=", 1) for a in own), "--force" in flags)
-    elif path.exists() and "--force" not in flags:
+        return
+    check_symbols(config.tokenizer)
+    if path.exists() and "--force" not in flags:
         check_existing(path, config.tokenizer)
         print(f"up to date: {path} (--force trains it anew)")
     elif config.data.mixture:
@@ -141,6 +145,7 @@ def train_and_write(path: Path, config: Config) -> None:
     model = train(training.texts(), config.tokenizer)
 
     processor = load_model(model, "the trained tokenizer")
+    check_encoded(processor, symbols(config.tokenizer, "user_defined_symbols"))
     judge = held_out if held_out.size else Sample(HELD_OUT_BYTES, training.texts())
     texts = [text.decode() for text in judge.texts()]
     for text in [*HARD_TEXTS, *texts]:
@@ -269,6 +274,51 @@ def explain(complaint: str, config: TokenizerConfig) -> str:
         if name in complaint or f'"{value}"' in complaint:
             return f"SentencePiece refuses tokenizer.{name} = {json.dumps(value)}: {reason}"
     return f"SentencePiece refuses these texts or options {json.dumps(config.options)}: {reason}"
+
+
+def symbols(config: TokenizerConfig, option: str) -> list[str]:
+    """The symbols that an option gives: a list, or text with commas between them."""
+    given = config.options.get(option, DEFAULTS.get(option, []))
+    if isinstance(given, list):
+        return [str(symbol) for symbol in given]
+    try:
+        return next(csv.reader([str(given)], strict=True), [])
+    except csv.Error:
+        raise UserError(f"tokenizer.{option} is a list of symbols, not {given!r}") from None
+
+
+def check_symbols(config: TokenizerConfig) -> None:
+    """UserError for a symbol that can't become a piece of its own, as far as its name tells."""
+    taken = {"<unk>": "the unknown piece"}
+    for option, kind in (
+        ("control_symbols", "a control symbol"),
+        ("user_defined_symbols", "a user-defined one"),
+    ):
+        for symbol in symbols(config, option):
+            name = f"tokenizer.{option}: the symbol"
+            check_symbol(symbol, name, control=option == "control_symbols")
+            if re.fullmatch("<0x[0-9A-F]{2}>", symbol):
+                raise UserError(f"{name} {symbol!r} is the name of a byte's piece; take another")
+            if symbol in taken:
+                raise UserError(
+                    f"{name} {symbol!r} is {taken[symbol]} already; leave it out here, or there"
+                )
+            taken[symbol] = kind
+        taken |= {"<s>": "the piece BOS", "</s>": "the piece EOS"}  # control symbols in any case
+
+
+def check_encoded(processor: SentencePieceProcessor, symbols: list[str]) -> None:
+    """UserError unless each symbol is encoded to its own id and no other, in a text too."""
+    for symbol in symbols:
+        own, alone = processor.piece_to_id(symbol), processor.encode(symbol)
+        within = processor.encode(f"\0{symbol}\0")
+        if alone == [own] and within.count(own) == 1:
+            continue
+        became = " ".join(map(repr, processor.id_to_piece(alone if alone != [own] else within)))
+        raise UserError(
+            f"tokenizer.user_defined_symbols: {symbol!r} would be encoded as {became}; leave it"
+            " out, or mend tokenizer.add_dummy_prefix or tokenizer.model_type"
+        )
 
 
 def check_round_trip(text: str, back: str) -> None:

@@ -232,6 +232,7 @@ INEXACT = {
         "remove_extra_whitespaces": True,
         "model_type": "unigram",
     },
+    "a piece within a control piece": {"user_defined_symbols": ["user"]},
 }
 
 

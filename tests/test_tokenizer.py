@@ -157,7 +157,9 @@ def test_adding_is_idempotent(model):
     assert add_control_pieces(model, ["<pad>"]) == model
 
 
-@pytest.mark.parametrize("piece", ["", "two words", "def", "<unk>", "<0x41>", f"a{SPACE}", "\n"])
+@pytest.mark.parametrize(
+    "piece", ["", "two words", "def", "<unk>", "<0x41>", f"a{SPACE}", "\n", "\0", "\udcff"]
+)
 def test_refuses_to_add(model, piece):
     with pytest.raises(UserError, match="control piece"):
         add_control_pieces(model, [piece])

@@ -255,6 +255,76 @@ def test_mistakes(work, arguments, words):
     assert not (work / "out").exists()
 
 
+SYMBOLS = {  # what is given, and the symbol that is named
+    "a space": (["<x>", "two words"], "'two words'"),
+    "a space first": ([" <x>"], "' <x>'"),
+    "a space last": (["<x> "], "'<x> '"),
+    "one text": ("<x>,two words", "'two words'"),
+    "after a comma": ("<x>, <y>", "' <y>'"),
+    "SentencePiece's space": (["<x>\u2581"], "'<x>\u2581'"),
+    "nothing": (["<x>", ""], "''"),
+    "twice": (["<x>", "<y>", "<x>"], "'<x>' is a user-defined one already"),
+    "a control piece": (["<|user|>"], r"'<\|user\|>' is a control symbol already"),
+    "BOS": (["<s>"], "'<s>' is the piece BOS already"),
+    "EOS": (["</s>"], "'</s>' is the piece EOS already"),
+    "unknown": (["<unk>"], "'<unk>' is the unknown piece already"),
+    "a byte": (["<0x41>"], "'<0x41>' is the name of a byte's piece"),
+    "NUL": (["a\0b"], r"'a\\x00b': SentencePiece can't store it"),
+}
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+@pytest.mark.parametrize("name", SYMBOLS)
+def test_a_symbol_that_would_never_be_encoded_is_refused(work, name, model_type):
+    """Before anything is read, whether it would be lost (a space) or taken from text (BOS)."""
+    given, words = SYMBOLS[name]
+    with pytest.raises(UserError, match=r"tokenizer\.user_defined_symbols: the symbol " + words):
+        run(
+            work,
+            f"--tokenizer.user_defined_symbols={json.dumps(given)}",
+            f"--tokenizer.model_type={model_type}",
+            "--data.sources=['/nowhere.txt']",
+        )
+    assert not (work / "out").exists()
+
+
+@pytest.mark.parametrize("given", ["<|x|>,two words", ["<|x|>", "<|x|>"], ["<|x\n|>"], ["<unk>"]])
+def test_a_control_symbol_that_would_be_none_is_refused(work, given):
+    with pytest.raises(UserError, match=r"tokenizer\.control_symbols: the symbol '.*'"):
+        run(work, f"--tokenizer.control_symbols={json.dumps(given)}")
+    assert not (work / "out").exists()
+
+
+@pytest.mark.parametrize("options", ["add_dummy_prefix=true", "model_type=word"])
+def test_a_model_that_does_not_keep_a_symbol_is_not_written(work, options):
+    """With a prefix it is two ids, and a model of words knows it only where it stands alone."""
+    with pytest.raises(UserError, match=r"user_defined_symbols: '<tool>' would be encoded as '"):
+        run(
+            work,
+            "--tokenizer.user_defined_symbols=['<tool>']",
+            f"--tokenizer.{options}",
+            "--tokenizer.hard_vocab_limit=false",
+            "--tokenizer.vocab_size=400",
+        )
+    assert not (work / "out").exists()
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
+def test_each_symbol_has_an_id_of_its_own(work, model_type):
+    own = ["<tool>", "<tool>s", "==", "=", "a,b", "\n\n", "\t", "\ufb01", "return", "\u3000"]
+    run(
+        work,
+        f"--tokenizer.user_defined_symbols={json.dumps(own)}",
+        f"--tokenizer.model_type={model_type}",
+        "--tokenizer.hard_vocab_limit=false",
+    )
+    tokenizer = Tokenizer(work / "out" / "tokenizer.model")
+    for symbol in own:
+        (i,) = tokenizer.encode(symbol).tolist()
+        assert tokenizer.pieces()[i] == tokenizer.decode([i]) == symbol
+        assert i in tokenizer.encode(f"x{symbol}y")
+
+
 def test_a_mistake_on_the_command_line_is_one_line(work):
     command = [sys.executable, ROOT / "train_tokenizer.py", work / "config.toml"]
     done = subprocess.run(
