@@ -6,7 +6,8 @@
 
 A proof is that each part of model.py, on random tokens, makes of its input what the same part of a
 plain Llama makes of it with the weights that were written, read back. One part of the model is in
-memory at a time. Where a proof fails nothing is left behind.
+memory at a time. Where a proof fails nothing is left behind; what a killed process left, the next
+one removes.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ from torch import Tensor, nn
 
 from chat import Template
 from checkpoint import Checkpoint, find_checkpoint, write_weights
-from config import ModelConfig, build_config, dump_toml, sync_directory, tables
+from config import ModelConfig, build_config, dump_toml, locked, sync_directory, tables
 from generation import tokenizer_of
 from model import Llama
 from pretrained import (
@@ -194,27 +195,52 @@ def new_path(name: str) -> Path:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` if all goes well; otherwise nothing is left."""
+    """A path to write to, which becomes `path` if all goes well; otherwise nothing is left.
+
+    What a process that was killed left of it is removed.
+
+    Raises:
+        UserError: something is there, another process writes it, or it can't be written.
+    """
     temporary = path.parent / f"{path.name}.tmp"
-    try:
-        for there in (path, temporary):
+
+    def refuse(holder: str) -> None:
+        raise UserError(f"{path} is being written by {holder}; wait for it, or give another name")
+
+    def check_free(*paths: Path) -> None:
+        for there in paths:
             if there.exists() or there.is_symlink():
                 raise UserError(f"{there} exists; remove it, or give another name")
+
+    try:
+        check_free(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for made in (*temporary.rglob("*"), temporary):
-            sync_directory(made)  # a file, too
-        temporary.rename(path)
-        sync_directory(path.parent)
+        with locked(path.parent / f"{temporary.name}.lock", refuse) as died:
+            if not died:
+                check_free(temporary)
+            elif temporary.exists():
+                remove(temporary)
+                print(f"{temporary}: removed, left by {died}, which was killed", file=sys.stderr)
+            try:
+                check_free(path)  # one that was at work may have ended just now
+                yield temporary
+                for made in (*temporary.rglob("*"), temporary):
+                    sync_directory(made)  # a file, too
+                temporary.rename(path)
+                sync_directory(path.parent)
+            finally:
+                remove(temporary)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{error.filename or path}: {reason}; nothing was written") from None
-    finally:
-        with contextlib.suppress(NotADirectoryError):  # its parent is a file: never made
-            if temporary.is_dir():
-                shutil.rmtree(temporary)
-            else:
-                temporary.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def rounded(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:

@@ -67,6 +67,7 @@ from config import (
     available_cores,
     file_sha256,
     load_config,
+    locked,
     resolve_path,
     run_program,
     sync_directory,
@@ -143,17 +144,38 @@ def process(directory: Path, config: Config, task: Task | None, flags: list[str]
     for line in survey.remarks():
         say(line)
     recipe = describe_recipe(data, tokenizer, survey)
+
+    def is_ready() -> bool:
+        if "--force" in flags or not (directory / "manifest.json").exists():
+            return False
+        check_existing(directory, recipe)
+        return True
+
     try:
-        if (directory / "manifest.json").exists() and "--force" not in flags:
-            check_existing(directory, recipe)
-            if not task:
+        # where there are parts, a run with --force may be replacing what looks ready
+        if not ((task or not (directory / "parts").exists()) and is_ready()):
+            template = Template(data.template, tokenizer) if data.format == "instruct" else None
+            encoder = Encoder(data, tokenizer, template)
+            parts = corpus.plan(data, survey.sources)
+            with contextlib.nullcontext() if task else alone(directory):
+                if not is_ready():  # another run may have made it while this one waited
+                    commits = hub.commits(config.data)
+                    prepare(encoder, parts, survey, recipe, directory, task, commits)
+                    return
                 discard_work(directory)  # a kill may have left it
-            say(f"{directory}: up to date")
-        else:
-            prepare(data, tokenizer, survey, recipe, directory, task, hub.commits(config.data))
+        say(f"{directory}: up to date")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"can't write {directory}: {error.strerror or error}{where}") from None
+
+
+def alone(directory: Path) -> contextlib.AbstractContextManager[str]:
+    """The lock of a run without --task: a second one waits until the first is through."""
+    directory.mkdir(parents=True, exist_ok=True)
+    return locked(
+        directory / "prepare.lock",
+        lambda holder: say(f"{directory}: waiting for {holder}, which prepares it"),
+    )
 
 
 def read_task(flags: list[str]) -> Task | None:
@@ -181,8 +203,8 @@ def check_part_of_mixture(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def prepare(
-    data: DataConfig,
-    tokenizer: Tokenizer,
+    encoder: Encoder,
+    parts: list[Part],
     survey: Survey,
     recipe: Json,
     directory: Path,
@@ -191,19 +213,19 @@ def prepare(
 ) -> None:
     """Writes the dataset, or a task's share of its parts.
 
-    What the directory held before stays whole until all parts are done.
+    What the directory held before stays whole until all parts are done. No other run is to work in
+    it, array tasks excepted.
 
     Raises:
         UserError: a document that can't be read, a worker that died, an empty split.
         OSError: the directory can't be written.
     """
-    template = Template(data.template, tokenizer) if data.format == "instruct" else None
-    parts = corpus.plan(data, survey.sources)
+    data = encoder.data
     work, reports = open_work(directory, recipe, parts, task)
     if reports:
         say(f"{directory}: {len(reports)} of {len(parts)} parts are done already")
     share = parts[task.index :: task.count] if task else parts
-    job = functools.partial(tokenize_part, Encoder(data, tokenizer, template), work)
+    job = functools.partial(tokenize_part, encoder, work)
     work_through(share, reports, job, data.workers, work, "tokenized")
     if task:
         name = f"task {task.index}/{task.count}"
@@ -217,7 +239,7 @@ def prepare(
         check_splits(data, tokenized, counts, work)
     stage, shards = "", tokenized
     if record_endings(data):
-        stage, shards = ARRANGED, arrange_parts(data, tokenizer, parts, tokenized, work)
+        stage, shards = ARRANGED, arrange_parts(encoder, parts, tokenized, work)
     with starting_over(directory):
         manifest = publish(directory, work, stage, recipe, shards, counts, commits)
     describe_result(directory, manifest, sum(report["short"] for report in tokenized))
@@ -520,9 +542,10 @@ def run_job(part: Part) -> Json:
 
 
 def arrange_parts(
-    data: DataConfig, tokenizer: Tokenizer, parts: list[Part], tokenized: list[Json], work: Path
+    encoder: Encoder, parts: list[Part], tokenized: list[Json], work: Path
 ) -> list[Json]:
     """Drops what occurred before and packs conversations, part by part; the parts' new reports."""
+    data = encoder.data
     dropped: dict[tuple[int, str], np.ndarray] = {}
     if data.deduplicate:
         for split in SPLITS:
@@ -530,7 +553,7 @@ def arrange_parts(
             names = [part_name(work, index, "", split) for index, split in keys]
             dropped |= dict(zip(keys, find_duplicates(names), strict=True))
     reports = read_reports(work.parent.parent, work, ARRANGED, len(parts))
-    eos = tokenizer.eos_id.to_bytes(2, "little")
+    eos = encoder.tokenizer.eos_id.to_bytes(2, "little")
     splits = [list(report["splits"]) for report in tokenized]
     job = functools.partial(arrange_part, work, splits, dropped, data, eos)
     work_through(parts, reports, job, data.workers, work, "arranged")

@@ -591,6 +591,61 @@ def test_nothing_is_overwritten(runs, exported, tmp_path):
         convert("from-hf", tmp_path / "nowhere", tmp_path / "run")
 
 
+def started(change, *arguments):
+    """convert.py with a changed proof, which comes when all is written."""
+    script = (
+        "import os, sys, convert, config\nproof = convert.prove\n"
+        f"convert.prove = {change}\nconfig.run_program(convert.main)"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_what_a_killed_process_left_is_removed(runs, exported, tmp_path, capsys):
+    pytest.importorskip("gguf")
+    run, kill = runs / "GQA, tied", "lambda *_: os.kill(os.getpid(), 9)"
+    there = {path.name for path in tmp_path.iterdir()}
+    commands = {
+        "again": ("to-hf", run, tmp_path / "again"),
+        "m.gguf": ("to-gguf", run, tmp_path / "m.gguf"),
+        "run": ("from-hf", exported, tmp_path / "run"),
+    }
+    killed = [started(kill, *command) for command in commands.values()]
+    assert [process.wait(timeout=240) for process in killed] == [-9] * 3
+    for process, (name, command) in zip(killed, commands.items(), strict=True):
+        assert (tmp_path / f"{name}.tmp").exists()
+        convert(*command)
+        said = capsys.readouterr().err
+        assert f"{tmp_path / name}.tmp: removed, left by process {process.pid} on " in said
+    assert {path.name for path in tmp_path.iterdir()} == there | commands.keys()
+
+
+def test_two_at_once_do_not_disturb_each_other(runs, tmp_path, capsys):
+    """The second is refused while the first writes, and what the first writes stays."""
+    command = ("to-hf", runs / "GQA, tied", tmp_path / "hf")
+    first = started("lambda *a: (print('written', flush=True), input(), proof(*a))", *command)
+    assert first.stdout.readline() == "written\n"
+    with pytest.raises(UserError, match=f"hf is being written by process {first.pid} on "):
+        convert(*command)
+    assert "proved" in first.communicate("go on\n", timeout=240)[0]
+    assert first.returncode == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    Pretrained(tmp_path / "hf")
+
+
+def test_a_file_of_the_users_is_not_taken_for_a_leftover(runs, tmp_path):
+    (tmp_path / "hf.tmp").write_text("mine")
+    with pytest.raises(UserError, match=r"hf\.tmp exists; remove it"):
+        convert("to-hf", runs / "GQA, tied", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf.tmp"]
+
+
 def test_an_imported_model_with_spare_rows_is_trained_on(dataset, tiny_tokenizer, tmp_path):
     model = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=64, max_seq_len=64)
     tokenizer = tiny_tokenizer.read_bytes()

@@ -351,6 +351,76 @@ def test_a_run_with_other_settings_takes_nothing_from_a_live_task(project):
     prepared(project, "--verify")
 
 
+# --- several runs on one directory at once ---
+
+
+def start(project, *arguments):
+    """A run in the background."""
+    return subprocess.Popen(
+        command(project, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture
+def halted(project):
+    """A larger corpus, and a run that stands still in the middle of it."""
+    grow_corpus(project)
+    process = start(project)
+    wait_until(lambda: list((project / "data" / "parts").glob("*/part-*.json")), process)
+    process.send_signal(signal.SIGSTOP)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def waiting(project, halted, *arguments):
+    """A run in the background that waits for the one that stands still."""
+    process = start(project, *arguments)
+    line = process.stdout.readline()
+    assert line.startswith(f"{project}/data: waiting for process {halted.pid} on "), line
+    return process
+
+
+def ended(process):
+    """What it printed, what it said was wrong, and its exit code."""
+    return *process.communicate(timeout=240), process.returncode
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_runs_at_once_make_one_dataset(project, halted, force):
+    """The later ones wait, and find it up to date; with --force each prepares it, in turn."""
+    others = [waiting(project, halted, *force, f"--data.workers={count}") for count in (1, 3)]
+    halted.send_signal(signal.SIGCONT)
+    results = [ended(process) for process in (halted, *others)]
+    assert [(errors, code) for _, errors, code in results] == [("", 0)] * 3
+    for output, _, _ in results[1:]:
+        assert output.endswith("ready\n" if force else f"{project}/data: up to date\n")
+    prepared(project, f"--data.dir={project}/straight")
+    assert digests(project / "data") == digests(project / "straight")
+
+
+def test_a_run_that_waits_goes_on_where_a_killed_one_was(project, halted):
+    other = waiting(project, halted)
+    halted.kill()
+    output, errors, code = ended(other)
+    assert (errors, code) == ("", 0)
+    assert "parts are done already" in output
+    prepared(project, f"--data.dir={project}/straight")
+    assert digests(project / "data") == digests(project / "straight")
+
+
+def test_a_run_with_other_settings_at_once_is_refused(project, halted):
+    """By the dataset that the first one made, which stays as it is."""
+    other = waiting(project, halted, "--data.split_seed=1")
+    halted.send_signal(signal.SIGCONT)
+    assert ended(halted)[1:] == ("", 0)
+    _, errors, code = ended(other)
+    assert (errors.count("\n"), code) == (1, 1)
+    assert "holds another dataset: split was" in errors
+    prepared(project)
+    prepared(project, "--verify")
+
+
 def test_other_settings_start_over(project):
     bad = project / "corpus.jsonl"
     bad.write_text(bad.read_text() + "{\n")
