@@ -51,6 +51,7 @@ from config import (
     TokenizerConfig,
     UserError,
     load_config,
+    locked,
     resolve_path,
     run_program,
     write_atomically,
@@ -113,7 +114,7 @@ def main(arguments: list[str]) -> None:
         )
     else:
         config.data = hub.local_sources(config.data)
-        train_and_write(path, config)
+        train_and_write(path, config, "--force" in flags)
 
 
 def check_existing(path: Path, config: TokenizerConfig) -> None:
@@ -131,7 +132,7 @@ def check_existing(path: Path, config: TokenizerConfig) -> None:
     )
 
 
-def train_and_write(path: Path, config: Config) -> None:
+def train_and_write(path: Path, config: Config, force: bool) -> None:
     """Samples, trains, proves the round trip, and only then writes; says what came of it."""
     start = time.perf_counter()
     training, held_out = sample_corpus(config)
@@ -151,7 +152,10 @@ def train_and_write(path: Path, config: Config) -> None:
     for text in [*HARD_TEXTS, *texts]:
         check_round_trip(text, processor.decode(processor.encode(text)))
     rate = judge.size / max(1, sum(map(len, processor.encode(texts))))
-    write_model(path, model)
+    if not write_model(path, model, force):
+        check_existing(path, config.tokenizer)
+        print(f"up to date: {path} (another process has trained it meanwhile)")
+        return
     print(
         f"{path}: {processor.vocab_size()} pieces, {rate:.2f} bytes per token on"
         f" {'held-out' if held_out.size else 'training'} text, round trip exact,"
@@ -348,12 +352,15 @@ def add_pieces(path: Path, options: dict[str, str], force: bool) -> None:
             f"{output} exists and would change: choose another --output, or use --force"
         )
     else:
-        write_model(output, model)
+        write_model(output, model, replace=True)
         print(f"{output}: {size} pieces and {Tokenizer(output).vocab_size - size} more")
 
 
-def write_model(path: Path, model: bytes) -> None:
+def write_model(path: Path, model: bytes, replace: bool) -> bool:
     """Writes the model, and beside it a .vocab to read: line i is piece i and its score.
+
+    Returns:
+        Whether it did: not where a model is there by now and is not to be replaced.
 
     Raises:
         UserError: the directory can't be written.
@@ -365,8 +372,12 @@ def write_model(path: Path, model: bytes) -> None:
     )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path.with_suffix(".vocab"), "".join(rows).encode())
-        write_atomically(path, model)
+        with locked(path.with_name(f"{path.name}.lock"), lambda holder: None):
+            if path.exists() and not replace:
+                return False
+            write_atomically(path.with_suffix(".vocab"), "".join(rows).encode())
+            write_atomically(path, model)
+            return True
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
 

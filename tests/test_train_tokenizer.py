@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import corpus
+import train_tokenizer
 from config import ROOT, DataConfig, UserError
 from tokenizer import Tokenizer
 from train_tokenizer import CHUNK, USAGE, Sample, chunks, main
@@ -221,6 +222,31 @@ def test_what_exists_is_never_overwritten_unasked(work):
     assert path.read_bytes() == before
     run(work, "--tokenizer.vocab_size=330", "--force")
     assert Tokenizer(path).vocab_size == 330
+
+
+def test_what_another_process_wrote_meanwhile_stays(work, capsys, monkeypatch):
+    """Two configurations that share a tokenizer train it at once: the first one there stays."""
+    train, path = train_tokenizer.train, work / "out" / "tokenizer.model"
+
+    def overtaken(*arguments):
+        model = train(*arguments)
+        monkeypatch.undo()
+        run(work)
+        return model
+
+    monkeypatch.setattr(train_tokenizer, "train", overtaken)
+    run(work, "--tokenizer.sample_bytes=20000")
+    assert "(another process has trained it meanwhile)" in capsys.readouterr().out
+    written = path.read_bytes()
+    path.unlink()
+    run(work)
+    assert path.read_bytes() == written
+    path.unlink()
+
+    monkeypatch.setattr(train_tokenizer, "train", overtaken)
+    with pytest.raises(UserError, match=r"has 320 pieces, tokenizer\.vocab_size is 330"):
+        run(work, "--tokenizer.vocab_size=330")
+    assert path.read_bytes() == written
 
 
 def test_options_pass_on(work):
