@@ -35,6 +35,7 @@ import re
 import shutil
 import subprocess
 import tokenize
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
@@ -146,7 +147,81 @@ def split_of(text: str, data: DataConfig) -> str:
 
     A split that has sources of its own takes nothing from the others.
     """
-    share = _hash(text, str(data.split_seed).encode()) / 2**64
+    return _split_at(_split_hash(text, data), data)
+
+
+class Splitter:
+    """Gives documents their splits.
+
+    Args:
+        moved: what `fill_splits` found: hashes of documents that go elsewhere than split_of says.
+
+    Attributes:
+        edges: the lowest and the highest hashes met that split_of sends to a split, two of each;
+            `fill_splits` needs no more.
+        counts: documents that were moved, by the split that they went to.
+    """
+
+    def __init__(self, data: DataConfig, moved: dict[int, str]):
+        self.data, self.moved = data, moved
+        self.edges: dict[str, list[int]] = {}
+        self.counts: Counter[str] = Counter()
+
+    def split(self, text: str) -> str:
+        digest = _split_hash(text, self.data)
+        split = _split_at(digest, self.data)
+        note_edge(self.edges, split, digest)
+        if digest in self.moved:
+            split = self.moved[digest]
+            self.counts[split] += 1
+        return split
+
+
+def note_edge(edges: dict[str, list[int]], split: str, digest: int) -> None:
+    """Adds a hash to a Splitter's edges, if it is one."""
+    known = edges.setdefault(split, [])
+    if digest not in known:
+        known.append(digest)
+        known.sort()
+        del known[2:-2]
+
+
+def fill_splits(edges: dict[str, list[int]], data: DataConfig) -> dict[int, str]:
+    """Which documents have to move so that no split is empty that the fractions ask for, by hash.
+
+    In the order of hashes come val, test and train. Where one is empty, the borders between them
+    move by as few documents as give each one: a pure function of the documents. Equal ones have one
+    hash, so they stay together.
+
+    Returns:
+        The new split of each that moves; nothing where there are fewer documents than splits.
+    """
+    names = asked_splits(data)
+    ordered = [(digest, name) for name in names for digest in edges.get(name, ())]
+    if len(ordered) < len(names):
+        return {}
+    moved, start, natural = {}, 0, 0
+    for place, name in enumerate(names, 1):
+        natural += len(edges.get(name, ()))
+        stop = min(max(natural, start + 1), len(ordered) - len(names) + place)
+        moved |= {digest: name for digest, old in ordered[start:stop] if old != name}
+        start = stop
+    return moved
+
+
+def asked_splits(data: DataConfig) -> list[str]:
+    """The splits of data.sources, in the order of their hashes."""
+    val, test = data.val_fraction > 0, data.test_fraction > 0
+    asked = {"val": val and not data.val_sources, "test": test and not data.test_sources}
+    return [*filter(asked.get, asked), "train"]
+
+
+def _split_hash(text: str, data: DataConfig) -> int:
+    return _hash(text, str(data.split_seed).encode())
+
+
+def _split_at(digest: int, data: DataConfig) -> str:
+    share = digest / 2**64
     val = 0.0 if data.val_sources else data.val_fraction
     test = 0.0 if data.test_sources else data.test_fraction
     return "val" if share < val else "test" if share < val + test else "train"

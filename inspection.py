@@ -324,6 +324,8 @@ def describe_origin(directory: Path, manifest: Json) -> Iterator[str]:
     yield row("written", f"{counts['written']:,}")
     rules = ", ".join(f"{count:,} {rule}" for rule, count in dropped.items() if count)
     yield row("dropped", f"{sum(dropped.values()):,}", rules)
+    for split, count in counts.get("moved", {}).items():
+        yield row("moved", f"{count:,}", f"documents to {split}, so that no split is empty")
     if "truncated" in counts:
         yield row("truncated", f"{counts['truncated']:,}", "conversations, cut to a window")
     if skipped.exists():

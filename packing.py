@@ -38,11 +38,17 @@ Json = dict[str, Any]
 
 
 class Encoder(NamedTuple):
-    """What a worker needs to tokenize documents."""
+    """What a worker needs to tokenize documents.
+
+    Attributes:
+        template: for conversations.
+        moved: documents that go to another split than their hash says, see corpus.fill_splits.
+    """
 
     data: DataConfig
     tokenizer: Tokenizer
-    template: Template | None  # for conversations
+    template: Template | None
+    moved: dict[int, str]
 
 
 class Encoded(NamedTuple):
@@ -130,6 +136,7 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
     data, counts = encoder.data, Counter(read=0, truncated=0, short=0)
     dropped: Counter[str] = Counter()
     shards: dict[str, Shard] = {}
+    splitter = corpus.Splitter(data, encoder.moved)
     with contextlib.ExitStack() as files:
         skipped = files.enter_context(new_file(work / f"part-{part.index:06d}.{SKIPPED}", run))
 
@@ -152,7 +159,7 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
             tokens = len(encoded.tokens) // 2
             counts["short"] += tokens < SHORT_DOCUMENT
             counts["truncated"] += encoded.truncated
-            split = part.split or corpus.split_of(document.text, data)
+            split = part.split or splitter.split(document.text)
             if split not in shards:
                 name = part_name(work, part.index, "", split)
                 shards[split] = Shard(files, name, (".bin", *record_endings(data)), run)
@@ -161,6 +168,7 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
         if dropped["bad"]:
             name_file(skipped, work / f"part-{part.index:06d}.{SKIPPED}")
     report = {"splits": splits, **counts, "dropped": dropped}
+    report |= {"edges": splitter.edges, "moved": splitter.counts}
     write_file(work / f"part-{part.index:06d}.json", json.dumps(report).encode(), run)
     done[part.index] = part.bytes
     return report
@@ -174,7 +182,7 @@ def write_file(path: Path, content: bytes, run: str) -> None:
 
 def encode(document: Document, encoder: Encoder) -> Encoded | str:
     """A document's tokens from BOS to EOS, or the rule by which it is dropped."""
-    data, tokenizer, template = encoder
+    data, tokenizer, template, _ = encoder
     size = len(document.text.encode())
     digest = bytes(16)
     if data.deduplicate:

@@ -103,6 +103,7 @@ RULES = {
     "too_long": "conversations longer than a window",
     "duplicate": "documents equal to an earlier one",
 }
+REPORT_VERSION = 2  # of what packing.py says of a part
 PROGRESS_SECONDS = 30  # between progress lines where there is no terminal for a bar
 
 
@@ -155,7 +156,7 @@ def process(directory: Path, config: Config, task: Task | None, flags: list[str]
         # where there are parts, a run with --force may be replacing what looks ready
         if not ((task or not (directory / "parts").exists()) and is_ready()):
             template = Template(data.template, tokenizer) if data.format == "instruct" else None
-            encoder = Encoder(data, tokenizer, template)
+            encoder = Encoder(data, tokenizer, template, {})
             parts = corpus.plan(data, survey.sources)
             with contextlib.nullcontext() if task else alone(directory):
                 if not is_ready():  # another run may have made it while this one waited
@@ -231,18 +232,19 @@ def prepare(
         name = f"task {task.index}/{task.count}"
         say(f"{directory}: {name} is done, {len(share)} of {len(parts)} parts")
         return
+    edges = fill_splits(encoder, parts, reports, work)
     tokenized = [reports[part.index] for part in parts]
     counts = add_up(tokenized)
     if survey.unread:
         counts["not_read"] = survey.not_read
     with starting_over(directory):
-        check_splits(data, tokenized, counts, work)
+        check_splits(data, tokenized, edges, counts, work)
     stage, shards = "", tokenized
     if record_endings(data):
         stage, shards = ARRANGED, arrange_parts(encoder, parts, tokenized, work)
     with starting_over(directory):
         manifest = publish(directory, work, stage, recipe, shards, counts, commits)
-    describe_result(directory, manifest, sum(report["short"] for report in tokenized))
+    describe_result(directory, manifest, sum(report["short"] for report in tokenized), data)
 
 
 @contextlib.contextmanager
@@ -255,6 +257,31 @@ def starting_over(directory: Path) -> Iterator[None]:
         raise
 
 
+def fill_splits(
+    encoder: Encoder, parts: list[Part], reports: dict[int, Json], work: Path
+) -> dict[str, list[int]]:
+    """Tokenizes anew what parts hold documents that have to move, lest a split stays empty.
+
+    Changes `reports`.
+
+    Returns:
+        The lowest and highest hashes of each split, as corpus.Splitter has them.
+    """
+    edges: dict[str, list[int]] = {}
+    for report in reports.values():
+        for split, digests in report["edges"].items():
+            for digest in digests:
+                corpus.note_edge(edges, split, digest)
+    moved = corpus.fill_splits(edges, encoder.data)
+    for index, report in [*reports.items()]:
+        held = itertools.chain.from_iterable(report["edges"].values())
+        if not moved.keys().isdisjoint(held) and not report["moved"]:  # else a run did it before
+            del reports[index]
+    job = functools.partial(tokenize_part, encoder._replace(moved=moved), work)
+    work_through(parts, reports, job, encoder.data.workers, work, "split anew:")
+    return edges
+
+
 def add_up(reports: list[Json]) -> Json:
     """What became of the documents of all parts: read = written + dropped."""
     dropped = sum((Counter(report["dropped"]) for report in reports), Counter())
@@ -262,10 +289,12 @@ def add_up(reports: list[Json]) -> Json:
     counts = {"read": read, "written": read - dropped.total(), "dropped": {"empty": 0} | dropped}
     if truncated := sum(report["truncated"] for report in reports):
         counts["truncated"] = truncated
+    if moved := sum((Counter(report["moved"]) for report in reports), Counter()):
+        counts["moved"] = moved
     return counts
 
 
-def describe_result(directory: Path, manifest: Json, short: int) -> None:
+def describe_result(directory: Path, manifest: Json, short: int, data: DataConfig) -> None:
     """Says what a new dataset holds, and warns where that is hardly what was meant."""
     for name, split in manifest["splits"].items():
         text = split["tokens"] - split.get("filled", 0)
@@ -279,7 +308,15 @@ def describe_result(directory: Path, manifest: Json, short: int) -> None:
                 f" {manifest['seq_len']}, {text / split['tokens']:.1%} filled with conversations;"
                 f" {split['trained'] / text:.1%} of their tokens are trained on"
             )
+        elif split["tokens"] <= data.seq_len:
+            say(
+                f"warning: {name} is shorter than one window of data.seq_len + 1 ="
+                f" {data.seq_len + 1} tokens, which training needs; lower data.seq_len, or give it"
+                " more documents"
+            )
     counts = manifest["counts"]
+    for name, count in counts.get("moved", {}).items():
+        say(f"{name}: {count:,} documents moved to it, so that no split is empty")
     for rule, count in counts["dropped"].items():
         if count:
             say(f"dropped: {count:,} {RULES[rule]}")
@@ -408,7 +445,8 @@ def open_work(
     Raises:
         UserError: there are parts of another recipe, which a task must not discard.
     """
-    identity = hashlib.sha256(json.dumps([recipe, parts]).encode()).hexdigest()
+    known = [REPORT_VERSION, recipe, parts]
+    identity = hashlib.sha256(json.dumps(known).encode()).hexdigest()
     work = directory / "parts" / identity[:16]
     if others := [path for path in work.parent.glob("*") if path != work]:
         left = f"{others[0]}: left by a run with other sources or settings"
@@ -560,7 +598,13 @@ def arrange_parts(
     return [reports[part.index] for part in parts]
 
 
-def check_splits(data: DataConfig, reports: list[Json], counts: Json, work: Path) -> None:
+def check_splits(
+    data: DataConfig,
+    reports: list[Json],
+    edges: dict[str, list[int]],
+    counts: Json,
+    work: Path,
+) -> None:
     """UserError for a split that was asked for and got no document."""
     asked = {
         "train": True,
@@ -569,12 +613,18 @@ def check_splits(data: DataConfig, reports: list[Json], counts: Json, work: Path
     }
     dropped = [f"{count} {RULES[rule]}" for rule, count in counts["dropped"].items() if count]
     beside = f", {' and '.join(dropped)} among them," if dropped else ""
+    texts = sum(map(len, edges.values()))
+    names = sorted(corpus.asked_splits(data), key=SPLITS.index)
+    advice = "change data.sources, or the split's sources"
+    if 0 < texts < len(names):
+        none = " and ".join(f"data.{name}_fraction = 0" for name in names[texts:])
+        different = f"{texts} different text{'s' * (texts > 1)}"
+        advice = f"{different} can't fill {len(names)} splits: set {none}, or add more"
     for split in SPLITS:
         if asked[split] and not any(split in report["splits"] for report in reports):
             raise UserError(
                 f"the {split} split is empty: of {counts['read']} documents{beside} none"
-                f" fell into it{first_bad(work)}; change data.sources, the split's sources or"
-                " fraction, or data.split_seed"
+                f" fell into it{first_bad(work)}; {advice}"
             )
 
 

@@ -138,7 +138,8 @@ def train_and_write(path: Path, config: Config, force: bool) -> None:
     training, held_out = sample_corpus(config)
     if not training.size:
         raise UserError(
-            "data.sources hold no training text, or tokenizer.sample_bytes is too small"
+            "data.sources hold no training text (a single one may be held out: set"
+            " data.val_fraction = 0), or tokenizer.sample_bytes is too small"
         )
     print(
         f"training {config.tokenizer.vocab_size} pieces on {training.size / 1e6:.1f} MB", flush=True
@@ -198,16 +199,22 @@ class Sample:
         return [text for _, _, text in sorted(self.heap, key=lambda entry: entry[1])]
 
 
-def sample_corpus(config: Config) -> tuple[Sample, Sample]:
+def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[Sample, Sample]:
     """A sample of the training split, and a small one of the held-out text met on the way.
 
     A corpus far above the budget is read in part, the same share of each unit of work from its
-    start; units that could not be cut small (a compressed file) are read whole.
+    start; units that could not be cut small (a compressed file) are read whole. A corpus of few
+    documents is read again where prepare.py will move some, lest a split stays empty.
+
+    Args:
+        moved: documents that are, see corpus.fill_splits.
     """
     training, held_out = Sample(config.tokenizer.sample_bytes), Sample(HELD_OUT_BYTES)
+    splitter, whole = corpus.Splitter(config.data, moved or {}), True
     survey = Survey(config.data)
-    for line in survey.remarks():
-        print(line, flush=True)
+    if moved is None:
+        for line in survey.remarks():
+            print(line, flush=True)
     parts = corpus.plan(config.data, survey.sources)
     parts = [part for part in parts if part.split != "test"]
     total = sum(part.bytes for part in parts)
@@ -217,16 +224,21 @@ def sample_corpus(config: Config) -> tuple[Sample, Sample]:
     for part in parts:
         left = share * part.bytes if part.bytes < total / 256 else math.inf
         for document in corpus.read(part, config.data, lambda bad: next(skipped)):
-            split = part.split or corpus.split_of(document.text, config.data)
+            if not document.text:
+                continue
+            split = part.split or splitter.split(document.text)
             sample = training if split == "train" else held_out
             for text in corpus.texts(document, config.data):
                 for chunk in chunks(text):
                     sample.add(chunk.encode())
             left -= len(document.text)
             if left < 0:
+                whole = False
                 break
         progress.update(part.bytes)
     progress.close()
+    if whole and not moved and (moved := corpus.fill_splits(splitter.edges, config.data)):
+        return sample_corpus(config, moved)
     if bad := next(skipped):
         print(f"left out {bad:,} bad documents; prepare.py lists them")
     return training, held_out

@@ -10,6 +10,7 @@ that memory stays small however large a row group or a line is.
 import contextlib
 import csv
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -269,6 +270,55 @@ def test_a_text_has_one_split_and_shares_are_met():
     assert " ".join(corpus.split_of(text, half) for text in "abcdefghij") == (
         "train train train train train train val train val val"
     )
+
+
+FRACTIONS = st.sampled_from([0.0, 1e-6, 0.01, 0.3, 0.49])
+
+
+@given(
+    texts=st.lists(st.text(max_size=3), max_size=12),
+    cuts=st.lists(st.integers(0, 12), max_size=3),
+    val=FRACTIONS,
+    test=FRACTIONS,
+    own=st.sampled_from([{}, {"val_sources": ["val"]}, {"test_sources": ["test"]}]),
+)
+def test_few_documents_fill_every_split(texts, cuts, val, test, own):
+    """In the order of their hashes, whoever reads which of them; as few as possible move."""
+    data = DataConfig(val_fraction=val, test_fraction=test, **own)
+    edges = {}
+    for start, stop in itertools.pairwise([0, *sorted(cuts), 12]):
+        splitter = corpus.Splitter(data, {})
+        assert [splitter.split(t) for t in texts[start:stop]] == [
+            corpus.split_of(t, data) for t in texts[start:stop]
+        ]
+        for split, digests in splitter.edges.items():
+            for digest in digests:
+                corpus.note_edge(edges, split, digest)
+    moved = corpus.fill_splits(edges, data)
+    splitter = corpus.Splitter(data, moved)
+    found = {text: splitter.split(text) for text in texts}
+    before = {text: corpus.split_of(text, data) for text in texts}
+    asked = corpus.asked_splits(data)
+    if len(found) < len(asked) or {*before.values()} == {*asked}:
+        assert found == before
+        return
+    assert {*found.values()} == {*asked}
+    by_hash = sorted(found, key=lambda text: corpus._split_hash(text, data))
+    order = [asked.index(found[text]) for text in by_hash]
+    assert order == sorted(order)
+    changes = sum(found[text] != before[text] for text in found)
+    assert sum(splitter.counts.values()) == sum(found[text] != before[text] for text in texts)
+    borders = itertools.combinations_with_replacement(range(len(by_hash) + 1), len(asked) - 1)
+    possible = [
+        [asked[sum(place >= border for border in borders)] for place in range(len(by_hash))]
+        for borders in borders
+    ]
+    fewest = min(
+        sum(split != before[text] for text, split in zip(by_hash, splits, strict=True))
+        for splits in possible
+        if {*splits} == {*asked}
+    )
+    assert changes == fewest
 
 
 def test_sources_given_per_split_are_used_as_given(tmp_path):

@@ -7,6 +7,7 @@ accounted for, and conversations keep their masks.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -484,10 +485,21 @@ def mistakes(project):
         "bad row": ({"corpus.jsonl": row * 900 + "{\n" + row * 900}, [], "corpus.jsonl, row 901: "),
         "no column": ({}, ["--data.text_column=body", *one], "row 1: no column 'body'; set"),
         "too large": ({}, ["--data.max_document_bytes=50", *one], "row 1: a document above"),
-        "empty split": (
+        "one text": (
             {"corpus.jsonl": row * 20},
             [],
-            " split is empty: of 20 documents none fell into it",
+            " split is empty: of 20 documents none fell into it; 1 different text can't fill 3"
+            " splits: set data.val_fraction = 0 and data.test_fraction = 0, or add more",
+        ),
+        "two texts": (
+            {"corpus.jsonl": row * 20 + row.replace("# 1", "# 2") + '{"text": ""}\n'},
+            [],
+            "2 different texts can't fill 3 splits: set data.test_fraction = 0, or add more",
+        ),
+        "an empty split of its own": (
+            {"empty.txt": ""},
+            [f"--data.val_sources=['{project}/empty.txt']"],
+            "change data.sources, or the split's sources",
         ),
         "other size": ({}, ["--tokenizer.vocab_size=601"], "has 600 pieces, but"),
         "too many": ({}, ["--tokenizer.vocab_size=70000"], "above 65,536"),
@@ -641,6 +653,69 @@ def test_verify_finds_one_flipped_byte(project):
     assert str(shard) in refused(project, "--verify")
     (shard.parent / "manifest.json").unlink()
     assert "run prepare.py" in refused(project, "--verify")
+
+
+# --- few documents ---
+
+SPLITS = "val test train"  # in the order of hashes
+FEW = {
+    "the default": (3, ["--data.val_fraction=0.01", "--data.test_fraction=0"], "val train"),
+    "three splits": (3, ["--data.val_fraction=0.001", "--data.test_fraction=0.001"], SPLITS),
+    "one each": (2, ["--data.val_fraction=0.5", "--data.test_fraction=0"], "val train"),
+    "nearly all held out": (4, ["--data.val_fraction=0.98", "--data.test_fraction=0.01"], SPLITS),
+    "nearly all tested": (5, ["--data.val_fraction=0.0001", "--data.test_fraction=0.99"], SPLITS),
+    "none held out": (1, ["--data.val_fraction=0", "--data.test_fraction=0"], "train"),
+}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_of_few_documents_each_split_gets_one(project, tiny_tokenizer, name):
+    """By their hashes, in the order val, test, train: the same however it is prepared."""
+    count, keys, splits = FEW[name]
+    keys = [*keys, "--data.part_bytes=300"]
+    texts = [document(i) for i in range(count)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (project / "corpus.jsonl").write_text(rows * 2)  # equal texts stay together
+    output = prepared(project, *keys)
+    tokenizer, content = Tokenizer(tiny_tokenizer), manifest(project / "data")
+    found = {s: split_documents(project / "data", s, tokenizer) for s in content["splits"]}
+    assert {*found} == {*splits.split()}
+    hashes = {s: [corpus._split_hash(text, DataConfig()) for text in found[s]] for s in found}
+    for low, high in itertools.pairwise(splits.split()):
+        assert max(hashes[low]) < min(hashes[high])
+    for split, held in found.items():
+        assert held == [text for text in texts * 2 if text in held], split
+    assert content["counts"]["read"] == content["counts"]["written"] == 2 * count
+    for split, moved in content["counts"].get("moved", {}).items():
+        assert f"{split}: {moved} documents moved to it, so that no split is empty" in output
+
+    for index in range(3):
+        prepared(project, *keys, f"--task={index}/3", f"--data.dir={project}/tasks")
+    prepared(project, *keys, f"--data.dir={project}/tasks", "--data.workers=1")
+    assert digests(project / "tasks") == digests(project / "data")
+
+
+def test_few_conversations_fill_the_splits_too_and_after_a_kill(chats, monkeypatch):
+    project, arguments = chats
+    rows = [json.dumps({"ask": f"{i}?", "reply": document(i)[:50]}) + "\n" for i in (1, 2, 3, 3)]
+    (project / "corpus.jsonl").write_text("".join(rows))
+    arguments += ["--data.val_fraction=0.001", "--data.test_fraction=0.001", "--data.workers=1"]
+    arguments += ["--data.deduplicate=true", "--data.part_bytes=60"]
+    prepared(project, *arguments, f"--data.dir={project}/straight")
+    content = manifest(project / "straight")
+    assert [content["splits"][split]["documents"] for split in ("train", "val", "test")] == [1] * 3
+    assert content["counts"]["dropped"]["duplicate"] == 1
+    monkeypatch.setattr(program, "arrange_parts", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    if not (child := os.fork()):  # dies when they have moved
+        program.main([f"{project}/config.toml", *arguments])
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    (work,) = (project / "data" / "parts").iterdir()
+    reports = [json.loads(path.read_text()) for path in sorted(work.glob("part-*.json"))]
+    moved = [index for index, report in enumerate(reports) if report["moved"]]
+    assert len(moved) >= 2
+    (work / f"part-{moved[0]:06d}.json").unlink()  # as if that one had not been reached
+    prepared(project, *arguments)
+    assert digests(project / "data") == digests(project / "straight")
 
 
 # --- documents of any kind, conversations, duplicates, bad rows ---

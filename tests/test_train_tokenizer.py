@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import corpus
+import prepare
 import train_tokenizer
 from config import ROOT, DataConfig, UserError
 from tokenizer import Tokenizer
@@ -89,6 +91,31 @@ def test_held_out_text_is_not_learned_from(work):
     pieces = Tokenizer(work / "out" / "tokenizer.model").pieces()
     assert any("\u6587" in piece for piece in pieces)
     assert not any("\u4e2d" in piece for piece in pieces)
+
+
+def test_of_few_documents_the_one_that_prepare_holds_out_is_not_learned_from(work, capsys):
+    """By its hash no document is held out; prepare.py then moves the one of the lowest hash."""
+    texts = [
+        "".join(LINE.format(i) for i in range(80)) + sign * 50 for sign in "\u4e2d\u6587\u5b57"
+    ]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (work / "few.jsonl").write_text(rows)
+    keys = [f'--data.sources=["{work}/few.jsonl"]', "--data.val_fraction=0.001"]
+    run(work, *keys)
+    assert "bytes per token on held-out text" in capsys.readouterr().out
+    pieces = Tokenizer(work / "out" / "tokenizer.model").pieces()
+    learned = [sign for sign in "\u4e2d\u6587\u5b57" if any(sign in piece for piece in pieces)]
+    prepare.main([str(work / "config.toml"), *keys, f"--data.dir={work}/data"])
+    tokenizer = Tokenizer(work / "out" / "tokenizer.model")
+    held_out = tokenizer.decode(np.fromfile(work / "data" / "val-00000.bin", "<u2"))
+    assert len(learned) == 2
+    assert not {*learned} & {*held_out}
+
+
+def test_a_single_document_that_is_held_out_leaves_nothing_to_learn(work):
+    (work / "one.txt").write_text("one document")
+    with pytest.raises(UserError, match=r"no training text .*set data.val_fraction = 0"):
+        run(work, f'--data.sources=["{work}/one.txt"]', "--data.val_fraction=0.9999")
 
 
 def test_val_sources_are_not_learned_from(work):
@@ -268,7 +295,6 @@ def test_options_pass_on(work):
         (["--tokenizer.normalization_rule_name=nfkc"], "would lose text"),
         (["--tokenizer.remove_extra_whitespaces=true"], "would lose text"),
         (["--tokenizer.sample_bytes=1"], "no training text"),
-        (["--data.val_fraction=0.9999"], "no training text"),
         (["--data.sources=['/nowhere.txt']"], "/nowhere.txt"),
         (["--add-pieces=<x>"], "--output"),
         (["--frce"], "did you mean --force"),
