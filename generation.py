@@ -5,6 +5,8 @@ A sample depends on its prompt, the settings, the seed and its number, never on 
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -370,7 +372,8 @@ class Completion:
     """The text of one sample while its tokens arrive.
 
     Attributes:
-        text: what is certain of the completion; a stop string and what follows is left out.
+        text: what is certain of the completion; a stop string and what follows is left out, and
+            half a character if the limit cut it, unless there is nothing else.
         tokens: number of ids taken.
         end: None while it goes on; then eos, stop (a stop string) or length.
     """
@@ -387,20 +390,18 @@ class Completion:
     def add(self, token: int | None) -> str:
         """Takes the next id, or None at the end; returns the text that can be shown now.
 
-        Held back are characters of which bytes are missing, and what may become a stop string.
+        Held back are characters of which bytes may follow, and what may become a stop string.
         """
         if self.end:
             return ""
         start = len(self.text)
         if token is None or token in self.stop_ids:
             self.end = "length" if token is None else "eos"
-            self.text += self._new_text().rstrip("\ufffd")  # half a character is none
+            if token is not None or not self.text:  # else the limit cut a character: left out
+                self._take(len(self.ids))
         else:
             self.ids.append(token)
-            new = self._new_text()
-            if not new.endswith("\ufffd"):
-                self.text += new
-                self.context, self.decoded = self.decoded, len(self.ids)
+            self._take(len(self.ids) - self._begun_bytes())
         self.tokens += token is not None
         for stop in self.stops:
             at = self.text.find(stop, max(0, start - len(stop) + 1))
@@ -410,10 +411,26 @@ class Completion:
         shown, self.shown = self.shown, max(self.shown, certain)
         return self.text[shown:certain]
 
-    def _new_text(self) -> str:
-        """Text of the ids not yet decoded; those before them tell whether a space leads it."""
-        decode, ids = self.tokenizer.decode, self.ids[self.context :]
-        return decode(ids)[len(decode(ids[: self.decoded - self.context])) :]
+    def _take(self, stop: int) -> None:
+        """Adds the text of the ids before `stop`; those before them tell whether a space leads it.
+        Bytes that are no character become U+FFFD."""
+        if stop > self.decoded:
+            decode, start = self.tokenizer.decode, self.context
+            before = decode(self.ids[start : self.decoded])
+            self.text += decode(self.ids[start:stop])[len(before) :]
+            self.context, self.decoded = self.decoded, stop
+
+    def _begun_bytes(self) -> int:
+        """Number of last ids that are the first bytes of a character whose others may follow."""
+        processor = self.tokenizer.processor
+        for count in range(min(3, len(self.ids) - self.decoded), 0, -1):
+            ids = self.ids[-count:]
+            if all(map(processor.is_byte, ids)):
+                begun = bytes(int(piece[1:-1], 16) for piece in processor.id_to_piece(ids))
+                with contextlib.suppress(UnicodeDecodeError):
+                    if codecs.utf_8_decode(begun, "strict", False)[1] == 0:
+                        return count
+        return 0
 
     def _possible_stop(self) -> int:
         """Length of the longest end of the text with which a stop string begins."""
