@@ -362,6 +362,18 @@ def to_hf(options: argparse.Namespace) -> None:
         check_tokenizer(directory, run)
         prove(config, run.vocab_size, ours, exported.tensor)
     print(f"{output}: {options.dtype}, proved to be the Llama that model.py computes")
+    advice = "use split_special_tokens=True for what people write, README's chat_ids for chats"
+    warn_of_control_pieces(run, "transformers", advice)
+
+
+def warn_of_control_pieces(run: Source, tool: str, advice: str) -> None:
+    """Says that another tool finds control pieces in texts, and what to do about it."""
+    names = [name for name, _, kind in run.pieces.pieces if kind == CONTROL]
+    shown = f"{', '.join(names[:9])}{' …' * (len(names) > 9)}"
+    print(
+        f"warning: {tool} makes control ids of {shown} in a text, so that users can speak in other"
+        f" roles; in Rocket they stay text: {advice}"
+    )
 
 
 def write_shards(
@@ -609,6 +621,9 @@ def to_gguf(options: argparse.Namespace) -> None:
 
         prove(run.config, run.vocab_size, ours, theirs)
     print(f"{output}: {options.dtype}, proved to be the Llama that model.py computes")
+    warn_of_control_pieces(
+        run, "llama.cpp's server", "send it ids, or take these names out of what people write"
+    )
 
 
 def rounded_for_gguf(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:
