@@ -4,11 +4,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 import pytest
 from training import ENVIRONMENT
 
-from config import build_config, read_toml
+import corpus
+from config import DataConfig, build_config, read_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -24,6 +26,30 @@ def test_the_configuration_moved_from_lightning_is_one(tmp_path):
     path.write_text(block("from-lightning.md", "toml"))
     config = build_config(read_toml(path))
     assert (config.model.dim, config.train.epochs, config.train.patience) == (512, 10, 5)
+
+
+def test_the_recipe_for_xml_gives_every_document_in_little_memory(tmp_path):
+    code = block("data.md", "python")
+    assert len(code.splitlines()) <= 20
+    peak = "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])"
+    texts = [f"Café {i} < \U0001f999 & ]\n" + "word " * 200 for i in range(10_000)]
+    pages = "".join(
+        f"<page><title>{i}</title><revision><text>{escape(text[:5])}<b>{escape(text[5:-1])}</b>"
+        f"<![CDATA[{text[-1]}]]></text></revision></page>\n"
+        for i, text in enumerate(texts)
+    )
+    for attribute in ("", ' xmlns="http://www.mediawiki.org/xml/export-0.11/"'):
+        path, target = tmp_path / "dump.xml", tmp_path / "dump.jsonl"
+        path.write_text(f"<dump{attribute}><wiki>{pages}</wiki></dump>")
+        command = [sys.executable, "-c", code + peak, str(path), str(target)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        data = DataConfig(sources=[str(target)])
+        found = [
+            document.text for part in corpus.plan(data) for document in corpus.read(part, data)
+        ]
+        assert found == texts
+        assert path.stat().st_size > 10e6
+        assert int(done.stdout) < 22_000  # kB; the interpreter and its modules take 13,000
 
 
 @pytest.mark.long
