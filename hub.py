@@ -34,6 +34,7 @@ from config import (
     ConfigError,
     DataConfig,
     UserError,
+    locked,
     resolve_path,
     sync_directory,
     write_atomically,
@@ -251,23 +252,34 @@ def _fetch(source: Source, listing: Listing | None) -> None:
         commit, there = _list_hub(source, listing)
         files = _select(source, there)
         source.directory.mkdir(parents=True, exist_ok=True)
-        listing = listing or Listing(commit, {})
-        _write_listing(source, listing)  # an interrupted run goes on with this commit
-        missing = [file for file in files if _size(source.directory / file.path) != file.bytes]
-        size = sum(file.bytes - max(0, _size(_part(source, file))) for file in missing)
-        if size > (free := shutil.disk_usage(source.directory).free):
-            raise UserError(
-                f"{source.text}: {size:,} bytes to fetch, {free:,} free in {source.directory};"
-                " make room or set data.raw_dir"
-            )
-        for file in missing:
-            _fetch_file(source, commit, file)
-        listing.paths[source.path] = {file.path: file.bytes for file in files}
-        _write_listing(source, listing)
+        lock = source.directory / ".download.lock"
+        with locked(lock, lambda holder: _say(f"{source.text}: waiting for {holder}")):
+            if _look(source)[1]:  # else another download brought it while this one waited
+                _fetch_files(source, commit, files)
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if not (message := _explain(error, source, listing)):
             raise
         raise UserError(f"{source.text}: {message}") from None
+
+
+def _fetch_files(source: Source, commit: str, files: list[File]) -> None:
+    listing = _look(source)[0] or Listing(commit, {})
+    if listing.commit != commit:
+        raise UserError(
+            f"{source.text}: its newest commit was changed meanwhile; download it again"
+        )
+    _write_listing(source, listing)  # an interrupted run goes on with this commit
+    missing = [file for file in files if _size(source.directory / file.path) != file.bytes]
+    size = sum(file.bytes - max(0, _size(_part(source, file))) for file in missing)
+    if size > (free := shutil.disk_usage(source.directory).free):
+        raise UserError(
+            f"{source.text}: {size:,} bytes to fetch, {free:,} free in {source.directory};"
+            " make room or set data.raw_dir"
+        )
+    for file in missing:
+        _fetch_file(source, commit, file)
+    listing.paths[source.path] = {file.path: file.bytes for file in files}
+    _write_listing(source, listing)
 
 
 def _write_listing(source: Source, listing: Listing) -> None:

@@ -383,6 +383,23 @@ def test_a_killed_download_is_not_taken_for_data(server, work, contents):
     assert Path(hub.local_sources(data).sources[0]).read_bytes() == content
 
 
+def test_of_two_downloads_at_once_the_second_waits_and_goes_on(server, work, contents):
+    data = config(work, f"{ORCA}/1M-GPT4-Augmented.parquet")
+    server.stalled = threading.Event()
+    first = start(server.endpoint, [data], work)
+    assert server.stalled.wait(60)
+    server.stalled = None
+    second = start(server.endpoint, [data], work)
+    assert f"waiting for process {first.pid} on " in second.stdout.readline()
+    first.kill()
+    first.communicate()
+    out, err = second.communicate(timeout=240)
+    assert (second.returncode, err) == (0, "")
+    assert "downloaded, 1 file(s)" in out
+    content = contents["Open-Orca/OpenOrca"]["main"]["1M-GPT4-Augmented.parquet"]
+    assert Path(hub.local_sources(data).sources[0]).read_bytes() == content
+
+
 def test_what_is_gone_or_cut_after_the_download_is_found_and_fetched(server, work):
     data = config(work, ORCA + "/*.parquet")
     download(data)
