@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -426,6 +427,8 @@ def test_ranks_that_see_different_things_are_named(run, tmp_path):
     message = error_of(done)
     assert "rank 1 on" in message
     assert "does not have the same configuration as rank 0" in message
+    codes = re.findall(r"rank +: (\d) .*\n +exitcode +: (\d+)", done.stderr)
+    assert dict(codes) == {"0": "75", "1": "69"}  # by which attempts.py knows whose node it is
 
 
 def test_a_disk_too_small_for_two_checkpoints_is_said_at_the_start(run, small_disk):
@@ -474,6 +477,37 @@ def test_a_rank_lost_before_a_new_checkpoint_comes_back(saved, run, tmp_path):
         os.kill(launched.workers()[1], signal.SIGKILL)
         assert launched.wait() == 1
     assert status(out)["requeue"]
+
+
+@pytest.mark.parametrize(
+    ("attempts_of_nodes", "sick"),
+    [
+        ([{"a": {"0": -9}, "b": {"1": 75}}], []),  # once
+        ([{"a": {"0": -9}, "b": {"1": 75}}] * 2, ["a"]),
+        ([{"a": {"0": 75}, "b": {"1": -11, "2": 75}}] * 2, ["b"]),
+        ([{"a": {"0": 75}, "b": {"1": 69}}], ["b"]),  # it says so itself
+        ([{"a": {"0": 1}, "b": {"1": 1}}] * 2, []),  # what crashes everywhere is the code
+        ([{"a": {"0": 1}, "b": {"1": 75}}] * 2, ["a"]),
+        ([{"a": {"0": 64}}] * 2, []),  # a mistake
+        ([{"a": {"0": -15}, "b": {"1": 75}}] * 2, []),  # was told to end
+    ],
+)
+def test_which_node_is_sick(attempts_of_nodes, sick, tmp_path):
+    """By how its ranks ended, whatever they took with them elsewhere."""
+    (tmp_path / "logs").mkdir()
+    for number, ended in enumerate(attempts_of_nodes):
+        attempts.count(tmp_path, str(number), 9)
+        for node, codes in ended.items():
+            note = tmp_path / "logs" / f"ended.{number}.{node}.json"
+            note.write_text(json.dumps(codes))
+        attempts.judge(tmp_path, str(number), False)
+    assert attempts.sick_nodes(tmp_path) == sick
+    assert not list((tmp_path / "logs").iterdir())
+    record = json.loads((tmp_path / "attempts.json").read_text())
+    for node, times in record["deaths"].items():
+        record["deaths"][node] = [at - attempts.DEATHS_SECONDS for at in times]
+    (tmp_path / "attempts.json").write_text(json.dumps(record))
+    assert attempts.sick_nodes(tmp_path) == []
 
 
 def test_a_rank_dies_with_its_agent(run, tmp_path):
