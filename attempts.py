@@ -46,6 +46,8 @@ ATTEMPT = "ROCKET_ATTEMPT"  # the environment variable that holds the id of this
 EXPIRY_SECONDS = 300.0  # a run without a heartbeat for so long is dead
 DEATHS_SECONDS = 24 * 3600.0  # MOST_DEATHS of ranks on a node within so long, and it is sick
 MOST_DEATHS = 2
+# Of attempts.json; what is of another type was not written by this code, and does not count.
+SHAPE = {"count": int, "max_attempts": int, "checkpoints": list, "deaths": dict}
 
 
 class Verdict(NamedTuple):
@@ -72,8 +74,7 @@ def main(arguments: list[str]) -> None:
         correct_status(Path(rest[0]), rest[1], requeue=False, why=rest[2])
     elif command == "opened":
         record = _read(Path(rest[0]))
-        job = os.environ.get("SLURM_JOB_ID")
-        sys.exit(job is None or record.get("opened_by") != job)
+        print("yes" if record.get("opened_by") == os.environ["SLURM_JOB_ID"] else "")
     elif command == "--help":
         print(__doc__)
     else:
@@ -125,7 +126,8 @@ def opened(directory: Path) -> None:
 def made_progress(directory: Path) -> bool:
     """Whether there is a checkpoint that was not there when the last attempt was counted."""
     record = _read(directory)
-    return "count" not in record or bool(checkpoints(directory) - set(record["checkpoints"]))
+    counted = {"count", "max_attempts", "checkpoints"} <= record.keys()
+    return not counted or bool(checkpoints(directory) - set(map(str, record["checkpoints"])))
 
 
 def exhausted(directory: Path) -> str:
@@ -153,7 +155,7 @@ def judge(directory: Path, attempt: str, received: bool) -> Verdict:
     killed = "killed" if state else "ended before training began"
     why = status.get("why") or killed
     codes = {code for of_node in ended.values() for code in of_node.values()}
-    if state in ("stopped", "failed") and not status["requeue"]:
+    if state in ("stopped", "failed") and not status.get("requeue"):
         return give_up(directory, attempt, why)
     if not state and UserError.code in codes:
         return give_up(directory, attempt, "it made a mistake before training began")
@@ -181,7 +183,7 @@ def correct_status(directory: Path, attempt: str, *, requeue: bool, why: str) ->
     if claim and claim.get("job_id") != job:
         return  # another job trains the run, and says what becomes of it
     status = _read(directory, "status")
-    if status.get("attempt") != attempt or status["state"] == "running":
+    if status.get("attempt") != attempt or status.get("state") not in ("stopped", "failed"):
         status = {"state": "failed", "reason": "error", "step": newest_step(directory)}
     write_status(directory, status | {"requeue": requeue, "why": why, "attempt": attempt})
 
@@ -212,9 +214,11 @@ def is_alive(directory: Path) -> bool:
     """Whether a process trains the run: as its claim says on this host, or by its heartbeat."""
     path = directory / "claim.json"
     claim = read_json(path) or {}
-    if claim.get("host") == socket.gethostname():
+    if not {"host", "pid", "started"} <= claim.keys():
+        return False
+    if claim["host"] == socket.gethostname():
         return process_start(claim["pid"]) == claim["started"]
-    return bool(claim) and time.time() - path.stat().st_mtime < EXPIRY_SECONDS
+    return time.time() - path.stat().st_mtime < EXPIRY_SECONDS
 
 
 def process_start(pid: int) -> str | None:
@@ -238,9 +242,18 @@ def process_start(pid: int) -> str | None:
 def sick_nodes(directory: Path) -> list[str]:
     """The nodes that the next attempt should do without."""
     since = time.time() - DEATHS_SECONDS
-    deaths = _read(directory).get("deaths", {})
-    recent = {node: sum(at > since for at in times) for node, times in deaths.items()}
+    recent = {n: sum(at > since for at in times) for n, times in _deaths(directory).items()}
     return sorted(node for node, number in recent.items() if number >= MOST_DEATHS)
+
+
+def _deaths(directory: Path) -> dict[str, list[float]]:
+    """When ranks died on each node."""
+    found = _read(directory).get("deaths", {})
+    return {
+        node: [at for at in times if isinstance(at, float)]
+        for node, times in found.items()
+        if isinstance(times, list)
+    }
 
 
 def _take_notes(directory: Path, attempt: str) -> dict[str, dict[str, int]]:
@@ -257,7 +270,7 @@ def _take_notes(directory: Path, attempt: str) -> dict[str, dict[str, int]]:
     if len(ended) > 1 and all(1 in codes.values() for codes in ended.values()):
         innocent.add(1)
     record, now = _read(directory), time.time()
-    deaths = record.get("deaths", {})
+    deaths = _deaths(directory)
     for node, codes in ended.items():
         if SICK_NODE in codes.values():  # it said so itself
             deaths[node] = [now] * MOST_DEATHS
@@ -309,7 +322,8 @@ def read_json(path: Path) -> Json | None:
 
 
 def _read(directory: Path, name: str = "attempts") -> Json:
-    return read_json(directory / f"{name}.json") or {}
+    found = read_json(directory / f"{name}.json") or {}
+    return {key: value for key, value in found.items() if isinstance(value, SHAPE.get(key, object))}
 
 
 def _write(directory: Path, record: Json) -> None:

@@ -76,6 +76,8 @@ SENTENCEPIECE_OPTIONS = (
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
+STARTED_BY = os.getppid()  # of a rank, torchrun's agent, known before torch takes its seconds
+
 # Exit codes by which the one who started a rank knows what became of it (attempts.py).
 LOST_RANK, SICK_NODE = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
 

@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 from config import (
     LOST_RANK,
     SICK_NODE,
+    STARTED_BY,
     Config,
     ParallelConfig,
     UserError,
@@ -284,6 +285,8 @@ def _die_with_agent() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != STARTED_BY:  # it was killed before that
+            os._exit(LOST_RANK)
 
 
 def be_deterministic() -> None:

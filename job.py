@@ -268,7 +268,10 @@ class Claim:
     def _create(self) -> bool:
         """Makes the claim, whole from its first moment; False if there is one."""
         fresh = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.new")
-        fresh.write_text(json.dumps(self.mine))
+        with open(fresh, "w") as file:
+            file.write(json.dumps(self.mine))
+            file.flush()
+            os.fsync(file.fileno())  # or it is there and empty when this node has lost its power
         try:
             os.link(fresh, self.path)
         except FileExistsError:
@@ -278,6 +281,8 @@ class Claim:
         return True
 
     def _is_free(self, holder: dict[str, Any]) -> bool:
+        if not {"host", "pid", "started"} <= holder.keys():  # torn: of a node that has crashed
+            return True
         if holder.get("host") == socket.gethostname():
             started = process_start(holder["pid"])
             return started is None or started != holder["started"]

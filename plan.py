@@ -256,6 +256,8 @@ def read_cluster(flags: list[str]) -> Cluster:
     gpus = int(number("gpus", per_node, whole=True))
     if "nodes" in values:
         nodes = int(number("nodes", 1, whole=True))
+        if "gpus" in values and gpus % nodes:
+            raise ConfigError(f"--gpus={gpus} can't be spread evenly over --nodes={nodes}")
         per_node = -(-gpus // nodes) if "gpus" in values else per_node
         gpus = gpus if "gpus" in values else nodes * per_node
     per_node = min(per_node, gpus)
@@ -329,9 +331,11 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
     size, keep = sizes(config.model, v), config.checkpoint
     tokens = steps * train.global_batch_size * seq_len
     flops = flops_per_token(config.model, v, seq_len)
-    rate = slowdown = None
+    rate, slowdown, causes = None, None, {}
     if best and cluster.flops:
-        slowdown = best.cost * best.setup.sequences / train.global_batch_size
+        fillers = best.setup.sequences / train.global_batch_size
+        causes = {"recomputation and communication": best.cost, "filler sequences": fillers}
+        slowdown = best.cost * fillers
         rate = cluster.flops * cluster.mfu * cluster.gpus / slowdown
     inner = size.layers * size.matrices if config.optimizer.name == "muon" else 0
     checkpoint = FP32 * (3 * size.total - inner)
@@ -345,6 +349,7 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
         "memory_a_gpu": cluster.memory,
         "mfu": cluster.mfu,
         "slowdown": slowdown,
+        "slowed_by": [name for name, factor in causes.items() if factor >= 1.005],
         "tokens_a_step": train.global_batch_size * seq_len,
         "steps": steps,
         "tokens": tokens,
@@ -549,7 +554,7 @@ def request(config: Config, facts: dict[str, Any]) -> list[str]:
     if facts["slowdown"] >= 1.005:
         share = (
             f": {facts['mfu']:.0%}, which runs reach that recompute nothing (published: 39% to"
-            f" 46%), over {facts['slowdown']:.2f} for recomputation and communication."
+            f" 46%), over {facts['slowdown']:.2f} for {' and '.join(facts['slowed_by'])}."
         )
     text = (
         f"We request {figure(facts['gpu_hours'])} GPU-hours ({facts['gpus']} {facts['gpu']} on"

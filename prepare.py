@@ -160,6 +160,8 @@ def process(directory: Path, config: Config, task: Task | None, flags: list[str]
             parts = corpus.plan(data, survey.sources)
             with contextlib.nullcontext() if task else alone(directory):
                 if not is_ready():  # another run may have made it while this one waited
+                    if "--force" in flags:  # parts may be of what the sources held before
+                        discard_work(directory)
                     commits = hub.commits(config.data)
                     prepare(encoder, parts, survey, recipe, directory, task, commits)
                     return

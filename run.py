@@ -287,13 +287,15 @@ def preflight(
     seen_by = world.each(look)
 
     def compare() -> tuple[int, str] | None:
-        first = seen_by[0]
-        for rank, seen in enumerate(seen_by):
-            for name in seen:
-                if name != "host" and seen[name] != first[name]:
+        for name in seen_by[0].keys() - {"host"}:
+            values = {rank: seen[name] for rank, seen in enumerate(seen_by) if name in seen}
+            common = Counter(values.values()).most_common(1)[0][0]  # of two, rank 0's
+            like = next(rank for rank, value in values.items() if value == common)
+            for rank, value in values.items():
+                if value != common:
                     return rank, (
-                        f"rank {rank} on {seen['host']} does not have the same {name} as rank 0 on"
-                        f" {first['host']}: {seen[name][:12]} and {first[name][:12]}"
+                        f"rank {rank} on {seen_by[rank]['host']} does not have the same {name} as"
+                        f" rank {like} on {seen_by[like]['host']}: {value[:12]} and {common[:12]}"
                     )
         return None
 
@@ -346,7 +348,8 @@ def _check_device(config: Config, device: torch.device) -> None:
     """UserError if the GPU that the run means to use does not compute."""
     if device.type == "cpu":
         if config.train.device == "auto" and Path("/dev/nvidia0").exists():
-            raise UserError(
+            kind = NodeError if torch.version.cuda else UserError
+            raise kind(
                 f"{socket.gethostname()} has an NVIDIA GPU that torch {torch.__version__} can't"
                 " use: the driver is too old for it, or it is a build for CPUs; set"
                 " train.device=cpu to train without"
@@ -423,12 +426,16 @@ class DataCheck:
             temporary = path / f"{self.FILE}.{socket.gethostname()}.{os.getpid()}.tmp"
             try:
                 temporary.write_text(json.dumps(known))
+                temporary.chmod(0o666 & (path / "manifest.json").stat().st_mode)
                 temporary.replace(path / self.FILE)
             except OSError as error:  # others' data, say: they are right all the same
                 tell(f"{path / self.FILE} can't be written: {error.strerror}; hashed in each job")
 
     def _known(self, path: Path) -> dict[str, list[int]]:
-        return attempts.read_json(path / self.FILE) or {}
+        try:
+            return attempts.read_json(path / self.FILE) or {}
+        except OSError:  # another user's: hash again
+            return {}
 
     def _not_verified(self) -> list[tuple[Path, str]]:
         found = []
@@ -510,7 +517,7 @@ class RunLog:
                 if missing := max(0, rows.get(name, 0) - kept):
                     self.say(
                         f"{self.directory / name}: {missing} of the {rows[name]} rows up to step"
-                        f" {step} are missing; it was cut or deleted since that was saved"
+                        f" {step} are missing; it was changed or deleted since that was saved"
                     )
                 self.files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
             if sys.stderr.isatty():
@@ -678,7 +685,9 @@ class RunLog:
     def _failed_before(self) -> tuple[int, str] | None:
         """Where the job before this one failed, and why, if it did."""
         status = attempts.read_json(self.directory / "status.json") or {}
-        return (status["step"], status.get("why", "")) if status.get("state") == "failed" else None
+        if status.get("state") != "failed":
+            return None
+        return status.get("step", 0), status.get("why", "")
 
     def failed(self, reason: str, step: int, requeue: bool, why: str) -> None:
         """Records a failure; where even that fails, says so and leaves the first error in view."""
@@ -729,6 +738,7 @@ def cut_rows(path: Path, step: float, evaluated: bool) -> int:
     if not path.exists():
         return 0
     keep = rows = 0
+    whole, torn = [], False
     with open(path, "rb+") as file:
         for line in file:
             try:
@@ -738,10 +748,18 @@ def cut_rows(path: Path, step: float, evaluated: bool) -> int:
             except (ValueError, KeyError, TypeError):  # torn by a crash
                 inside = False
             if not inside:
-                break
-            keep += len(line)
+                torn = True
+                continue
             rows += 1
-        file.truncate(keep)
+            if torn:  # rows behind a line that somebody has changed
+                whole.append(line)
+            else:
+                keep += len(line)
+        if whole:
+            file.seek(0)
+            write_atomically(path, file.read(keep) + b"".join(whole))
+        else:
+            file.truncate(keep)
     return rows
 
 

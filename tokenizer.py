@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,8 @@ def check_symbol(symbol: str, name: str, control: bool) -> None:
         raise UserError(f"{name} {symbol!r}: write it without spaces, such as <pad> or <tool_call>")
     if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in symbol):
         raise UserError(f"{name} {symbol!r}: SentencePiece can't store it; take printable text")
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", symbol):  # other tools read the digits in either case
+        raise UserError(f"{name} {symbol!r} is the name of a byte's piece; take another")
 
 
 def add_options(model: bytes, options: dict[str, Any]) -> bytes:

@@ -11,6 +11,7 @@ sent, and steps that were lost and done again are there once.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import secrets
@@ -29,6 +30,7 @@ from config import (
     build_config,
     existing_path,
     installed,
+    locked,
     read_toml,
     run_program,
     tables,
@@ -64,10 +66,20 @@ def main(arguments: list[str]) -> None:
     else:
         over.set()
     try:
-        track(directory, over)
+        (directory / "wandb").mkdir(exist_ok=True)
+        busy = functools.partial(leave_to, options.follow)
+        with locked(directory / "wandb" / "lock", busy):
+            track(directory, over)
     except Exception as error:  # whatever the package raises: training goes on without it
         reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(" .:")
         give_up(f"{reason}; python track.py {directory} hands over all rows anew")
+
+
+def leave_to(waits: bool, holder: str) -> None:
+    """Where the rows are being handed over already: training waits its turn, a person need not."""
+    if not waits:
+        print(f"{holder} hands over the rows of this run already")
+        sys.exit()
 
 
 def give_up(reason: str) -> NoReturn:
@@ -124,7 +136,6 @@ def run_id(directory: Path) -> str:
     """The id of the W&B run, the same for all jobs."""
     path = directory / "wandb" / "id"
     if not path.exists():
-        path.parent.mkdir(exist_ok=True)
         write_atomically(path, secrets.token_hex(4).encode())
     return path.read_text().strip()
 

@@ -313,8 +313,6 @@ def check_symbols(config: TokenizerConfig) -> None:
         for symbol in symbols(config, option):
             name = f"tokenizer.{option}: the symbol"
             check_symbol(symbol, name, control=option == "control_symbols")
-            if re.fullmatch("<0x[0-9A-F]{2}>", symbol):
-                raise UserError(f"{name} {symbol!r} is the name of a byte's piece; take another")
             if symbol in taken:
                 raise UserError(
                     f"{name} {symbol!r} is {taken[symbol]} already; leave it out here, or there"

@@ -55,11 +55,9 @@ restarts=${SLURM_RESTART_COUNT:-0}
 
 # The job's comment keeps the run directory, so that an edit of CONFIG does not send a job that
 # comes back to another one. A successor is submitted with it.
-successor=''
 comment=$(squeue -h -j "$job" -o %k) || true
 if [[ $comment == run=* ]]; then
     run=${comment#run=} returning=yes
-    [ "$restarts" != 0 ] || successor=yes
 else
     run=$("$python" "$ROCKET_ROOT/config.py" "${arguments[@]}") returning=''
     [ "$restarts" = 0 ] || returning=yes
@@ -80,11 +78,14 @@ attempts() { "$python" "$tool" "$@"; }
 # run began, so that nobody's edit changes a job that waits; but only if this job got so far as to
 # write them, else its own overrides would be lost.
 choose_program() {
-    program=$ROCKET_ROOT/rocket.py
-    if [ -n "$returning" ] && attempts opened "$run"; then
+    program=$ROCKET_ROOT/rocket.py tool=$ROCKET_ROOT/attempts.py
+    [ -n "$returning" ] || return 0
+    [ ! -f "$run/code/attempts.py" ] || tool=$run/code/attempts.py
+    local opened
+    opened=$(attempts opened "$run") || fail "attempts.py failed; the reason is above"
+    # The arguments of a successor were chosen in this way by the job before it.
+    if [ -n "$opened" ] || [ "${arguments[*]}" = "$run/config.toml" ]; then
         program=$run/code/rocket.py arguments=("$run/config.toml")
-    elif [ -n "$successor" ] && [ -f "$run/code/rocket.py" ]; then
-        program=$run/code/rocket.py # its arguments were chosen by the job before it
     fi
 }
 
@@ -116,6 +117,12 @@ train() {
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap ends wait early
     srun=''
+    # Where srun itself was killed its step goes on, and would train beside the next attempt.
+    local step
+    while step=$(squeue -h --steps -j "$job" -o %i | grep -vE 'batch|extern'); do
+        scancel $step || true
+        sleep 1
+    done
 }
 
 # STATE REASON of this job.
@@ -153,20 +160,49 @@ come_back() {
 
 job_field() { scontrol show job -o "$job" | grep -oP "(?<= $1=)\S+"; }
 
-# The nodes that the job is not to have: those that it has excluded before and, if the partition has
-# enough others, the sick ones.
+# Sets `options`: the flags that ask sbatch for what this job has.
+resources() {
+    local flags=(job-name partition account qos time nodes mem constraint reservation gres nodelist)
+    local values i
+    options=(
+        ${SLURM_NTASKS:+--ntasks="$SLURM_NTASKS"}
+        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
+        ${SLURM_MEM_PER_CPU:+--mem-per-cpu="$SLURM_MEM_PER_CPU"}
+    )
+    IFS='|' read -ra values < <(squeue -h -j "$job" -o '%j|%P|%a|%q|%l|%D|%m|%f|%v|%b|%n')
+    for i in "${!values[@]}"; do
+        case ${values[i]} in
+            '' | '(null)' | N/A | 0 | [0-9]*[KMGT]c) ;; # not asked for, or memory a CPU
+            *) options+=(--"${flags[i]}=${values[i]#gres[:/]}") ;;
+        esac
+    done
+}
+
+# Takes from the environment what sbatch would hand on (a restart count, for one) or `options` say.
+forget_job() {
+    local name
+    for name in "${!SLURM_@}"; do
+        [ "$name" = SLURM_CONF ] || unset "$name"
+    done
+    unset SBATCH_GRES SBATCH_GPUS_PER_NODE
+}
+
+# The nodes that the job is not to have: those that it has excluded before and, if Slurm finds others
+# for it, the sick ones.
 nodes_to_exclude() {
-    local before after left
+    local before after
     before=$(job_field ExcNodeList)
     [ "$before" = '(null)' ] && before='' || before=$(scontrol show hostnames "$before")
-    after=$(printf '%s\n%s' "$before" "${sick//,/$'\n'}" | grep . | sort -u) || true
-    left=$(sinfo -h -N -p "$SLURM_JOB_PARTITION" -t idle,alloc,mix,comp,resv -o %N | sort -u |
-        grep -cvxF "${after:-/}") || true
-    [ "$left" -ge "$SLURM_JOB_NUM_NODES" ] || {
-        say "$sick: sick, but the partition has too few nodes to do without"
-        after=$before
-    }
-    paste -sd, <<<"$after"
+    after=$(printf '%s\n%s' "$before" "${sick//,/$'\n'}" | grep . | sort -u | paste -sd,) || true
+    if [ -n "$sick" ] && ! (
+        resources
+        forget_job
+        sbatch --test-only "${options[@]}" --exclude="$after" --wrap=true
+    ) 2>/dev/null; then
+        say "$sick: sick, but there are too few nodes to do without"
+        after=$(paste -sd, <<<"$before")
+    fi
+    echo "$after"
 }
 
 exclude_sick() {
@@ -178,44 +214,35 @@ exclude_sick() {
 
 # Where requeueing is forbidden: submits a job like this one, to start when this one has ended.
 succeed() {
-    local flags=(job-name partition account qos time nodes mem constraint reservation gres)
-    local values options nodes i name
-    options=(
-        ${SLURM_NTASKS:+--ntasks="$SLURM_NTASKS"}
-        ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
-        ${SLURM_MEM_PER_CPU:+--mem-per-cpu="$SLURM_MEM_PER_CPU"}
-    )
-    IFS='|' read -ra values < <(squeue -h -j "$job" -o '%j|%P|%a|%q|%l|%D|%m|%f|%v|%b')
-    for i in "${!flags[@]}"; do
-        case ${values[i]} in
-            '(null)' | N/A | 0 | [0-9]*[KMGT]c) ;; # not asked for, or memory a CPU
-            *) options+=(--"${flags[i]}=${values[i]#gres[:/]}") ;;
-        esac
-    done
+    local options nodes output
+    resources
     nodes=$(nodes_to_exclude)
-    options+=(${nodes:+--exclude="$nodes"})
+    output=$(job_field StdOut)
+    options+=(${nodes:+--exclude="$nodes"} --output="$output")
     returning=yes
     choose_program
     # What was killed left its claim, which other hosts would honour until it expires.
     ! grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$run/claim.json" || rm -f "$run/claim.json"
-    for name in "${!SLURM_@}"; do # sbatch would hand them on: a restart count, for one
-        [ "$name" = SLURM_CONF ] || unset "$name"
-    done
-    unset SBATCH_GRES SBATCH_GPUS_PER_NODE # the flags above say it
+    forget_job
     submit --dependency=afterany:"$job" --comment="run=$run" "${options[@]}" \
         "$ROCKET_ROOT/slurm/train.sh" "${arguments[@]}"
     exit
 }
 
+# The end, also where Slurm has requeued the job by itself.
+give_up() {
+    [[ $(job_field Restarts) -le $restarts ]] || scancel "$job"
+    fail "not requeued: $1"
+}
+
 for ((number = 1; ; number++)); do
     export ROCKET_ATTEMPT=$job-$restarts-$number # its id
-    tool=$ROCKET_ROOT/attempts.py asked='' sick=''
-    [ "$number$returning$successor" != 1 ] || asked=yes
+    asked='' sick=''
+    [ "$number$returning" != 1 ] || asked=yes
     choose_program
-    [ ! -f "${program%/*}/attempts.py" ] || tool=${program%/*}/attempts.py
-    attempts begin "$ROCKET_ATTEMPT" "$asked" "${arguments[@]}" || fail "not tried again"
+    attempts begin "$ROCKET_ATTEMPT" "$asked" "${arguments[@]}" || give_up "the reason is above"
     [ -n "$stopping" ] || train
-    verdict=$(attempts judge "$run" "$ROCKET_ATTEMPT" "$stopping")
+    verdict=$(attempts judge "$run" "$ROCKET_ATTEMPT" "$stopping") || verdict='||the reason is above'
     IFS='|' read -r action sick why <<<"$verdict"
     case $action in
         done) exit 0 ;;
@@ -225,6 +252,6 @@ for ((number = 1; ; number++)); do
             say "another attempt, for it had saved something new: $why"
             returning=yes
             ;;
-        *) fail "not requeued: $why" ;;
+        *) give_up "$why" ;;
     esac
 done

@@ -63,10 +63,11 @@ def dataset(tiny_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 2 MB."""
+    """A file system with room for a run's copy of the code and 1.6 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    code = sum(-(-path.stat().st_size // 4096) for path in ROOT.glob("*.py")) * 4096
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={code + 1_600_000}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk

@@ -376,6 +376,10 @@ def test_hours_are_of_what_is_recommended():
     )
     assert (even["slowdown"], uneven["slowdown"]) == pytest.approx((1, 1.25))
     assert uneven["gpu_hours"] == pytest.approx(1.25 * even["gpu_hours"])
+    assert (even["slowed_by"], uneven["slowed_by"]) == ([], ["filler sequences"])
+    assert found["slowed_by"] == ["recomputation and communication"]
+    uneven = planned(path, "--gpus=12", "--nodes=5")
+    assert "--gpus=12 can't be spread evenly over --nodes=5" in uneven.stderr
 
 
 def test_a_plan_for_years_is_warned_of():

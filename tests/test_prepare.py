@@ -387,6 +387,18 @@ def ended(process):
     return *process.communicate(timeout=240), process.returncode
 
 
+def test_forced_work_takes_nothing_of_a_killed_run(project, halted):
+    """Its parts may be of what a source held before an edit that left its size as it was."""
+    halted.kill()
+    halted.wait()
+    assert list((project / "data" / "parts").glob("*/part-*.json"))
+    corpus = project / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().replace("a", "o"))
+    prepared(project, "--force")
+    prepared(project, f"--data.dir={project}/straight")
+    assert digests(project / "data") == digests(project / "straight")
+
+
 @pytest.mark.parametrize("force", [[], ["--force"]])
 def test_runs_at_once_make_one_dataset(project, halted, force):
     """The later ones wait, and find it up to date; with --force each prepares it, in turn."""

@@ -538,6 +538,10 @@ def test_wandb_outlives_no_run(dataset, tiny_tokenizer, tmp_path, offline):
         until(lambda: "W&B run" in launched.said())
         processes = follower(out)
         assert len(processes) == 2
+        by_hand = [sys.executable, str(ROOT / "track.py"), str(out)]  # would take its place
+        done = subprocess.run(by_hand, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "hands over the rows of this run already" in done.stdout
         os.kill(launched.pid, signal.SIGKILL)
         launched.wait()
         until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in processes))

@@ -200,7 +200,8 @@ def test_requeued_job_keeps_its_code_and_configuration(cluster, arguments, undis
     job = cluster.train("mine.toml", *command, root=repository)
     wait_saved(out)
     cluster.call("scontrol", "requeue", job)
-    (repository / "rocket.py").write_text('raise SystemExit("somebody edits this")\n')
+    for name in ("rocket.py", "attempts.py", "config.py"):
+        (repository / name).write_text('raise SystemExit("somebody edits this")\n')
     config.write_text(tiny.replace("out/tiny", str(tmp_path / "next")))
     found = cluster.end(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
@@ -307,8 +308,49 @@ def test_a_sick_node_that_is_needed_stays(cluster, arguments, undisturbed, tmp_p
         wait_until(lambda: not workers(tmp_path), "death")
     found = cluster.end(job)
     assert (found["JobState"], found["ExcNodeList"]) == ("COMPLETED", "(null)")
-    assert "too few nodes to do without" in cluster.log(job)
+    assert "sick, but there are too few nodes to do without" in cluster.log(job)
     assert_finished(tmp_path, undisturbed[2])
+
+
+def test_a_sick_node_that_was_asked_for_stays(cluster, arguments, tmp_path):
+    """Without it the job would wait for ever."""
+    job = cluster.train(*arguments(tmp_path), flags="--nodelist=slurmn2")
+    for restart in range(2):
+        wait_until(lambda r=restart: f"restart {r}," in cluster.log(job), f"start {restart}")
+        os.kill(wait_until(lambda: workers(tmp_path), "worker")[0], signal.SIGKILL)
+        wait_until(lambda: not workers(tmp_path), "death")
+    found = cluster.end(job)
+    assert (found["JobState"], found["ExcNodeList"]) == ("COMPLETED", "(null)")
+    assert "slurmn2: sick, but there are too few nodes to do without" in cluster.log(job)
+
+
+def test_requeues_by_slurm_are_bounded_too(cluster, arguments, tmp_path):
+    """A node is lost in each start-up, and each time Slurm requeues the job by itself."""
+    job = cluster.train(*arguments(tmp_path, train__max_attempts=2), flags="--nodes=2")
+    for restart in range(2):
+        wait_until(lambda r=restart: f"restart {r}," in cluster.log(job), f"start {restart}")
+        wait_until(lambda: len(workers(tmp_path)) == 2, "workers")
+        cluster.call("scontrol", "update", "NodeName=slurmn2", "State=DOWN", "Reason=lost")
+        wait_until(lambda: not workers(tmp_path), "end of the attempt")
+        with contextlib.suppress(AssertionError):  # it answers, and may have come back by itself
+            cluster.call("scontrol", "update", "NodeName=slurmn2", "State=RESUME")
+    found = cluster.end(job)
+    assert found["JobState"] == "CANCELLED"
+    assert "not requeued: 2 attempts in a row" in cluster.log(job)
+    assert not status(tmp_path)["requeue"]
+
+
+def test_a_killed_srun_leaves_no_rank_to_train_beside_the_next(
+    cluster, arguments, undisturbed, tmp_path
+):
+    job = cluster.train(*arguments(tmp_path))
+    wait_saved(tmp_path)
+    ranks = workers(tmp_path)
+    subprocess.run(["pkill", "-KILL", "-f", f"^srun .*{tmp_path}"], check=True)
+    wait_until(lambda: not set(ranks) & set(workers(tmp_path)), "end of the rank")
+    found = cluster.end(job)
+    assert found["JobState"] == "COMPLETED"
+    assert_finished(tmp_path, undisturbed[1])
 
 
 def test_a_node_lost_during_start_up(cluster, arguments, undisturbed, tmp_path):

@@ -321,6 +321,7 @@ SYMBOLS = {  # what is given, and the symbol that is named
     "EOS": (["</s>"], "'</s>' is the piece EOS already"),
     "unknown": (["<unk>"], "'<unk>' is the unknown piece already"),
     "a byte": (["<0x41>"], "'<0x41>' is the name of a byte's piece"),
+    "a byte in other letters": (["<0x0a>"], "'<0x0a>' is the name of a byte's piece"),
     "NUL": (["a\0b"], r"'a\\x00b': SentencePiece can't store it"),
 }
 
