@@ -242,6 +242,7 @@ for ((number = 1; ; number++)); do
     choose_program
     attempts begin "$ROCKET_ATTEMPT" "$asked" "${arguments[@]}" || give_up "the reason is above"
     [ -n "$stopping" ] || train
+    [ ! -f "$run/code/attempts.py" ] || tool=$run/code/attempts.py # somebody may edit the other
     verdict=$(attempts judge "$run" "$ROCKET_ATTEMPT" "$stopping") || verdict='||the reason is above'
     IFS='|' read -r action sick why <<<"$verdict"
     case $action in
