@@ -37,7 +37,7 @@ import subprocess
 import tokenize
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -46,6 +46,8 @@ from config import ConfigError, DataConfig, UserError
 from sources import COMPRESSIONS, Source, Survey, suffixes
 
 BOM = b"\xef\xbb\xbf"  # some programs write it before UTF-8, and it is no part of the text
+OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
+OTHER_MARKS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # after the longer ones
 MIN_PART_BYTES, MAX_PARTS = 1_000_000, 1024  # the default part: small corpora still feed all cores
 BATCH_BYTES = 4_000_000  # of a Parquet column, decoded at a time
 PACKED_BYTES = 1 << 16  # of a compressed file, at a time
@@ -387,6 +389,10 @@ class Reader:
                         break
                 return at
 
+            head = file.peek(4)  # of the file, whatever piece it is
+            if other := next((OTHER_MARKS[m] for m in OTHER_MARKS if head.startswith(m)), ""):
+                advice = f"convert it: iconv -f {other} -t UTF-8 IN > OUT"
+                raise Unreadable(f"{other}, not UTF-8; {advice}")
             position = max(0, self.piece.start - 1)
             if self.piece.start:  # the line that the byte before it belongs to is another piece's
                 file.seek(position)
@@ -473,12 +479,12 @@ class Reader:
                     for row in zip(*values, strict=True):
                         yield i, row
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BufferedReader:
         """The file's bytes, without compression; Python as UTF-8, whatever it is written in."""
         path = self.piece.path
         if self.piece.format == "python":
             with tokenize.open(path) as file:
-                return io.BytesIO(file.read().encode())
+                return io.BufferedReader(io.BytesIO(file.read().encode()))
         compression = COMPRESSIONS.get(suffixes(path)[1])
         if not compression:
             return open(path, "rb")
@@ -694,7 +700,8 @@ def _without_newline(line: str) -> str:
 def _unpack_xz(path: str) -> Generator[bytes, None, None]:
     """The content of an xz file, of one stream or several; OSError where it is cut or damaged.
 
-    Python's LZMAFile would take what is no stream for the end.
+    Python's LZMAFile would take what is no stream for the end. NUL bytes may follow a stream, in
+    fours.
     """
     try:
         import lzma
@@ -705,7 +712,15 @@ def _unpack_xz(path: str) -> Generator[bytes, None, None]:
             stream, packed = lzma.LZMADecompressor(lzma.FORMAT_XZ), b""
             while True:
                 if stream.eof:
-                    if not (packed := stream.unused_data or file.read(PACKED_BYTES)):
+                    packed, padding = stream.unused_data, 0
+                    while not (rest := packed.lstrip(b"\0")):
+                        padding += len(packed)
+                        if not (packed := file.read(PACKED_BYTES)):
+                            break
+                    padding += len(packed) - len(rest)
+                    if padding % 4:
+                        raise OSError(f"{padding} NUL bytes behind a stream, not a multiple of 4")
+                    if not (packed := rest):
                         return
                     stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
                 elif stream.needs_input and not (packed := file.read(PACKED_BYTES)):

@@ -46,7 +46,7 @@ class Survey:
     """The files that the sources name, each once, and what a user may not expect of them.
 
     A file is what its device and inode say, whatever names and links lead to it; of its names the
-    first counts.
+    first of a known ending counts, else the first.
 
     Raises:
         UserError: a missing file, a glob or directory without files, a file in two splits, what is
@@ -57,13 +57,12 @@ class Survey:
         self.files: dict[tuple[int, ...], Source] = {}
         self.unread: dict[str, str] = {}  # beside them, in directories and globs: path to kind
         self.links: dict[str, str] = {}  # a further name of what is read to its first one
-        self.unknown: list[str] = []  # files of unknown endings, read as text
         named = ((None, data.sources), ("val", data.val_sources), ("test", data.test_sources))
         for split, names in named:
             for name in names:
                 self.add(name, split)
-        for source in self.files.values():  # one that lies in a directory and is named, too
-            self.unread.pop(source.path, None)
+        # One that lies in a directory may be named, too, or read through a link.
+        self.unread = {path: kind for path, kind in self.unread.items() if not self.is_read(path)}
 
     @property
     def sources(self) -> list[Source]:
@@ -77,11 +76,14 @@ class Survey:
 
     def remarks(self) -> list[str]:
         """What is not read, or read otherwise than it may be meant: lines for the user."""
-        links = [f"{_label(path)} is {_label(first)}" for path, first in self.links.items()]
+        links = [(path, self.links.get(first, first)) for path, first in self.links.items()]
+        unknown = [source.path for source in self.sources if not _is_known(source.path)]
         told = {
             "not read": describe_kinds(self.unread),
-            "unknown ending, read as text": _several([*map(_label, self.unknown)]),
-            "links to what is read already, left out": _several(links),
+            "unknown ending, read as text": _several([_shown(path) for path in unknown]),
+            "links to what is read already, left out": _several(
+                [f"{_shown(path)} is {_shown(first)}" for path, first in links]
+            ),
         }
         return [f"{what}: {text}" for what, text in told.items() if text]
 
@@ -98,8 +100,6 @@ class Survey:
                 found += self.below(path, stdlib)
             elif not (special := _special(status)):
                 found.append((path, status))
-                if not _is_known(path):
-                    self.unknown.append(path)
             elif is_glob:
                 self.unread[path] = special
             else:
@@ -110,6 +110,8 @@ class Survey:
             beside = describe_kinds(dict(itertools.islice(self.unread.items(), seen, None)))
             raise UserError(f"{root}: {what}" + f", but {beside}" * bool(beside))
         for path, status in found:
+            if not os.access(path, os.R_OK, effective_ids=True):
+                raise UserError(f"{path}: can't be read: {os.strerror(errno.EACCES)}")
             label = f"{STDLIB}/{os.path.relpath(path, root)}" if stdlib else _label(path)
             suffix, compression = suffixes(path)
             format = "python" if stdlib else TABLES.get(suffix, "text")
@@ -118,15 +120,25 @@ class Survey:
             self.take(Source(label, path, format, status.st_size, split), status)
 
     def take(self, source: Source, status: os.stat_result) -> None:
-        """Takes a file, unless it is there already."""
-        # Size and time, since some network file systems use the number of an inode again.
-        identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+        """Takes a file, unless it is there already; a name that tells its format wins."""
+        identity = _identity(status)
         first = self.files.setdefault(identity, source)
         if first.split != source.split:
             same = f" and {first.path} are one file, which" * (first.path != source.path)
             raise UserError(f"{source.path}{same} is in the sources of two splits; name it in one")
-        if os.path.abspath(first.path) != os.path.abspath(source.path):
+        if _is_known(source.path) and not _is_known(first.path):  # as of the hub's blobs
+            del self.files[identity]  # the order is that of the names that count
+            self.files[identity] = source
+            self.links[first.path] = source.path
+        elif os.path.abspath(first.path) != os.path.abspath(source.path):
             self.links[source.path] = first.path
+
+    def is_read(self, path: str) -> bool:
+        """Whether a path leads to a file that is taken."""
+        try:
+            return _identity(os.stat(path)) in self.files
+        except OSError:  # a broken link
+            return False
 
     def below(self, root: str, stdlib: bool) -> list[tuple[str, os.stat_result]]:
         """The files of known endings below a directory, by their names."""
@@ -196,9 +208,25 @@ class Survey:
         return sorted(paths)
 
 
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What tells a file from others."""
+    # Size and time, since some network file systems use the number of an inode again.
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def _label(path: str) -> str:
     """A file's name for people and manifests: from the repository on, if it lies there."""
     return str(Path(path).relative_to(ROOT)) if Path(path).is_relative_to(ROOT) else path
+
+
+def _shown(path: str) -> str:
+    """A file's name in a line for people."""
+    return _printable(_label(path))
+
+
+def _printable(name: str) -> str:
+    """A name with escapes for what would break a line or can't be printed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _several(names: list[str]) -> str:
@@ -215,7 +243,7 @@ def describe_kinds(unread: dict[str, str]) -> str:
     examples = {kind: path for path, kind in reversed(unread.items())}
     counts = [*_count_kinds(unread).items()]
     told = [
-        f"{count:,} {kind} ({_label(examples[kind])}{', …' if count > 1 else ''})"
+        f"{count:,} {kind} ({_shown(examples[kind])}{', …' if count > 1 else ''})"
         for kind, count in counts[:KINDS_TOLD]
     ]
     if rest := counts[KINDS_TOLD:]:
@@ -317,7 +345,7 @@ def _is_known(path: str) -> bool:
 
 def ending(path: str) -> str:
     """The ending of a file's name, for people."""
-    return "".join(suffixes(path)) or "without an ending"
+    return _printable("".join(suffixes(path))) or "without an ending"
 
 
 def suffixes(path: str) -> tuple[str, str]:

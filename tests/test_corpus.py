@@ -629,6 +629,61 @@ def test_a_file_of_an_unknown_ending_that_is_named_is_read_as_text(tmp_path):
     assert survey.not_read == {".xml": 1, ".xml.gz": 1, "without an ending": 1}
 
 
+def hub_cache(root: Path) -> Path:
+    """A tree as the hub's programs make it: names are links to files named by their hashes."""
+    (root / "blobs").mkdir(parents=True)
+    (root / "snapshots" / "r1" / "data").mkdir(parents=True)
+    for i, blob in enumerate(("b0", "a1")):
+        write_jsonl(root / "blobs" / blob, [f"row {i}"])
+        name = root / "snapshots" / "r1" / "data" / f"train-{i}.jsonl"
+        name.symlink_to(f"../../../blobs/{blob}")
+    return root
+
+
+def test_of_a_files_names_one_that_tells_its_format_wins(tmp_path):
+    root = hub_cache(tmp_path / "hub")
+    blobs, data = root / "blobs", root / "snapshots" / "r1" / "data"
+    for sources in ([root / "**" / "*"], [blobs / "*", data], [data, blobs / "*"]):
+        assert texts(*sources) == ["row 0", "row 1"]
+        names = [source.name for source in Survey(config(*sources)).sources]
+        assert names == [f"{data}/train-0.jsonl", f"{data}/train-1.jsonl"]
+        (line,) = remarks(*sources)
+        assert line.startswith(f"links to what is read already, left out: 2 ({blobs}/")
+    (blobs / "c").symlink_to("a1")
+    (line,) = remarks(blobs / "c", blobs / "a1", data)
+    assert line.endswith(f"left out: 2 ({blobs}/a1 is {data}/train-1.jsonl, …)")
+    os.link(blobs / "a1", tmp_path / "again.txt")  # of two that tell one, the first
+    assert texts(data / "train-1.jsonl", tmp_path / "again.txt") == ["row 1"]
+
+
+def test_what_is_read_through_a_link_is_not_called_unread(tmp_path):
+    root = hub_cache(tmp_path / "hub")
+    assert remarks(root) == []
+    write_jsonl(root / "blobs" / "c2", ["row 2"])  # no name leads to it
+    os.link(root / "blobs" / "b0", root / "hard")
+    (root / "gone").symlink_to("purged")
+    assert Survey(config(root)).not_read == {"broken link": 1, "without an ending": 1}
+    assert sorted(texts(root)) == ["row 0", "row 1"]
+
+
+def test_names_that_would_break_a_line_are_escaped(tmp_path):
+    names = ["a\nb", "c\x1b[2Jd", "e\x85\u2028", os.fsdecode(b"\xff"), "naïve 文"]
+    shown = ["a\\nb", "c\\x1b[2Jd", "e\\x85\\u2028", "\\udcff", "naïve 文"]
+    tree(tmp_path, "z.jsonl")
+    for name, expected in zip(names, shown, strict=True):
+        path = write(tmp_path / name, "text")
+        assert remarks(path) == [f"unknown ending, read as text: 1 ({tmp_path}/{expected})"]
+        assert remarks(tmp_path) == [f"not read: 1 without an ending ({tmp_path}/{expected})"]
+        (tmp_path / "z").symlink_to(path)
+        line = f"left out: 1 ({tmp_path}/z is {tmp_path}/{expected})"
+        assert any(remark.endswith(line) for remark in remarks(path, tmp_path / "z"))
+        (tmp_path / "z").unlink()
+        path = path.rename(tmp_path / f"y.{name}")
+        assert f"({tmp_path}/y.{expected})" in remarks(tmp_path)[0]
+        assert all(line.isprintable() for line in remarks(tmp_path))
+        path.unlink()
+
+
 def test_what_is_no_file_is_not_waited_for(tmp_path, limited, monkeypatch):
     tree(tmp_path, "a.jsonl")
     os.mkfifo(tmp_path / "b.jsonl")
@@ -684,6 +739,17 @@ def test_what_may_not_be_entered_is_told(tmp_path):
         assert survey.not_read == {"unreadable directory": 1}
     for name in ("locked", "listed", "entered"):
         (tmp_path / name).chmod(0o755)
+
+
+def test_a_file_that_may_not_be_read_is_told_at_the_start(tmp_path):
+    path = tree(tmp_path, "a.jsonl", "b.jsonl") / "b.jsonl"
+    path.chmod(0o000)
+    with without_privileges(tmp_path):
+        for source in (path, tmp_path, tmp_path / "*.jsonl"):
+            with pytest.raises(UserError) as caught:
+                Survey(config(source))
+            assert str(caught.value) == f"{path}: can't be read: Permission denied"
+        assert texts(tmp_path / "a.jsonl") == ["a.jsonl"]
 
 
 def test_only_what_is_written_is_a_pattern(tmp_path, monkeypatch):
@@ -1056,10 +1122,25 @@ def test_a_compressed_file_is_whole_or_refused(tmp_path, compression):
     assert line in failure(tmp_path)
     damaged = [whole[:size] for size in range(1, len(whole))]
     damaged += [whole + whole[:size] for size in range(1, len(whole), 5)]
-    damaged += [whole + b"garbage", whole + b"\0" * 8, b"\0" * 512, b"not packed"]
+    damaged += [whole + b"garbage", b"\0" * 512, b"not packed"]
+    damaged += [whole + b"\0" * (6 if compression == ".xz" else 8)]
     for content in damaged:
         for on_error in ("stop", "skip"):
             assert "cut short or damaged" in failure(write(path, content), on_error=on_error)
+
+
+def test_xz_streams_may_be_padded(tmp_path, monkeypatch):
+    whole, path = lzma.compress(b'{"text": "a"}\n'), tmp_path / "a.jsonl.xz"
+    for block in (7, len(whole), len(whole) + 3, corpus.PACKED_BYTES):
+        monkeypatch.setattr(corpus, "PACKED_BYTES", block)
+        for size in (4, 8, 200):
+            padding = b"\0" * size
+            assert texts(write(path, whole + padding)) == ["a"]
+            assert texts(write(path, whole + padding + whole + whole + padding)) == ["a"] * 3
+            for rest in (b"\0", b"\0\0" + whole, b"garbage", whole[:-1]):
+                message = failure(write(path, whole + padding + rest), on_error="skip")
+                assert "cut short or damaged" in message
+            assert "cut short or damaged" in failure(write(path, padding + whole))
 
 
 def test_a_flipped_bit_of_xz_is_found(tmp_path, monkeypatch):
@@ -1124,6 +1205,27 @@ def test_a_byte_order_mark_is_no_text(tmp_path, compression):
     assert read("a.txt", "a" * 10, max_document_bytes=10, document="line") == ["a" * 10]
     path = write(tmp_path / "b.txt", "\ufeff" + "é" * 6)
     assert "row 1: a document above" in failure(path, max_document_bytes=10)
+
+
+@pytest.mark.parametrize("compression", ["", *COMPRESSIONS])
+@pytest.mark.parametrize("encoding", ["UTF-16", "UTF-32"])
+def test_what_begins_as_utf16_is_refused(tmp_path, compression, encoding):
+    contents = {
+        "a.txt": "one\ntwo\n",
+        "a.csv": "text\na\n",
+        "a.tsv": "id\ttext\n1\ta\n",
+        "a.jsonl": '{"text": "a"}\n',
+    }
+    for (name, content), order in itertools.product(contents.items(), ("LE", "BE")):
+        path = write(tmp_path / name, ("\ufeff" + content).encode(f"{encoding}-{order}"))
+        path = compress(path, compression) if compression else path
+        line = f"{path}: {encoding}, not UTF-8; convert it: iconv -f {encoding} -t UTF-8 IN > OUT"
+        for keys in ({}, {"errors": "replace"}, {"on_error": "skip"}, {"document": "line"}):
+            assert failure(path, **keys) == line
+    if not compression:  # the mark is in the first piece, which another process may read
+        data = config(tmp_path / "a.jsonl", part_bytes=3)
+        with pytest.raises(UserError, match=f"{encoding}, not UTF-8"):
+            [*corpus.read(corpus.plan(data)[-1], data)]
 
 
 def test_tsv_is_csv_with_tabs(tmp_path):
