@@ -284,6 +284,7 @@ def agent(directory: Path, attempt: str, arguments: list[str]) -> None:
     """torchrun in this process; says in a line how a rank failed, and notes it for judge()."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import main as torchrun
 
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
@@ -291,6 +292,9 @@ def agent(directory: Path, attempt: str, arguments: list[str]) -> None:
         torchrun(arguments)
     except SignalException:
         sys.exit(1)  # its ranks have said what they did about it
+    except RendezvousError as error:  # another node's agent has gone
+        tell(f"{node} lost contact with the other nodes: {error}".partition("\n")[0])
+        sys.exit(1)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         for rank, code in codes.items():

@@ -162,14 +162,15 @@ job_field() { scontrol show job -o "$job" | grep -oP "(?<= $1=)\S+"; }
 
 # Sets `options`: the flags that ask sbatch for what this job has.
 resources() {
-    local flags=(job-name partition account qos time nodes mem constraint reservation gres nodelist)
+    local flags=(job-name partition account qos time mem constraint reservation gres nodelist)
     local values i
     options=(
+        --nodes="$SLURM_JOB_NUM_NODES" # squeue forgets it while the job ends
         ${SLURM_NTASKS:+--ntasks="$SLURM_NTASKS"}
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
         ${SLURM_MEM_PER_CPU:+--mem-per-cpu="$SLURM_MEM_PER_CPU"}
     )
-    IFS='|' read -ra values < <(squeue -h -j "$job" -o '%j|%P|%a|%q|%l|%D|%m|%f|%v|%b|%n')
+    IFS='|' read -ra values < <(squeue -h -j "$job" -o '%j|%P|%a|%q|%l|%m|%f|%v|%b|%n')
     for i in "${!values[@]}"; do
         case ${values[i]} in
             '' | '(null)' | N/A | 0 | [0-9]*[KMGT]c) ;; # not asked for, or memory a CPU
