@@ -522,6 +522,50 @@ def test_a_rank_dies_with_its_agent(run, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_rank_dies_with_an_agent_that_dies_while_it_starts(run):
+    """Before it has said so to the system: it would wait for the others for half an hour."""
+    with started(run(**LONG), ranks=2) as launched:
+        until(lambda: len(launched.workers()) == 2)
+        ranks = launched.workers()
+        launched.process.kill()
+        until(lambda: not any(attempts.process_start(rank) for rank in ranks))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("attempts", '{"count": 1}'),
+        ("attempts", '{"count": 1, "checkpoints": []}'),
+        ("attempts", '{"count": "1", "max_attempts": {}, "checkpoints": null, "given_up": 5}'),
+        ("attempts", '{"deaths": null}'),
+        ("attempts", '{"deaths": {"a": 5, "b": ["x"]}}'),
+        ("attempts", '{"count": 1, "max_att'),
+        ("attempts", "[]"),
+        ("status", '{"attempt": "1"}'),
+        ("status", '{"attempt": "1", "state": "failed"}'),
+        ("status", '{"attempt": "1", "state": "stopped", "reason": "signal"}'),
+        ("status", "garbage"),
+        ("claim", '{"host": "elsewhere"}'),
+    ],
+)
+def test_records_of_another_shape_end_no_run(name, content, tmp_path):
+    """A person, a crash or another version has written them."""
+    (tmp_path / f"{name}.json").write_text(content)
+    attempts.begin(tmp_path, "1", 3, asked=False)
+    verdict = attempts.judge(tmp_path, "1", False)
+    assert verdict.action == ("failed" if "state" in content else "back")
+    assert not attempts.is_alive(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", f'{{"host": "{socket.gethostname()}"}}'])
+def test_a_claim_that_was_torn_is_free(content, tmp_path):
+    """Whole from its first moment, it is torn where a node has lost its power."""
+    (tmp_path / "claim.json").write_text(content)
+    claim = Claim(tmp_path)
+    claim.take()
+    claim.release()
+
+
 def test_status_tells_a_live_run_from_a_dead_one(run, tmp_path, monkeypatch):
     """The step from which it goes on from the start, then what is saved; alive by its claim."""
     out = tmp_path / "run"

@@ -287,6 +287,15 @@ def test_a_dataset_is_verified_once(run, dataset, tmp_path):
     assert rocket(run("fourth", data__dir=data, data__verify="false")).returncode == 0
 
 
+def test_a_dataset_that_can_not_be_remembered_is_trained_on(run, dataset, tmp_path):
+    """Another user's verified.json, which may be neither read nor written."""
+    data = copied(dataset, tmp_path)
+    (data / "verified.json").mkdir()
+    done = rocket(run(data__dir=data))
+    assert done.returncode == 0, done.stderr
+    assert f"{data}/verified.json can't be written" in done.stderr
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_shard_that_is_cut_while_it_is_mapped_is_named(ranks, run, dataset, tmp_path):
     """To read beyond its end is SIGBUS, after which nobody knows which file it was."""
@@ -315,6 +324,11 @@ def test_rows_that_are_missing_are_said_to_be(run, finished, tmp_path):
     assert f"{metrics}: 7 of the 7 rows up to step 21 are missing" in done.stdout
     done = rocket([*run(train__max_steps=23), "--accept-changes"])
     assert "are missing" not in done.stdout
+    first, *rest = metrics.read_text().splitlines(keepends=True)
+    metrics.write_text("".join([first, "changed by hand\n", *rest[1:]]))
+    done = rocket([*run(train__max_steps=24), "--accept-changes"])
+    assert f"{metrics}: 1 of the {1 + len(rest)} rows up to step 23 are missing" in done.stdout
+    assert metrics.read_text().startswith("".join([first, *rest[1:]]))
 
 
 def test_damaged_checkpoints_are_passed_over_or_stop_the_run(run, finished, tmp_path):
