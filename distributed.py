@@ -203,6 +203,7 @@ def init_distributed(config: Config) -> World:
     Raises:
         UserError: fewer GPUs than processes; an environment that is half torchrun's.
     """
+    _die_with_agent()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = [name for name in names if name in os.environ]
     if given and len(given) < len(names):
@@ -252,7 +253,6 @@ def init_distributed(config: Config) -> World:
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         meeting["store"] = _meeting_point(rank)
     _allow_sockets()
-    _die_with_agent()
     dist.init_process_group(backend, timeout=STARTUP_TIMEOUT, **meeting)
     dtype = compute_dtype(config.train.dtype, device)
     return World(rank, size, local_rank, local_size, device, dtype)
@@ -285,7 +285,9 @@ def _die_with_agent() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != STARTED_BY:  # it was killed before that
+        first = Path("/proc/1/cmdline")
+        adopted = os.getppid() == 1 and first.exists() and b"torch" not in first.read_bytes()
+        if adopted or os.getppid() != STARTED_BY:  # it was killed before that
             os._exit(LOST_RANK)
 
 
