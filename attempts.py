@@ -7,14 +7,14 @@ lies in attempts.json of the run. slurm/train.sh asks this file as a program:
     python attempts.py begin ATTEMPT ASKED CONFIG [overrides]
     python attempts.py agent RUN ATTEMPT [what torchrun takes]
     python attempts.py judge RUN ATTEMPT SIGNAL
-    python attempts.py ended RUN ATTEMPT WHY
+    python attempts.py cancelled RUN ATTEMPT WHY
     python attempts.py opened RUN
 
 begin counts an attempt, and fails where it is one too many; agent is torchrun on one node, which
-notes how its ranks ended; judge prints what to do next, the sick nodes and why; ended says that the
-job does not come back after all; opened tells whether this job has written the run's config.toml.
-ATTEMPT is an id of its own. ASKED is empty unless a person asked for the attempt, SIGNAL unless one
-came.
+notes how its ranks ended; judge prints what to do next, the sick nodes and why; cancelled says that
+the job does not come back after all; opened tells whether this job has written the run's
+config.toml. ATTEMPT is an id of its own. ASKED is empty unless a person asked for the attempt,
+SIGNAL unless one came.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(arguments: list[str]) -> None:
         directory, attempt, received = Path(rest[0]), rest[1], bool(rest[2])
         verdict = judge(directory, attempt, received)
         print(verdict.action, ",".join(sick_nodes(directory)), verdict.why, sep="|")
-    elif command == "ended":
+    elif command == "cancelled":
         correct_status(Path(rest[0]), rest[1], requeue=False, why=rest[2])
     elif command == "opened":
         record = _read(Path(rest[0]))
@@ -117,8 +117,8 @@ def count(directory: Path, attempt: str, limit: int, anew: bool = False) -> None
     _write(directory, record | counted | known)
 
 
-def opened(directory: Path) -> None:
-    """Notes that this job has written the run's configuration and code."""
+def note_opened(directory: Path) -> None:
+    """Writes down that this job has written the run's configuration and code."""
     record = _read(directory)
     _write(directory, record | {"opened_by": os.environ.get("SLURM_JOB_ID")})
 
@@ -213,12 +213,20 @@ def write_status(directory: Path, status: Json) -> None:
 def is_alive(directory: Path) -> bool:
     """Whether a process trains the run: as its claim says on this host, or by its heartbeat."""
     path = directory / "claim.json"
-    claim = read_json(path) or {}
+    lives = holder_lives(read_json(path) or {})
+    return time.time() - path.stat().st_mtime < EXPIRY_SECONDS if lives is None else lives
+
+
+def holder_lives(claim: Json) -> bool | None:
+    """Whether the process that holds a claim lives; None if it is another host's.
+
+    A claim is whole from its first moment: a torn one is of a node that has crashed.
+    """
     if not {"host", "pid", "started"} <= claim.keys():
         return False
-    if claim["host"] == socket.gethostname():
-        return process_start(claim["pid"]) == claim["started"]
-    return time.time() - path.stat().st_mtime < EXPIRY_SECONDS
+    if claim["host"] != socket.gethostname():
+        return None
+    return process_start(claim["pid"]) == claim["started"]
 
 
 def process_start(pid: int) -> str | None:

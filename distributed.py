@@ -285,9 +285,11 @@ def _die_with_agent() -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        # It was killed before that if the system's first process has taken this one over; in a
+        # container that may be the agent itself.
         first = Path("/proc/1/cmdline")
-        adopted = os.getppid() == 1 and first.exists() and b"torch" not in first.read_bytes()
-        if adopted or os.getppid() != STARTED_BY:  # it was killed before that
+        adopted = os.getppid() == 1 and first.exists() and b"python" not in first.read_bytes()
+        if adopted or os.getppid() != STARTED_BY:
             os._exit(LOST_RANK)
 
 

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from attempts import EXPIRY_SECONDS, process_start, read_json
+from attempts import EXPIRY_SECONDS, holder_lives, process_start, read_json
 from checkpoint import Saver
 from config import UserError, tell
 
@@ -281,11 +281,8 @@ class Claim:
         return True
 
     def _is_free(self, holder: dict[str, Any]) -> bool:
-        if not {"host", "pid", "started"} <= holder.keys():  # torn: of a node that has crashed
-            return True
-        if holder.get("host") == socket.gethostname():
-            started = process_start(holder["pid"])
-            return started is None or started != holder["started"]
+        if (lives := holder_lives(holder)) is not None:
+            return not lives
         if holder.get("job_id") and holder["job_id"] == os.environ.get("SLURM_JOB_ID"):
             return True
         # Both times are the file server's, so that clocks of hosts need not agree.

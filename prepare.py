@@ -399,21 +399,18 @@ def check_existing(directory: Path, recipe: Json) -> None:
 
 def verify(directory: Path) -> None:
     """Reads a dataset whole; UserError for what does not match its manifest."""
+    from dataset import digests  # here, as it loads torch, which preparing does not need
+
     try:
-        splits = json.loads((directory / "manifest.json").read_bytes())["splits"]
-        check_shards(directory, splits)
-        digests = {
-            directory / shard_file(shard, ending): shard[digest]
-            for shard in all_shards(splits)
-            for ending, digest in ((".bin", "sha256"), (".mask", "mask_sha256"))
-            if digest in shard
-        }
+        manifest = json.loads((directory / "manifest.json").read_bytes())
+        check_shards(directory, manifest["splits"])
+        expected = digests(manifest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{directory}: no whole manifest.json here; run prepare.py") from None
-    for path, digest in digests.items():
-        if file_sha256(path) != digest:
-            raise UserError(f"{path}: damaged; --force prepares anew")
-    say(f"{directory}: {len(all_shards(splits))} shards match their checksums")
+    for name, digest in expected.items():
+        if file_sha256(directory / name) != digest:
+            raise UserError(f"{directory / name}: damaged; --force prepares anew")
+    say(f"{directory}: {len(all_shards(manifest['splits']))} shards match their checksums")
 
 
 def all_shards(splits: Json) -> list[Json]:

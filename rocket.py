@@ -584,24 +584,25 @@ def predict(run: Run, model: nn.Module) -> list[dict[str, str]]:
 @torch.no_grad()
 def write_on(run: Run, model: nn.Module) -> tuple[list[int], list[int]] | None:
     """The beginning of a fixed window, of a conversation its prompt, and what the model writes
-    behind it, token by token, with the same luck each time. None if the ranks agreed to stop.
+    behind it, token by token, with the same noise each time. None if the ranks agreed to stop.
 
     A forward pass of one short sequence for each token, on every rank alike. Its shape is not
-    training's, so it is not compiled.
+    training's, so it is not compiled. The largest logit after Gumbel noise is a sample (Gumbel,
+    "Statistical Theory of Extreme Values", 1954): nothing is drawn on the device.
     """
     data, world = run.val_data, run.world
     tokens, targets = data.batch(np.zeros(1, dtype=np.int64))
     prompted = int((targets[0] != IGNORE).int().argmax())  # before the first token that is trained
     length = max(1, min(prompted + 1 if prompted else WRITTEN_TOKENS, data.seq_len // 2))
     end = min(length + WRITTEN_TOKENS, data.seq_len)
-    luck = torch.empty(end, run.inputs.vocab_size)  # to draw is to take the largest, once added
-    luck = luck.exponential_(generator=torch.Generator().manual_seed(0)).log_().neg_()
-    tokens, luck = tokens[:, :end].to(world.device), luck.to(world.device)
+    noise = torch.empty(end, run.inputs.vocab_size)
+    noise = noise.exponential_(generator=torch.Generator().manual_seed(0)).log_().neg_()
+    tokens, noise = tokens[:, :end].to(world.device), noise.to(world.device)
     lagged: Lagged[None] = Lagged(run.lookout.while_waiting)
     for place in range(length, end):
         with torch.compiler.set_stance("force_eager"), autocast(model, world):
             logits = model(tokens, only=(0, slice(place - 1, place)))
-        tokens[0, place] = (logits[0] / WRITTEN_TEMPERATURE + luck[place]).argmax()
+        tokens[0, place] = (logits[0] / WRITTEN_TEMPERATURE + noise[place]).argmax()
         for _, votes, _ in lagged.push(None, world.sum(cast_votes(run))):
             if stop_reason(run, Votes(*votes)):
                 return None

@@ -208,7 +208,7 @@ def record_start(directory: Path, config: Config) -> None:
         write_atomically(directory / "config.toml", dump_toml(config).encode())
         tokenizer = resolve_path(config.tokenizer.path).read_bytes()
         write_atomically(directory / "tokenizer.model", tokenizer)
-        attempts.opened(directory)
+        attempts.note_opened(directory)
     except OSError as error:
         raise _not_writable(directory, error) from None
 
@@ -286,37 +286,40 @@ def preflight(
 
     seen_by = world.each(look)
 
-    def compare() -> tuple[int, str] | None:
-        for name in seen_by[0].keys() - {"host"}:
-            values = {rank: seen[name] for rank, seen in enumerate(seen_by) if name in seen}
-            common = Counter(values.values()).most_common(1)[0][0]  # of two, rank 0's
-            like = next(rank for rank, value in values.items() if value == common)
-            for rank, value in values.items():
-                if value != common:
-                    return rank, (
-                        f"rank {rank} on {seen_by[rank]['host']} does not have the same {name} as"
-                        f" rank {like} on {seen_by[like]['host']}: {value[:12]} and {common[:12]}"
-                    )
-        return None
-
-    if different := world.once(compare):
+    if different := world.once(lambda: _first_difference(seen_by)):
         raise AgreedError.about(*different, SICK_NODE, world)
+    world.once(lambda: _check_disk(directory, size))
 
-    def check_disk() -> None:
-        kept = len(checkpoint_paths(directory))
-        there = next(path for path in (directory, *directory.parents) if path.is_dir())
-        try:
-            tempfile.TemporaryFile(dir=there).close()
-        except OSError as error:
-            raise _not_writable(directory, error) from None
-        needed, free = max(1, 2 - kept) * size, shutil.disk_usage(there).free
-        if free < needed:
-            raise UserError(
-                f"{directory}: {free / 1e9:.3f} GB are free, the next checkpoints need"
-                f" {needed / 1e9:.3f} GB; make room or set train.out_dir"
-            )
 
-    world.once(check_disk)
+def _first_difference(seen_by: list[dict[str, Any]]) -> tuple[int, str] | None:
+    """The first rank that sees something else than most do, and what; of two, rank 1."""
+    for name in [name for name in seen_by[0] if name != "host"]:
+        values = {rank: seen[name] for rank, seen in enumerate(seen_by) if name in seen}
+        common = Counter(values.values()).most_common(1)[0][0]
+        like = next(rank for rank, value in values.items() if value == common)
+        for rank, value in values.items():
+            if value != common:
+                return rank, (
+                    f"rank {rank} on {seen_by[rank]['host']} does not have the same {name} as"
+                    f" rank {like} on {seen_by[like]['host']}: {value[:12]} and {common[:12]}"
+                )
+    return None
+
+
+def _check_disk(directory: Path, size: int) -> None:
+    """UserError unless the next checkpoints, of size bytes each, can be written."""
+    kept = len(checkpoint_paths(directory))
+    there = next(path for path in (directory, *directory.parents) if path.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise _not_writable(directory, error) from None
+    needed, free = max(1, 2 - kept) * size, shutil.disk_usage(there).free
+    if free < needed:
+        raise UserError(
+            f"{directory}: {free / 1e9:.3f} GB are free, the next checkpoints need"
+            f" {needed / 1e9:.3f} GB; make room or set train.out_dir"
+        )
 
 
 def _not_writable(directory: Path, error: OSError) -> UserError:

@@ -112,7 +112,8 @@ train() {
         srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=0 --wait=60 \
         bash -c 'trap "" USR1
-            exec "$0" "$1" agent "$2" "$ROCKET_ATTEMPT" "${@:3}"' \
+            exec "$0" "$1" agent "$2" "$ROCKET_ATTEMPT" \
+                --rdzv-conf=is_host=$((SLURM_NODEID == 0)) --local-addr="$SLURMD_NODENAME" "${@:3}"' \
         "$python" "$tool" "$run" "${torchrun[@]}" "$program" "${arguments[@]}" &
     srun=$!
     while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap ends wait early
@@ -149,7 +150,7 @@ come_back() {
                 exclude_sick
                 exit 0
             fi
-            attempts ended "$run" "$ROCKET_ATTEMPT" "the job is ${state:-gone}"
+            attempts cancelled "$run" "$ROCKET_ATTEMPT" "the job is ${state:-gone}"
             fail "not requeued, the job is ${state:-gone}: $why"
             ;;
     esac

@@ -329,22 +329,30 @@ def test_a_heartbeat_keeps_the_claim(tmp_path, monkeypatch):
     claim.release()
 
 
-def test_other_code_needs_consent(run, tmp_path):
-    """By hand the difference is printed and needs the flag; the run's own copy needs none."""
-    repository, out = tmp_path / "repository", tmp_path / "run"
+def checkout(tmp_path):
+    """A copy of the repository, to be edited."""
+    repository = tmp_path / "repository"
     repository.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, repository)
     shutil.copytree(ROOT / "config", repository / "config")
+    return repository
 
-    def start(program, *arguments, **variables):
-        return subprocess.run(
-            [sys.executable, str(program), *arguments],
-            env={**ENVIRONMENT, **variables},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+
+def start(program, *arguments, **variables):
+    """Runs a program of a checkout to its end."""
+    return subprocess.run(
+        [sys.executable, str(program), *arguments],
+        env={**ENVIRONMENT, **variables},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+
+
+def test_other_code_needs_consent(run, tmp_path):
+    """By hand the difference is printed and needs the flag; the run's own copy needs none."""
+    repository, out = checkout(tmp_path), tmp_path / "run"
 
     program = repository / "rocket.py"
     first = start(program, *run(), "--train.stop_at_step=5")
@@ -370,19 +378,13 @@ def test_other_code_needs_consent(run, tmp_path):
 
 def test_weights_are_not_continued_by_a_model_that_computes_otherwise(run, tmp_path):
     """The loss that was recorded with them tells, whatever the flag."""
-    repository, out = tmp_path / "repository", tmp_path / "run"
-    repository.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, repository)
-    shutil.copytree(ROOT / "config", repository / "config")
+    repository, out = checkout(tmp_path), tmp_path / "run"
     assert rocket([*run(), "--train.stop_at_step=10"]).returncode == 0  # evaluated there
 
     def resumed(old, new):
         model = repository / "model.py"
         model.write_text((ROOT / "model.py").read_text().replace(old, new))
-        command = [sys.executable, str(repository / "rocket.py"), *run(), "--accept-changes"]
-        options = {"capture_output": True, "text": True, "timeout": PATIENCE, "env": ENVIRONMENT}
-        return subprocess.run(command, **options)
+        return start(repository / "rocket.py", *run(), "--accept-changes")
 
     assert "F.silu" in (ROOT / "model.py").read_text()
     refused = resumed("F.silu(", "(lambda x: F.relu(x) ** 2)(")

@@ -213,6 +213,12 @@ def test_requeued_job_keeps_its_code_and_configuration(cluster, arguments, undis
 def test_signal_to_the_batch_shell(cluster, arguments, undisturbed, tmp_path):
     job = cluster.train(*arguments(tmp_path), flags="--nodes=2")
     wait_saved(tmp_path)
+    commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in agents(tmp_path)]
+    meeting = {tuple(re.findall(r"is_host=(\d)\0--local-addr=(\w+)", c)[0]) for c in commands}
+    assert meeting == {
+        ("1", "slurmn1"),
+        ("0", "slurmn2"),
+    }  # on one host, names tell nothing
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     found = cluster.end(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
