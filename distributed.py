@@ -61,8 +61,10 @@ class AgreedError(UserError):
 
     @classmethod
     def about(cls, rank: int, message: str, code: int, world: World) -> AgreedError:
-        """Of an error of one rank; where its node is sick, the others' exit codes say nothing."""
-        innocent = code == SICK_NODE and rank != world.rank
+        """Of an error of one rank; where its node is sick, all ranks there end with that code:
+        torchrun may see but the first that ends."""
+        here = rank // world.local_size == world.rank // world.local_size
+        innocent = code == SICK_NODE and not here
         return cls(message, LOST_RANK if innocent else code)
 
 

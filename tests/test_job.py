@@ -430,7 +430,7 @@ def test_ranks_that_see_different_things_are_named(run, tmp_path):
     assert "rank 1 on" in message
     assert "does not have the same configuration as rank 0" in message
     codes = re.findall(r"rank +: (\d) .*\n +exitcode +: (\d+)", done.stderr)
-    assert dict(codes) == {"0": "75", "1": "69"}  # by which attempts.py knows whose node it is
+    assert {code for _, code in codes} == {"69"}  # by which attempts.py knows whose node it is
 
 
 def test_a_disk_too_small_for_two_checkpoints_is_said_at_the_start(run, small_disk):
