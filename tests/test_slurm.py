@@ -142,13 +142,16 @@ def wait_saved(out: Path) -> None:
     wait_until(lambda: list(out.glob("checkpoints/step_????????")), f"checkpoint in {out}")
 
 
-def workers(out: Path) -> list[int]:
-    """The processes that train a run."""
+def workers(out: Path, node: str = "") -> list[int]:
+    """The processes that train a run, on a node or on all."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().decode(errors="replace").split("\0")
+            environment = (path.parent / "environ").read_text(errors="replace").split("\0")
         except OSError:  # it has ended
+            continue
+        if node and f"SLURMD_NODENAME={node}" not in environment:
             continue
         if words[1:2] == ["-u"] and "rocket.py" in words[2] and any(str(out) in w for w in words):
             found.append(int(path.parent.name))
@@ -309,12 +312,12 @@ def test_a_sick_node_that_is_needed_stays(cluster, arguments, undisturbed, tmp_p
     job = cluster.train(*arguments(tmp_path), flags="--nodes=2")
     for restart in range(2):
         wait_until(lambda r=restart: f"restart {r}," in cluster.log(job), f"start {restart}")
-        found = wait_until(lambda: len(workers(tmp_path)) == 2 and workers(tmp_path), "workers")
-        os.kill(found[1], signal.SIGKILL)
+        wait_until(lambda: len(workers(tmp_path)) == 2, "workers")
+        os.kill(workers(tmp_path, "slurmn2")[0], signal.SIGKILL)
         wait_until(lambda: not workers(tmp_path), "death")
     found = cluster.end(job)
     assert (found["JobState"], found["ExcNodeList"]) == ("COMPLETED", "(null)")
-    assert "sick, but there are too few nodes to do without" in cluster.log(job)
+    assert "slurmn2: sick, but there are too few nodes to do without" in cluster.log(job)
     assert_finished(tmp_path, undisturbed[2])
 
 
