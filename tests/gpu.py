@@ -894,11 +894,17 @@ def main() -> None:
     chosen = [every[name] for name in names]
     cores = len(os.sched_getaffinity(0))
     together = 1 if given.dry_run or not is_shared() else max(1, min(5, cores // 3))
+    # A cache of our own: a compiler that is killed with its stage leaves half a file there, and
+    # whoever compiles the same next would load it.
+    cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     for alone, at_once in ((False, together), (True, 1)):
-        threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(32, cores // at_once)))}
+        settings = {
+            "TORCHINDUCTOR_CACHE_DIR": cache.name,
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(32, cores // at_once))),
+        }
         with ThreadPoolExecutor(at_once) as pool:
             running = [
-                pool.submit(run_stage, stage, table, arguments, deadline, threads | os.environ)
+                pool.submit(run_stage, stage, table, arguments, deadline, settings | os.environ)
                 for stage in chosen
                 if stage.alone == alone
             ]
@@ -908,6 +914,7 @@ def main() -> None:
                 table.add(
                     "script", {"what": "", "expected": "", "seen": str(error), "verdict": "FAILED"}
                 )
+    cache.cleanup()
     table.save()
     print((given.out / "table.txt").read_text(encoding="utf-8"))
     counted = Counter(row["verdict"] for row in table.rows)
