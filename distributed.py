@@ -63,7 +63,8 @@ class AgreedError(UserError):
     def about(cls, rank: int, message: str, code: int, world: World) -> AgreedError:
         """Of an error of one rank; where its node is sick, all ranks there end with that code:
         torchrun may see but the first that ends."""
-        here = rank // world.local_size == world.rank // world.local_size
+        first = world.rank - world.local_rank  # of this node: torchrun numbers a node's in a row
+        here = first <= rank < first + world.local_size
         innocent = code == SICK_NODE and not here
         return cls(message, LOST_RANK if innocent else code)
 

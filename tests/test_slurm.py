@@ -218,10 +218,8 @@ def test_signal_to_the_batch_shell(cluster, arguments, undisturbed, tmp_path):
     wait_saved(tmp_path)
     commands = [Path(f"/proc/{pid}/cmdline").read_text() for pid in agents(tmp_path)]
     meeting = {tuple(re.findall(r"is_host=(\d)\0--local-addr=(\w+)", c)[0]) for c in commands}
-    assert meeting == {
-        ("1", "slurmn1"),
-        ("0", "slurmn2"),
-    }  # on one host, names tell nothing
+    # said by name and number, since both nodes of this Slurm are one host
+    assert meeting == {("1", "slurmn1"), ("0", "slurmn2")}
     cluster.call("scancel", "--batch", "--signal=USR1", job)
     found = cluster.end(job)
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
