@@ -186,7 +186,9 @@ def _orthogonalize_together(parts: Tensor, like: Tensor) -> Tensor:
         dist.all_to_all_single(buffer, whole.contiguous().flatten(0, 1), group=group)
     else:
         own = buffer.unflatten(0, (ranks, each))[dist.get_rank(group)]
-        dist.all_gather_into_tensor(buffer, orthogonalize(own).contiguous(), group=group)
+        # torch 2.13's name; each rank would warn of the other
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(buffer, orthogonalize(own).contiguous(), group=group)
     return own_rows
 
 
