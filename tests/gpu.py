@@ -895,16 +895,16 @@ def main() -> None:
     cores = len(os.sched_getaffinity(0))
     together = 1 if given.dry_run or not is_shared() else max(1, min(5, cores // 3))
     # A cache of our own: a compiler that is killed with its stage leaves half a file there, and
-    # whoever compiles the same next would load it.
+    # whoever compiles the same next would load it. It takes precedence over the environment, where
+    # torch names its cache as soon as a process has compiled, a test's for one.
     cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    own = {"TORCHINDUCTOR_CACHE_DIR": cache.name}
     for alone, at_once in ((False, together), (True, 1)):
-        settings = {
-            "TORCHINDUCTOR_CACHE_DIR": cache.name,
-            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(32, cores // at_once))),
-        }
+        threads = {"TORCHINDUCTOR_COMPILE_THREADS": str(max(1, min(32, cores // at_once)))}
+        environment = threads | os.environ | own
         with ThreadPoolExecutor(at_once) as pool:
             running = [
-                pool.submit(run_stage, stage, table, arguments, deadline, settings | os.environ)
+                pool.submit(run_stage, stage, table, arguments, deadline, environment)
                 for stage in chosen
                 if stage.alone == alone
             ]

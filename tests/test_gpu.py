@@ -47,10 +47,14 @@ def test_a_stage_that_fails_costs_no_other(tmp_path):
     assert found["stuck"]["verdict"] == "not run"
 
 
-def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
-    """The 15 seconds end while torchrun's rank and its compilers are at work."""
+def test_a_stage_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path, monkeypatch):
+    """The 15 seconds end while torchrun's rank and its compilers are at work, which leave nothing
+    half written to those who compile after them."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     done = run(tmp_path, "--only=sharded,machine", "--minutes=0.25", timeout=120)
     assert done.returncode == 1
+    assert not cache.exists()
     *_, failed, after = rows(tmp_path)
     assert (failed["stage"], failed["verdict"]) == ("sharded", "FAILED")
     assert failed["seen"].startswith("over its 15 s")
