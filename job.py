@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from attempts import EXPIRY_SECONDS, holder_lives, process_start, read_json
+from attempts import ATTEMPT, EXPIRY_SECONDS, holder_lives, process_start, read_json, signal_note
 from checkpoint import Saver
 from config import UserError, tell
 
@@ -106,7 +106,7 @@ class Votes(NamedTuple):
 class Lookout:
     """Why this rank would stop or save now."""
 
-    FILE_SECONDS = 1.0  # between looks for the STOP file
+    FILE_SECONDS = 1.0  # between looks for the STOP file and for the note of a signal
 
     def __init__(
         self,
@@ -122,6 +122,7 @@ class Lookout:
         """The first save is estimated at save_seconds; the rest is measured."""
         self.data_damaged = data_damaged
         self.stop_file = directory / "STOP"
+        self.signal_note = signal_note(directory, os.environ.get(ATTEMPT, ""))
         self.signals, self.claim, self.saver, self.end = signals, claim, saver, end
         self.margin = min(30.0, 0.05 * (end - time.time()))
         self.seconds = {"step": 0.0, "evaluation": 0.0, "save": save_seconds}
@@ -173,6 +174,7 @@ class Lookout:
         if rank == 0:  # one clock, and one process that asks the file system
             if now - self.looked_at >= self.FILE_SECONDS:
                 self.looked_at, self.stop_file_seen = now, self.stop_file.exists()
+                self.signals.received |= self.signal_note.exists()
             save = 1.5 * max(self.seconds["save"], self.saver.seconds)
             needed = save + self.saver.busy * save + self.margin + steps * self.seconds["step"]
             needed += evaluation * self.seconds["evaluation"]
