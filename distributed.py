@@ -143,10 +143,10 @@ class World:
         return values
 
 
-class Arrived(NamedTuple, Generic[T]):
+class Arrived(NamedTuple):
     """Numbers of an earlier step that have reached the host."""
 
-    tag: T
+    tag: Any  # what was pushed with them
     values: list[float]
     time: float  # when the device had them, by time.monotonic()
 
@@ -163,7 +163,7 @@ class Lagged(Generic[T]):
         self._while_waiting = while_waiting
         self._waiting: deque[tuple[T, Tensor, torch.cuda.Event | None, float]] = deque()
 
-    def push(self, tag: T, values: Tensor) -> list[Arrived[T]]:
+    def push(self, tag: T, values: Tensor) -> list[Arrived]:
         """Takes in this step's numbers (N,) and hands out those whose turn has come."""
         event = None
         if values.device.type == "cuda":
@@ -174,7 +174,7 @@ class Lagged(Generic[T]):
         self._waiting.append((tag, values, event, time.monotonic()))
         return self.drain(keep=LAG)
 
-    def drain(self, keep: int = 0) -> list[Arrived[T]]:
+    def drain(self, keep: int = 0) -> list[Arrived]:
         """Hands out all but the newest steps."""
         arrived = []
         while len(self._waiting) > keep:

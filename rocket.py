@@ -254,7 +254,7 @@ def train_steps(run: Run, progress: Progress) -> str:
         windows = data.step_windows(config.train.seed, step, batch_size)
         return list(read_batches(run, data, windows, config.train.micro_batch_size))
 
-    def settle(outcomes: list[Arrived[tuple[int, float]]]) -> None:
+    def settle(outcomes: list[Arrived]) -> None:
         """Rows, skipped steps and reasons to stop or save, of the steps that are known by now."""
         nonlocal reason, save_due
         for (step, rate), values, done_at in outcomes:
