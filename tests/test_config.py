@@ -205,6 +205,15 @@ def test_imports_point_one_way():
             assert not {"torch.distributed", "pathlib", "os"} & imported
 
 
+def test_named_tuples_have_no_second_base():
+    """Python 3.11 and later allow Generic beside it; 3.10, which we promise, refuses the import."""
+    for path in ROOT.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases = [ast.unparse(base) for base in node.bases]
+                assert "NamedTuple" not in bases or len(bases) == 1, f"{path.name}: {node.name}"
+
+
 def test_every_key_is_described():
     for section in dataclasses.fields(build_config({})):
         for key in dataclasses.fields(getattr(build_config({}), section.name)):
