@@ -310,14 +310,22 @@ class Claim:
                 tell(f"{self.path}: no heartbeat: {error.strerror}")
 
 
+def code_files(folder: Path = CODE) -> dict[str, Path]:
+    """Rocket's Python files in a copy of it, by their names from there."""
+    packages = (path.parent for path in folder.glob("*/__init__.py"))
+    found = (path for place in (folder, *packages) for path in place.glob("*.py"))
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+
+
 def code_in_use() -> dict[str, str]:
     """Name to text of the modules of Rocket that this process has loaded."""
-    ours = {path.name: path for path in sorted(CODE.glob("*.py"))}
+    ours = code_files()
+    names = {path.name for path in ours.values()} - {"__init__.py"}
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
     # By name first: to resolve all of torch's 2,000 files is 20,000 look-ups by every rank.
-    loaded = {os.path.realpath(file) for file in files if os.path.basename(file) in ours}
-    used = [path for path in ours.values() if str(path) in loaded]
-    return {path.name: path.read_text(encoding="utf-8") for path in used}
+    loaded = {os.path.realpath(file) for file in files if os.path.basename(file) in names}
+    used = {name: path for name, path in ours.items() if str(path) in loaded}
+    return {name: path.read_text(encoding="utf-8") for name, path in used.items()}
 
 
 def changed_code(directory: Path) -> dict[str, list[str]]:
@@ -339,7 +347,8 @@ def snapshot_code(directory: Path) -> None:
     """Copies Rocket's Python files into the run; a requeued job runs them, whatever is edited."""
     code, fresh = directory / "code", directory / "code.tmp"
     now, then = (
-        {path.name: path.read_bytes() for path in folder.glob("*.py")} for folder in (CODE, code)
+        {name: path.read_bytes() for name, path in code_files(folder).items()}
+        for folder in (CODE, code)
     )
     if now == then:
         return
@@ -348,6 +357,7 @@ def snapshot_code(directory: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     fresh.mkdir()
     for name, content in now.items():
+        (fresh / name).parent.mkdir(exist_ok=True)
         (fresh / name).write_bytes(content)
     if code.exists():
         code.rename(aside)

@@ -6,7 +6,7 @@ on where it was; a finished one says "up to date". On several machines: N tasks 
 --task=I/N, and when they have ended, a run without it, which does what is missing and publishes.
 """
 
-# How: the corpus falls into parts (corpus.py). Workers write a part's tokens to `parts/IDENTITY/`
+# How: the corpus falls into parts (readers.py). Workers write a part's tokens to `parts/IDENTITY/`
 # and then its report, so a part with a report is done for good. Where documents are compared or
 # packed into windows, workers then arrange each part's files anew (packing.py). When all are done,
 # the files become the shards, numbered in the order of the parts, and the manifest, written last,
@@ -52,11 +52,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from readers.readers import Bad, Part
 from tqdm import tqdm
 
-import corpus
-import hub
-import inspection
 from chat import Template
 from config import (
     DATASET_VERSION,
@@ -73,8 +71,8 @@ from config import (
     sync_directory,
     write_atomically,
 )
-from corpus import Bad, Part
-from packing import (
+from corpus import hub, inspection, readers
+from corpus.packing import (
     ARRANGED,
     COUNTS,
     MASK_COUNTS,
@@ -91,7 +89,7 @@ from packing import (
     record_endings,
     tokenize_part,
 )
-from sources import Survey
+from corpus.sources import Survey
 from tokenizer import Tokenizer, configured_tokenizer
 
 SPLITS = ("train", "val", "test")
@@ -157,7 +155,7 @@ def process(directory: Path, config: Config, task: Task | None, flags: list[str]
         if not ((task or not (directory / "parts").exists()) and is_ready()):
             template = Template(data.template, tokenizer) if data.format == "instruct" else None
             encoder = Encoder(data, tokenizer, template, {})
-            parts = corpus.plan(data, survey.sources)
+            parts = readers.plan(data, survey.sources)
             with contextlib.nullcontext() if task else alone(directory):
                 if not is_ready():  # another run may have made it while this one waited
                     if "--force" in flags:  # parts may be of what the sources held before
@@ -267,14 +265,14 @@ def fill_splits(
     Changes `reports`.
 
     Returns:
-        The lowest and highest hashes of each split, as corpus.Splitter has them.
+        The lowest and highest hashes of each split, as readers.Splitter has them.
     """
     edges: dict[str, list[int]] = {}
     for report in reports.values():
         for split, digests in report["edges"].items():
             for digest in digests:
-                corpus.note_edge(edges, split, digest)
-    moved = corpus.fill_splits(edges, encoder.data)
+                readers.note_edge(edges, split, digest)
+    moved = readers.fill_splits(edges, encoder.data)
     for index, report in [*reports.items()]:
         held = itertools.chain.from_iterable(report["edges"].values())
         if not moved.keys().isdisjoint(held) and not report["moved"]:  # else a run did it before
@@ -613,7 +611,7 @@ def check_splits(
     dropped = [f"{count} {RULES[rule]}" for rule, count in counts["dropped"].items() if count]
     beside = f", {' and '.join(dropped)} among them," if dropped else ""
     texts = sum(map(len, edges.values()))
-    names = sorted(corpus.asked_splits(data), key=SPLITS.index)
+    names = sorted(readers.asked_splits(data), key=SPLITS.index)
     advice = "change data.sources, or the split's sources"
     if 0 < texts < len(names):
         none = " and ".join(f"data.{name}_fraction = 0" for name in names[texts:])

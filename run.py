@@ -343,7 +343,7 @@ def _check_memory(config: Config, parameters: int, world: World) -> None:
             f"the model does not fit: its {parameters / 1e9:.3g}B parameters, their gradients and"
             f" the optimizer's state are {needed / 1e9:,.0f} GB a rank, and {what} has"
             f" {memory / 1e9:,.0f} GB; set a smaller model.dim or model.n_layers, or"
-            " parallel.strategy=fsdp and more ranks (python plan.py CONFIG tells how many)"
+            " parallel.strategy=fsdp and more ranks (python tools/plan.py CONFIG tells how many)"
         )
 
 
@@ -620,7 +620,12 @@ class RunLog:
     def _track(self) -> None:
         """Has Weights & Biases fed by a process beside training, which can't hold it up or end it;
         its standard input ends with this process, and signals to this one are not for it."""
-        command = [sys.executable, str(CODE / "track.py"), str(self.directory), "--follow"]
+        command = [
+            sys.executable,
+            str(CODE / "tools" / "track.py"),
+            str(self.directory),
+            "--follow",
+        ]
         try:
             self.tracker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         except OSError as error:
@@ -633,7 +638,7 @@ class RunLog:
             self.next_report = self.reporter.submit(self._report)
 
     def _report(self) -> None:
-        command = ["nice", sys.executable, str(CODE / "report.py"), str(self.directory)]
+        command = ["nice", sys.executable, str(CODE / "tools" / "report.py"), str(self.directory)]
         options = {"capture_output": True, "text": True, "timeout": REPORT_SECONDS}
         try:  # in a session of its own: Ctrl-C at the terminal is meant for training
             done = subprocess.run(command, **options, start_new_session=True)

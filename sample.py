@@ -124,8 +124,8 @@ from torch import Tensor
 
 from chat import Template
 from distributed import compute_dtype
-from evaluation import Scores, evaluate_choices, evaluate_split, evaluate_text
-from generation import (
+from inference.evaluation import Scores, evaluate_choices, evaluate_split, evaluate_text
+from inference.generation import (
     Completion,
     Settings,
     Source,

@@ -44,8 +44,6 @@ from pathlib import Path
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
-import corpus
-import hub
 from config import (
     Config,
     TokenizerConfig,
@@ -56,7 +54,8 @@ from config import (
     run_program,
     write_atomically,
 )
-from sources import Survey
+from corpus import hub, readers
+from corpus.sources import Survey
 from tokenizer import (
     SPACE,
     Tokenizer,
@@ -207,15 +206,15 @@ def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[
     documents is read again where prepare.py will move some, lest a split stays empty.
 
     Args:
-        moved: documents that are, see corpus.fill_splits.
+        moved: documents that are, see readers.fill_splits.
     """
     training, held_out = Sample(config.tokenizer.sample_bytes), Sample(HELD_OUT_BYTES)
-    splitter, whole = corpus.Splitter(config.data, moved or {}), True
+    splitter, whole = readers.Splitter(config.data, moved or {}), True
     survey = Survey(config.data)
     if moved is None:
         for line in survey.remarks():
             print(line, flush=True)
-    parts = corpus.plan(config.data, survey.sources)
+    parts = readers.plan(config.data, survey.sources)
     parts = [part for part in parts if part.split != "test"]
     total = sum(part.bytes for part in parts)
     share = READ_FACTOR * training.budget / max(1, total)
@@ -223,12 +222,12 @@ def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[
     skipped = itertools.count()  # each bad document takes a number
     for part in parts:
         left = share * part.bytes if part.bytes < total / 256 else math.inf
-        for document in corpus.read(part, config.data, lambda bad: next(skipped)):
+        for document in readers.read(part, config.data, lambda bad: next(skipped)):
             if not document.text:
                 continue
             split = part.split or splitter.split(document.text)
             sample = training if split == "train" else held_out
-            for text in corpus.texts(document, config.data):
+            for text in readers.texts(document, config.data):
                 for chunk in chunks(text):
                     sample.add(chunk.encode())
             left -= len(document.text)
@@ -237,7 +236,7 @@ def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[
                 break
         progress.update(part.bytes)
     progress.close()
-    if whole and not moved and (moved := corpus.fill_splits(splitter.edges, config.data)):
+    if whole and not moved and (moved := readers.fill_splits(splitter.edges, config.data)):
         return sample_corpus(config, moved)
     if bad := next(skipped):
         print(f"left out {bad:,} bad documents; prepare.py lists them")

@@ -115,8 +115,8 @@ class Training:
     """Steps of a configuration over random batches, whose losses come one step late."""
 
     def __init__(self, config: Any, world: Any) -> None:
-        import measure
         from distributed import Lagged
+        from tools import measure
 
         self.trainer = measure.Trainer(config, world)
         self.model, self.optimizer = self.trainer.model, self.trainer.optimizer
@@ -321,7 +321,7 @@ def kernels(options: Options) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from distributed import init_distributed
-    from generation import take_any_shape
+    from inference.generation import take_any_shape
     from model import attend, past_mask
 
     config = configured(options, "llama_110m")
@@ -395,7 +395,7 @@ def decode(options: Options) -> None:
     import torch
 
     from distributed import init_distributed
-    from generation import Settings, fit_to_device, generate
+    from inference.generation import Settings, fit_to_device, generate
     from rocket import initialise
 
     config = configured(options, "llama_110m", SMALL)
@@ -627,8 +627,7 @@ def speed(
     """Training steps over random tokens: tokens a second, MFU, memory beside plan.py's."""
     import torch
 
-    import measure
-    import plan
+    from tools import measure, plan
 
     steps = "3" if name == "llama_1b" else "8"
     config = configured(options, name, "--parallel.strategy=ddp", overrides, compile_with(options))
@@ -689,7 +688,7 @@ def overrides_in_short(overrides: str) -> str:
 
 def decoding(options: Options, compiled: bool) -> None:
     """Prefill and decoding of the 110M model at three batch sizes."""
-    import measure
+    from tools import measure
 
     config = configured(options, "llama_110m")
     config.train.compile = "on" if compiled else "off"

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import Times, load_module
 from config import Config, UserError, available_cores
+from tools.bench import Times, load_module
 
 Generate = Callable[[list[list[int]], int], Times | None]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of a model, of tokens and targets (B, T)

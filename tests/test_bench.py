@@ -21,7 +21,7 @@ SMALL = (
 
 
 def bench(*arguments, ranks=1):
-    command = [*launcher(ranks), str(ROOT / "bench.py"), *arguments]
+    command = [*launcher(ranks), str(ROOT / "tools" / "bench.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
 
 

@@ -15,17 +15,17 @@ from dataclasses import asdict
 import pytest
 import sentencepiece
 import torch
-from training import ENVIRONMENT, overrides, rocket
+from training import ENVIRONMENT, copy_code, overrides, rocket
 
 import sample
 from chat import Template
 from checkpoint import find_checkpoint, write_weights
 from config import ROOT, DataConfig, ModelConfig, UserError, build_config, dump_toml, tables
-from convert import HARD_TEXTS, main
-from generation import Settings, drawable, generate, load_model, open_source
+from inference.generation import Settings, drawable, generate, load_model, open_source
+from inference.pretrained import Pretrained
 from model import Llama, initial_weight
-from pretrained import Pretrained
 from tokenizer import Tokenizer, add_control_pieces
+from tools.convert import HARD_TEXTS, main
 from train_tokenizer import DEFAULTS
 
 pytest.importorskip("safetensors", reason="the extra hf is not installed")
@@ -405,9 +405,7 @@ PLACES = {
 @pytest.fixture
 def copied(tmp_path):
     """A copy of the programs, to be changed."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    return tmp_path
+    return copy_code(tmp_path)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -416,7 +414,7 @@ def test_a_changed_model_is_refused(runs, copied, change):
     source = (copied / "model.py").read_text()
     assert old in source
     (copied / "model.py").write_text(source.replace(old, new))
-    script = "import sys, convert, config; config.run_program(convert.main)"
+    script = "import config, tools.convert; config.run_program(tools.convert.main)"
     command = [sys.executable, "-c", script, "to-hf", str(runs / "MHA, untied"), str(copied / "hf")]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=copied)
     assert done.returncode == 1, done.stdout

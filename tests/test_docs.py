@@ -7,10 +7,10 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
-from training import ENVIRONMENT
+from training import ENVIRONMENT, copy_code
 
-import corpus
 from config import DataConfig, build_config, read_toml
+from corpus import readers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -45,7 +45,7 @@ def test_the_recipe_for_xml_gives_every_document_in_little_memory(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         data = DataConfig(sources=[str(target)])
         found = [
-            document.text for part in corpus.plan(data) for document in corpus.read(part, data)
+            document.text for part in readers.plan(data) for document in readers.read(part, data)
         ]
         assert found == texts
         assert path.stat().st_size > 10e6
@@ -54,10 +54,7 @@ def test_the_recipe_for_xml_gives_every_document_in_little_memory(tmp_path):
 
 @pytest.mark.long
 def test_the_worked_change_trains_resumes_and_samples(dataset, tiny_tokenizer, tmp_path):
-    code = tmp_path / "rocket"
-    code.mkdir()
-    for path in ROOT.glob("*.py"):
-        (code / path.name).write_bytes(path.read_bytes())
+    code = copy_code(tmp_path / "rocket")
     change = block("changing-the-model.md", "diff").encode()
     command = ["patch", "-p1", "--fuzz=0"]
     subprocess.run(command, cwd=code, input=change, check=True, stdout=subprocess.PIPE)
@@ -80,7 +77,7 @@ def test_the_worked_change_trains_resumes_and_samples(dataset, tiny_tokenizer, t
     assert "finished at step 6" in finished.stdout, finished.stderr
     sampled = python("sample.py", str(tmp_path / "run"), "--prompt=def", "--max-tokens=4")
     assert sampled.returncode == 0, sampled.stderr
-    refused = python("convert.py", "to-hf", str(tmp_path / "run"), str(tmp_path / "export"))
+    refused = python("tools/convert.py", "to-hf", str(tmp_path / "run"), str(tmp_path / "export"))
     assert refused.returncode == 1
     assert "k_norm" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import commit_of, serving
 
-import corpus
-import hub
 from config import ROOT, ConfigError, DataConfig, UserError
+from corpus import hub, readers
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -188,7 +187,7 @@ def test_a_folder_is_downloaded_once_and_splits_as_its_files_are_named(
     assert names(local.test_sources, work) == [f"{folder}/test-00000-of-00001.parquet"]
     for path in local.sources + local.val_sources + local.test_sources:
         assert Path(path).read_bytes() == files[f"{Path(path).parent.name}/{Path(path).name}"]
-    read = [d.text for part in corpus.plan(local) for d in corpus.read(part, local)]
+    read = [d.text for part in readers.plan(local) for d in readers.read(part, local)]
     assert len(read) == 20_000 + 500 + 300 + 200
     assert hub.commits(data) == {data.sources[0]: commit_of(files)}
     assert len(server.asked("/blobs/")) == 4  # wikitext-2 was left alone

@@ -24,8 +24,8 @@ import sentencepiece
 from conftest import ROOT
 from training import ENVIRONMENT
 
-import inspection
 from config import Config, UserError
+from corpus import inspection
 from tokenizer import Tokenizer, add_control_pieces
 
 WORDS = "def return import class 🦙 مرحبا é 漢字 lambda yield \t \r\n x = 5".split(" ")

@@ -21,6 +21,7 @@ from training import (
     PATIENCE,
     ROOT,
     assert_identical,
+    copy_code,
     error_of,
     launcher,
     overrides,
@@ -331,10 +332,7 @@ def test_a_heartbeat_keeps_the_claim(tmp_path, monkeypatch):
 
 def checkout(tmp_path):
     """A copy of the repository, to be edited."""
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, repository)
+    repository = copy_code(tmp_path / "repository")
     shutil.copytree(ROOT / "config", repository / "config")
     return repository
 
@@ -582,7 +580,7 @@ def test_status_tells_a_live_run_from_a_dead_one(run, tmp_path, monkeypatch):
         launched.wait()
     assert status(out)["state"] == "running"
     assert not attempts.is_alive(out)
-    command = [sys.executable, str(ROOT / "report.py"), str(out)]
+    command = [sys.executable, str(ROOT / "tools" / "report.py"), str(out)]
     subprocess.run(command, check=True, capture_output=True)
     assert "running (but no process trains it: killed)" in (out / "report.html").read_text()
     claim_of(out)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import packing
-from packing import Encoded, Shard, arrange, find_duplicates, pack
+from corpus import packing
+from corpus.packing import Encoded, Shard, arrange, find_duplicates, pack
 
 SIZE = 64
 EOS = b"\x02\x00"

@@ -31,10 +31,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import plan
 from config import load_config
 from distributed import gradient_sync
-from memory import CPU_OVERHEAD, flops_per_token, moments, sizes
+from tools import plan
+from tools.memory import CPU_OVERHEAD, flops_per_token, moments, sizes
 
 GB = 1e9
 NAMES = ["tiny", "llama_110m", "llama_1b", "llama2_7b", "llama2_13b", "llama2_70b"]
@@ -46,7 +46,7 @@ def configured(name, *overrides):
 
 
 def planned(*arguments):
-    command = [sys.executable, str(ROOT / "plan.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
@@ -67,8 +67,8 @@ def test_counts_are_the_models(name):
 
 
 def test_muons_buffer_is_the_optimizers():
-    import memory
     import optimizer
+    from tools import memory
 
     assert memory.MUON_BATCH == optimizer.BATCH
 
@@ -460,8 +460,8 @@ def test_torch_is_not_loaded():
 
 def train(arguments):
     """A few training steps on this rank, and what it held at most."""
-    import measure
     from distributed import init_distributed, shut_down
+    from tools import measure
 
     config, _ = load_config(arguments, usage=__doc__)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from config import ModelConfig, UserError
-from convert import main
-from pretrained import Pretrained, inverse_frequencies, llama_shapes
+from inference.pretrained import Pretrained, inverse_frequencies, llama_shapes
 from tokenizer import Tokenizer
+from tools.convert import main
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra hf is not installed")
 

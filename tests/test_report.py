@@ -20,10 +20,9 @@ from pathlib import Path
 import pytest
 from training import ENVIRONMENT, ROOT, overrides, rocket, rows, started, status, until
 
-import page
-import report
 from config import LogConfig, UserError, build_config, dump_toml
 from run import check_inputs
+from tools import page, report
 
 HOSTILE = (
     "</pre></script><script>document.title='executed'</script><img src=x onerror=alert(1)>\"'&"
@@ -119,7 +118,7 @@ def read(path):
 
 
 def program(*arguments, cwd=None):
-    command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools" / "report.py"), *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=240, env=ENVIRONMENT
     )
@@ -352,7 +351,7 @@ def test_mistakes_are_one_line(tmp_path):
         assert expected in lines[-1], done.stderr
         assert lines[-1].startswith("report.py: error: ")
         assert "Traceback" not in done.stderr
-    assert "python report.py RUN" in program("--help").stdout
+    assert "python tools/report.py RUN" in program("--help").stdout
 
 
 def test_drawing_needs_no_torch():
@@ -516,7 +515,7 @@ def test_wandb_has_one_run_and_each_step_once(dataset, tiny_tokenizer, tmp_path,
     assert run["config"]["update"]["model"]["dim"] == 32
     assert not run.get("resume")  # `wandb sync` would add all rows to what it had sent before
     assert program("--help").returncode == 0
-    again = [sys.executable, str(ROOT / "track.py"), str(out)]
+    again = [sys.executable, str(ROOT / "tools" / "track.py"), str(out)]
     done = subprocess.run(again, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     identity, records = recorded(out)
@@ -538,7 +537,11 @@ def test_wandb_outlives_no_run(dataset, tiny_tokenizer, tmp_path, offline):
         until(lambda: "W&B run" in launched.said())
         processes = follower(out)
         assert len(processes) == 2
-        by_hand = [sys.executable, str(ROOT / "track.py"), str(out)]  # would take its place
+        by_hand = [
+            sys.executable,
+            str(ROOT / "tools" / "track.py"),
+            str(out),
+        ]
         done = subprocess.run(by_hand, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert "hands over the rows of this run already" in done.stdout

@@ -32,7 +32,7 @@ from training import (
 from checkpoint import Checkpoint, _drop_optimizer, _write_manifest, find_checkpoint
 from config import build_config, file_sha256, read_toml
 from dataset import Mixture, TokenDataset, evenly_spaced, mask_name
-from generation import load_model, open_source
+from inference.generation import load_model, open_source
 from tokenizer import Tokenizer
 
 

@@ -22,7 +22,7 @@ from training import ENVIRONMENT, overrides, run_many
 
 from checkpoint import checkpoint_paths, find_checkpoint, write_weights
 from config import ROOT, ModelConfig, UserError
-from generation import (
+from inference.generation import (
     Completion,
     PackedLinear,
     RowLinear,

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import corpus
 import prepare
 import train_tokenizer
 from config import ROOT, DataConfig, UserError
+from corpus import readers
 from tokenizer import Tokenizer
 from train_tokenizer import CHUNK, USAGE, Sample, chunks, main
 
@@ -84,7 +84,7 @@ def test_held_out_text_is_not_learned_from(work):
     for path in (work / "raw").iterdir():
         for sign in "\u4e2d\u6587":  # the file's text decides its split, so try both signs
             text = path.read_text().rstrip("\u4e2d\u6587") + sign * 50
-            if corpus.split_of(text, data) == ("val" if sign == "\u4e2d" else "train"):
+            if readers.split_of(text, data) == ("val" if sign == "\u4e2d" else "train"):
                 path.write_text(text)
                 break
     run(work)
@@ -179,14 +179,14 @@ def test_sample_is_even_and_bounded():
 
 def test_a_large_corpus_is_sampled_everywhere_without_reading_all(work, monkeypatch):
     read = []
-    original = corpus.read
+    original = readers.read
 
     def counted(part, data, skipped):
         for document in original(part, data, skipped):
             read.append(document)
             yield document
 
-    monkeypatch.setattr(corpus, "read", counted)
+    monkeypatch.setattr(readers, "read", counted)
     lines = [f"{i:06} {'x' * 92}\n" for i in range(40_000)]
     (work / "big.txt").write_text("".join(lines))
     run(

@@ -27,7 +27,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import training
-from training import ROOT, assert_identical, overrides, rows, steps_kept
+from training import ROOT, assert_identical, copy_code, overrides, rows, steps_kept
 
 from attempts import process_start
 from checkpoint import Checkpoint, checkpoint_paths
@@ -184,9 +184,7 @@ class Victim:
 def prepare(work: Path) -> None:
     """Code (a copy: ours may be edited while this takes its minutes), dataset and tokenizer."""
     code, dataset, tokenizer = work / "code", work / "dataset", work / "tokenizer.model"
-    code.mkdir(parents=True)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, code)
+    copy_code(code)
     sources = [str(Path(sysconfig.get_paths()["stdlib"]) / name) for name in ("json", "email")]
     arguments = [f"--data.sources={sources}", "--data.val_fraction=0.2", f"--data.dir={dataset}"]
     arguments += [f"--tokenizer.path={tokenizer}", "--tokenizer.vocab_size=2000"]

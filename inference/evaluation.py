@@ -17,7 +17,7 @@ from torch import Tensor
 
 from config import UserError, read_rows, read_utf8, resolve_path
 from dataset import Mixture, TokenDataset, mixture_weights, read_manifest
-from generation import Source
+from inference.generation import Source
 from model import IGNORE, Llama
 from tokenizer import Tokenizer
 

@@ -43,7 +43,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import ConfigError, DataConfig, UserError
-from sources import COMPRESSIONS, Source, Survey, suffixes
+from corpus.sources import COMPRESSIONS, Source, Survey, suffixes
 
 BOM = b"\xef\xbb\xbf"  # some programs write it before UTF-8, and it is no part of the text
 OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}

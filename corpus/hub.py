@@ -39,7 +39,7 @@ from config import (
     sync_directory,
     write_atomically,
 )
-from sources import TABLES, describe_kinds, ending, suffixes
+from corpus.sources import TABLES, describe_kinds, ending, suffixes
 
 FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH]"
 EXAMPLE = "hf://datasets/Salesforce/wikitext/wikitext-103-raw-v1"

@@ -1,6 +1,6 @@
 """Plans a training before there is a job: what fits on the GPUs, how long it takes, what it costs.
 
-    python plan.py CONFIG --gpus=64 --gpu=h100 [--mfu=0.4] [--section.key=value …]
+    python tools/plan.py CONFIG --gpus=64 --gpu=h100 [--mfu=0.4] [--section.key=value …]
 
 Needs no GPU and no dataset. It recommends a strategy, what to recompute and a micro-batch for the
 global batch of CONFIG, and says why. How good its figures are: docs/planning.md.
@@ -14,9 +14,13 @@ import json
 import math
 import os
 import shlex
+import sys
 import textwrap
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 from config import (
     PEAK_FLOPS,
@@ -27,7 +31,7 @@ from config import (
     resolve_path,
     run_program,
 )
-from memory import FP32, PARTS, Memory, Setup, flops_per_token, multiplied, peak, sizes
+from tools.memory import FP32, PARTS, Memory, Setup, flops_per_token, multiplied, peak, sizes
 
 # Memory in GiB (what nvidia-smi shows is a little less), and the name in PEAK_FLOPS.
 GPUS = {

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+from readers.readers import Bad, Document, Part
 
-import corpus
 from chat import LEARNT, Template
 from config import DataConfig, sync_directory
-from corpus import Bad, Document, Part
+from corpus import readers
 from tokenizer import Tokenizer
 
 COUNTS = ("tokens", "documents", "bytes")
@@ -42,7 +42,7 @@ class Encoder(NamedTuple):
 
     Attributes:
         template: for conversations.
-        moved: documents that go to another split than their hash says, see corpus.fill_splits.
+        moved: documents that go to another split than their hash says, see readers.fill_splits.
     """
 
     data: DataConfig
@@ -136,7 +136,7 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
     data, counts = encoder.data, Counter(read=0, truncated=0, short=0)
     dropped: Counter[str] = Counter()
     shards: dict[str, Shard] = {}
-    splitter = corpus.Splitter(data, encoder.moved)
+    splitter = readers.Splitter(data, encoder.moved)
     with contextlib.ExitStack() as files:
         skipped = files.enter_context(new_file(work / f"part-{part.index:06d}.{SKIPPED}", run))
 
@@ -146,7 +146,7 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
             counts["read"] += 1
             dropped["bad"] += 1
 
-        for document in corpus.read(part, data, skip):
+        for document in readers.read(part, data, skip):
             counts["read"] += 1
             done[part.index] = min(part.bytes, done[part.index] + len(document.text.encode()))
             try:

@@ -1,4 +1,4 @@
-"""python bench.py NAME [CONFIG] [--section.key=value …] [--flag=value …]
+"""python tools/bench.py NAME [CONFIG] [--section.key=value …] [--flag=value …]
 
 Measures Rocket on this machine, without a dataset where none is needed. NAME is one of:
 
@@ -49,8 +49,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-import corpus
-import hub
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
 from config import (
     ROOT,
     Config,
@@ -61,14 +61,14 @@ from config import (
     load_config,
     run_program,
 )
+from corpus import hub, readers
 from tokenizer import Tokenizer, configured_tokenizer
 
-HERE = Path(__file__).resolve().parent
 FLAGS = {
     "--repeats=5": "turns",
     "--shape=NAME": "step or memory: a small model, for comparisons on a CPU",
     "--versus=OVERRIDES": "compare with settings such as '--train.dtype=float32'; repeatable",
-    "--checkout=PATH": "compare with another checkout of Rocket; repeatable",
+    "--checkout=PATH": "compare with another checkout of Rocket, by its own bench.py; repeatable",
     "--peer=NAME": "compare with nanogpt:CLONE, llama2.c:CLONE or transformers, repeatable; with"
     " :compile behind it torch.compile trains it",
     "--warmup=3": "training: steps before the first turn",
@@ -95,11 +95,6 @@ SHAPES = {
     " --model.ffn_dim=2048 --tokenizer.vocab_size=32000 --data.seq_len=512"
     " --train.global_batch_size=8 --train.micro_batch_size=8",
 }
-# Runs this file with the modules of another checkout: its path, this file, arguments.
-WITH_MODULES_OF = (
-    "import runpy, sys; sys.path[0] = sys.argv[1]; del sys.argv[:2];"
-    " runpy.run_path(sys.argv[0], run_name='__main__')"
-)
 Json = dict[str, Any]
 Options = dict[str, str]
 Contestant = Iterator[dict[str, Any]]  # see compare
@@ -214,7 +209,9 @@ def contestant(name: str, config: Config, options: Options, peer: str) -> Contes
     """A contestant in this process. torch is imported late: it takes seconds and memory."""
     if name == "startup":
         return startup(config, options, peer)
-    return load_module(HERE / "measure.py").contestant(name, config, options, peer)
+    from tools import measure
+
+    return measure.contestant(name, config, options, peer)
 
 
 def load_module(path: Path) -> ModuleType:
@@ -282,11 +279,15 @@ def remote(label: str, arguments: list[str], *, peer: str = "", checkout: str = 
     Raises:
         UserError: it failed; with the last line that it said.
     """
-    program = [str(HERE / "bench.py"), "worker", peer, *arguments]
-    environment = dict(os.environ)
+    root, environment = ROOT, dict(os.environ)
     if checkout:
-        program = ["-c", WITH_MODULES_OF, str(Path(checkout).resolve()), *program]
-        environment["ROCKET_ROOT"] = str(Path(checkout).resolve())
+        root = Path(checkout).resolve()
+        environment["ROCKET_ROOT"] = str(root)
+    programs = (root / "tools" / "bench.py", root / "bench.py")  # one of before the folders
+    found = next((path for path in programs if path.exists()), None)
+    if not found:
+        raise ConfigError(f"--checkout={checkout}: no checkout of Rocket")
+    program = [str(found), "worker", peer, *arguments]
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
@@ -369,7 +370,7 @@ def tokenizing(config: Config, options: Options) -> list[Json]:
         raise ConfigError("bench.py tokenizing takes data.format = text, and no mixture")
     data.deduplicate = False  # all encode the same
     TOKENIZER = configured_tokenizer(config.tokenizer)
-    TEXTS[:] = [one.text for part in corpus.plan(data) for one in corpus.read(part, data)]
+    TEXTS[:] = [one.text for part in readers.plan(data) for one in readers.read(part, data)]
     with tempfile.TemporaryDirectory() as name:
         scratch, rows = Path(name), []
         if copies > 1:
@@ -481,7 +482,4 @@ def arrays_of_rows(rows: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
 BENCHMARKS = ("training", "sampling", "startup", "checkpoint", "tokenizing")
 
 if __name__ == "__main__":
-    sys.modules["bench"] = sys.modules[
-        "__main__"
-    ]  # for measure.py, wherever other modules are from
     run_program(main)

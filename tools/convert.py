@@ -1,8 +1,8 @@
 """Moves models between Rocket, Hugging Face and llama.cpp; what it writes, it has proved.
 
-    python convert.py to-hf out/tiny out/tiny-hf                        (transformers, vLLM, …)
-    python convert.py to-gguf out/tiny out/tiny.gguf --dtype=float16    (llama.cpp, Ollama, …)
-    python convert.py from-hf ~/Llama-2-7b-hf out/llama-2-7b            (a directory, or a hub name)
+    python tools/convert.py to-hf out/tiny out/tiny-hf                 (transformers, vLLM, …)
+    python tools/convert.py to-gguf out/tiny out/tiny.gguf --dtype=float16  (llama.cpp, Ollama, …)
+    python tools/convert.py from-hf ~/Llama-2-7b-hf out/llama-2-7b    (a directory, or a hub name)
 
 A proof is that each part of model.py, on random tokens, makes of its input what the same part of a
 plain Llama makes of it with the weights that were written, read back. One part of the model is in
@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 from config import Parser, UserError, existing_path, resolve_path, run_program
 
@@ -22,7 +25,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; UserError where it is wrong."""
     form = argparse.RawDescriptionHelpFormatter
     parser = Parser(
-        prog="python convert.py", description=__doc__, formatter_class=form, allow_abbrev=False
+        prog="python tools/convert.py",
+        description=__doc__,
+        formatter_class=form,
+        allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     exports = {"to-hf": ("directory", "to make"), "to-gguf": ("file", "to write")}
@@ -80,9 +86,8 @@ from torch import Tensor, nn
 from chat import Template
 from checkpoint import Checkpoint, find_checkpoint, write_weights
 from config import ModelConfig, build_config, dump_toml, locked, sync_directory, tables
-from generation import tokenizer_of
-from model import Llama
-from pretrained import (
+from inference.generation import tokenizer_of
+from inference.pretrained import (
     CONTROL,
     EMBEDDING,
     HEAD,
@@ -100,6 +105,7 @@ from pretrained import (
     read_sentencepiece,
     tokenizer_json,
 )
+from model import Llama
 from tokenizer import SPACE, Tokenizer
 
 Weights = Callable[[str], Tensor]  # a parameter by its name

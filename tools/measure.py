@@ -21,18 +21,18 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
 
-import generation
-from bench import Contestant, Json, Options, Times, load_module, whole_number, whole_numbers
 from checkpoint import Saver, find_resumable, load_optimizer, load_weights
 from config import Config, ConfigError, UserError, tables
 from dataset import rank_share
 from distributed import World, init_distributed, replicate, shut_down
+from inference import generation
 from job import Votes
 from model import Llama, flops_per_token, parameter_count
 from rocket import Batch, build, initialise, open_datasets, train_step
 from run import check_inputs, device_peak, memory_gb
+from tools.bench import Contestant, Json, Options, Times, load_module, whole_number, whole_numbers
 
-PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
+PEERS = Path(__file__).resolve().parents[1] / "tests" / "peers.py"
 Generate = Callable[[list[list[int]], int], Times | None]
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from checkpoint import Checkpoint, find_checkpoint
 from config import Config, ModelConfig, UserError
 from distributed import check_compiler
+from inference.pretrained import EMBEDDING, HEAD, Pretrained
 from model import KVCache, Llama
-from pretrained import EMBEDDING, HEAD, Pretrained
 from tokenizer import Tokenizer
 
 

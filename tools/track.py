@@ -1,6 +1,6 @@
 """Hands a run's rows to Weights & Biases: one W&B run for a run directory, whatever jobs it took.
 
-    python track.py RUN
+    python tools/track.py RUN
 
 Training starts it beside itself (log.wandb); by hand it does the same for any run, at any time.
 Nothing is sent unless WANDB_MODE=online: compute nodes have no network. What it leaves in RUN/wandb
@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
 from config import (
     Parser,
     UserError,
@@ -44,7 +46,7 @@ FINISH_SECONDS = 30.0  # that a server may take for the last rows
 
 def main(arguments: list[str]) -> None:
     parser = Parser(
-        prog="python track.py",
+        prog="python tools/track.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -72,7 +74,7 @@ def main(arguments: list[str]) -> None:
             track(directory, over)
     except Exception as error:  # whatever the package raises: training goes on without it
         reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(" .:")
-        give_up(f"{reason}; python track.py {directory} hands over all rows anew")
+        give_up(f"{reason}; python tools/track.py {directory} hands over all rows anew")
 
 
 def leave_to(waits: bool, holder: str) -> None:

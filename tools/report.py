@@ -1,7 +1,7 @@
 """Shows runs to people: one as report.html in its directory, several compared with each other.
 
-    python report.py RUN [--output=FILE.html]                  writes RUN/report.html
-    python report.py RUN RUN … [--output=comparison.html]      and comparison.csv beside it
+    python tools/report.py RUN [--output=FILE.html]                  writes RUN/report.html
+    python tools/report.py RUN RUN … [--output=comparison.html]      and comparison.csv beside it
 
 A page holds all that it needs and asks the network for nothing. Rows are read once, and of a curve
 the extremes of some hundred stretches are kept: memory and page stay small, spikes are seen.
@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+
 from attempts import is_alive
 from config import UserError, build_config, existing_path, read_toml, run_program, tables
-from page import (
+from tools.page import (
     Line,
     Point,
     axis_switch,
@@ -625,7 +627,9 @@ def main(arguments: list[str]) -> None:
     names = [argument for argument in arguments if not argument.startswith("-")]
     paths = [*dict.fromkeys(existing_path(name).resolve() for name in names)]
     if not paths:
-        raise UserError("name one run directory or more, for example: python report.py out/tiny")
+        raise UserError(
+            "name one run directory or more, such as in: python tools/report.py out/tiny"
+        )
     runs = []
     for path in paths:
         try:
