@@ -1,7 +1,7 @@
 """From token bins to batches: packed datasets, mixtures, and the order in which a run sees them.
 
 The order is a pure function of the configuration and the step, so that a run resumes from the step
-number alone on any number of ranks. Nothing here knows of a model or of processes.
+number alone on any number of ranks.
 """
 
 from __future__ import annotations
@@ -12,17 +12,35 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator
+import socket
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from config import DATASET_VERSION, ConfigError, DataConfig, UserError, resolve_path
+from attempts import read_json
+from config import (
+    DATASET_VERSION,
+    Config,
+    ConfigError,
+    DataConfig,
+    UserError,
+    file_sha256,
+    resolve_path,
+    tell,
+)
+from distributed import World
 from model import IGNORE
+
+Json = dict[str, Any]
 
 OPEN_FILES = 64  # memory maps kept open: a thousand would exhaust the usual `ulimit -n 1024`
 WEIGHT_SUM = 2**20  # most that the whole-number weights of a mixture add up to
@@ -323,6 +341,88 @@ class Mixture:
         return index, window - int(self.starts[index])
 
 
+class Batch(NamedTuple):
+    """What the model takes, on the device, (B, T) each."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+
+
+class Batches:
+    """This rank's micro-batches, on the device; those of the next step are read meanwhile.
+
+    Attributes:
+        shape: micro-batches of a step and the sequences of each, equal on all ranks.
+    """
+
+    def __init__(self, data: Mixture, config: Config, bos_id: int, world: World) -> None:
+        self.data, self.config, self.bos_id, self.world = data, config, bos_id, world
+        windows = np.arange(config.train.global_batch_size)
+        self.shape = rank_share(windows, config.train.micro_batch_size, 0, world.size).shape
+        # A thread begins on GPU 0, which would be every rank's.
+        on_gpu = world.device.type == "cuda"
+        start = (torch.cuda.set_device, (world.device,)) if on_gpu else (None, ())
+        self._reader = ThreadPoolExecutor(1, "data", *start)
+        self._ahead: tuple[int, Future[list[tuple[Tensor, Tensor]]]] | None = None
+
+    def __enter__(self) -> Batches:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.shutdown()
+
+    def of_step(self, step: int) -> list[Batch]:
+        """The micro-batches of a step."""
+        if self._ahead is None or self._ahead[0] != step:
+            self._ahead = step, self._reader.submit(self._read_step, step)
+        read = self._ahead[1].result()
+        self._ahead = step + 1, self._reader.submit(self._read_step, step + 1)
+        return [self.on_device(*batch) for batch in read]
+
+    def of_windows(self, data: Mixture, windows: np.ndarray) -> Iterator[Batch]:
+        """Windows of a split, shared by all ranks, in batches of the size of a step's: each shape
+        is compiled."""
+        size = self.shape[1]
+        for batch in self._read(data, filled_up(windows, size * self.world.size), size):
+            yield self.on_device(*batch)
+
+    def on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
+        """A batch for the model; with data.document_mask, a document begins at each BOS."""
+        tokens, targets = (
+            ids.to(self.world.device, non_blocking=True) for ids in (tokens, targets)
+        )
+        masked = self.config.data.document_mask
+        return Batch(tokens, targets, (tokens == self.bos_id).cumsum(dim=1) if masked else None)
+
+    def _read_step(self, step: int) -> list[tuple[Tensor, Tensor]]:
+        train = self.config.train
+        windows = self.data.step_windows(train.seed, step, train.global_batch_size)
+        return [*self._read(self.data, windows, train.micro_batch_size)]
+
+    def _read(
+        self, data: Mixture, windows: np.ndarray, size: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and targets of this rank's micro-batches, of at most size sequences, on the host."""
+        for share in rank_share(windows, size, self.world.rank, self.world.size):
+            tokens, targets = data.batch(share)
+            if self.world.device.type == "cuda":  # a copy from pageable memory waits for the device
+                tokens, targets = tokens.pin_memory(), targets.pin_memory()
+            yield tokens, targets
+
+
+def open_split(
+    split: str,
+    names: Iterable[str],
+    manifests: dict[str, Json],
+    weights: dict[str, int],
+    seq_len: int,
+) -> Mixture:
+    """The split of the datasets at these directories."""
+    opened = {n: TokenDataset(resolve_path(n), manifests[n], split, seq_len) for n in names}
+    return Mixture(opened, weights)
+
+
 def interleave(slots: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Which dataset each slot of a run reads, and which of that dataset's own slots it is.
 
@@ -413,3 +513,108 @@ def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int
 def filled_up(windows: np.ndarray, multiple: int) -> np.ndarray:
     """Windows with fillers behind them, so that they divide into equal batches."""
     return np.pad(windows, (0, -len(windows) % multiple), constant_values=-1)
+
+
+class DataCheck:
+    """Compares the datasets' bytes with their digests, beside training and once.
+
+    A flipped bit trains as well as a right one, so every shard is hashed: each rank takes its
+    share, in a thread of the lowest priority. What was right is remembered beside the manifest, in
+    verified.json, by size, time and inode, and is not hashed again.
+    """
+
+    FILE = "verified.json"
+
+    def __init__(self, manifests: dict[str, dict[str, Any]], enabled: bool, world: World) -> None:
+        """Every rank must call this. Hosts whose datasets lie on disks of their own hash all."""
+        self.world, self.wrong = world, ""
+        self.paths = {resolve_path(name): digests(found) for name, found in manifests.items()}
+        self.checked: dict[Path, dict[str, list[int]]] = {path: {} for path in self.paths}
+        self.finished = not enabled
+        if self.finished:
+            return
+        # Only a file system that ranks share shows them the same file, changed at the same moment.
+        found = [(path / "manifest.json").stat() for path in self.paths]
+        mine = [(stat.st_ino, stat.st_ctime_ns) for stat in found]
+        disks: list[Any] = [None] * world.size
+        dist.all_gather_object(disks, mine)
+        self.sharers = [rank for rank, disk in enumerate(disks) if disk == mine]
+        lists: list[Any] = [None] * world.size
+        leads = world.rank == self.sharers[0]
+        dist.all_gather_object(lists, self._not_verified() if leads else None)
+        todo = lists[self.sharers[0]]
+        self.share = todo[self.sharers.index(world.rank) :: len(self.sharers)]
+        self.finished = not any(lists)
+        threading.Thread(target=self._hash, daemon=True).start()
+
+    def tell(self) -> None:
+        """AgreedError on every rank if one of them has found a file that is wrong."""
+
+        def name() -> None:
+            if self.wrong:
+                raise UserError(self.wrong)
+
+        self.world.each(name)
+
+    def remember(self) -> None:
+        """Writes down what is right by now, until all of it is; every rank must call this."""
+        if self.finished:
+            return
+        self.tell()
+        lists: list[Any] = [None] * self.world.size
+        dist.all_gather_object(lists, (self.checked, not self.share))
+        self.finished = all(done for _, done in lists)
+        if self.world.rank != self.sharers[0]:
+            return
+        for path in self.paths:
+            known = self._known(path)
+            for rank in self.sharers:
+                known |= lists[rank][0][path]
+            temporary = path / f"{self.FILE}.{socket.gethostname()}.{os.getpid()}.tmp"
+            try:
+                temporary.write_text(json.dumps(known))
+                temporary.chmod(0o666 & (path / "manifest.json").stat().st_mode)
+                temporary.replace(path / self.FILE)
+            except OSError as error:  # others' data, say: they are right all the same
+                tell(f"{path / self.FILE} can't be written: {error.strerror}; hashed in each job")
+
+    def _known(self, path: Path) -> dict[str, list[int]]:
+        try:
+            return read_json(path / self.FILE) or {}
+        except OSError:  # another user's: hash again
+            return {}
+
+    def _not_verified(self) -> list[tuple[Path, str]]:
+        found = []
+        for path, files in self.paths.items():
+            known = self._known(path)
+            with os.scandir(path) as entries:
+                stats = {e.name: self._stamp(e.stat()) for e in entries if e.name in files}
+            found += [(path, name) for name in files if known.get(name) != stats.get(name)]
+        return found
+
+    @staticmethod
+    def _stamp(stat: os.stat_result) -> list[int]:
+        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+
+    def _hash(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while self.share:
+            directory, name = self.share[-1]
+            path = directory / name
+            try:
+                stamp = self._stamp(path.stat())
+                digest = file_sha256(path)
+            except OSError as error:
+                self.wrong = f"{path} can't be read: {error.strerror}"
+                return
+            if digest != self.paths[directory][name]:
+                self.wrong = (
+                    f"{path} is damaged: its sha256 is {digest[:12]}…, not"
+                    f" {self.paths[directory][name][:12]}… as in manifest.json; restore it, or run"
+                    " prepare.py with --force. Steps of this job may have read it"
+                )
+                return
+            self.checked[directory][name] = stamp
+            self.share.pop()

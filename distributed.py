@@ -6,6 +6,7 @@ Nothing here knows of data, steps or files.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -259,6 +260,27 @@ def init_distributed(config: Config) -> World:
     dist.init_process_group(backend, timeout=STARTUP_TIMEOUT, **meeting)
     dtype = compute_dtype(config.train.dtype, device)
     return World(rank, size, local_rank, local_size, device, dtype)
+
+
+@contextlib.contextmanager
+def process_group(config: Config) -> Iterator[World]:
+    """The processes of a training as a group, which they leave together.
+
+    Raises:
+        LostRankError: a collective failed because another rank died or hangs.
+    """
+    try:
+        yield init_distributed(config)
+    except AgreedError:  # all ranks are here; after any other error some may wait for this one
+        shut_down()
+        raise
+    except (RuntimeError, dist.DistError) as error:
+        if lost := explain_lost_rank(error):
+            if torch.cuda.is_initialized():  # its kernels wait for that rank: don't wait for them
+                atexit.register(os._exit, 1)
+            raise lost from None
+        raise
+    shut_down()
 
 
 def _user_set_threads() -> bool:

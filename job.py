@@ -1,39 +1,39 @@
-"""The job that a run is in: its signals and its end, its claim on the run directory, its code.
+"""The job that trains a run: its signals, its end, its lock on the run directory, and how all ranks
+stop or save at the same step.
 
-Rank 0 alone reads clocks and shared files; the loop carries what it finds to the other ranks.
+Rank 0 alone reads clocks and shared files; votes carry what it finds to the other ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from attempts import EXPIRY_SECONDS, holder_lives, process_start, read_json
 from checkpoint import Saver
 from config import UserError, tell
+from dataset import DataCheck
+from distributed import AgreedError, World, fetch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C in between is meant; an earlier one is an echo
 HEARTBEAT_SECONDS = 30.0
 OWN_SECONDS = 60.0  # that a process of this very job may take to die
-CODE = Path(__file__).resolve().parent
-DIFF_LINES = 60
 STUCK_SECONDS = 15.0  # and three steps: torchrun kills 30 s after TERM, unless it is told otherwise
 
 
@@ -92,9 +92,9 @@ def job_end(max_hours: float) -> float:
 
 
 class Votes(NamedTuple):
-    """What a rank asks for, 0 or 1 each, or their sums: what any rank asks for, all do at once."""
+    """What a rank asks for, 0 or 1 each, or their sums: what any rank asks for, all do."""
 
-    claim_lost: float
+    lock_lost: float
     save_failed: float
     data_damaged: float
     stop_file: float
@@ -103,7 +103,7 @@ class Votes(NamedTuple):
     save_due: float
 
 
-class Lookout:
+class StopConditions:
     """Why this rank would stop or save now."""
 
     FILE_SECONDS = 1.0  # between looks for the STOP file
@@ -112,17 +112,17 @@ class Lookout:
         self,
         directory: Path,
         signals: Signals,
-        claim: Claim,
+        lock: RunLock,
         saver: Saver,
         end: float,
         save_seconds: float,
         save_minutes: float,
-        data_damaged: Callable[[], bool] = lambda: False,
+        check: DataCheck | None = None,
     ) -> None:
-        """The first save is estimated at save_seconds; the rest is measured."""
-        self.data_damaged = data_damaged
-        self.stop_file = directory / "STOP"
-        self.signals, self.claim, self.saver, self.end = signals, claim, saver, end
+        """The first save is estimated at save_seconds; later ones are measured."""
+        self.directory, self.stop_file = directory, directory / "STOP"
+        self.signals, self.lock, self.saver, self.check = signals, lock, saver, check
+        self.end = end
         self.margin = min(30.0, 0.05 * (end - time.time()))
         self.seconds = {"step": 0.0, "evaluation": 0.0, "save": save_seconds}
         self.save_minutes = save_minutes
@@ -147,11 +147,11 @@ class Lookout:
             self.saved_at = self.stepped_at
 
     def while_waiting(self, since: float) -> None:
-        """DistError if, since TERM came, the device has not answered for far too long.
+        """DistError if the device has not answered for far too long since TERM came.
 
         So it is when a rank has died under NCCL: torchrun sends TERM to the others, whose devices
-        wait for it. Steps tell how long they take; before the first nothing is known. Any other
-        wait is ended by parallel.timeout_seconds.
+        wait for it. Any other wait is ended by parallel.timeout_seconds. Before the first step
+        nothing is known of how long one takes.
 
         Args:
             since: when the host began to wait for the device, by time.monotonic().
@@ -179,9 +179,9 @@ class Lookout:
             late = self.end - time.time() < needed
             save_due = 0 < 60 * self.save_minutes <= now - self.saved_at
         return Votes(
-            claim_lost=float(self.claim.lost),
+            lock_lost=float(self.lock.lost),
             save_failed=float(self.saver.failed),
-            data_damaged=float(self.data_damaged()),
+            data_damaged=float(bool(self.check and self.check.wrong)),
             stop_file=float(self.stop_file_seen),
             signal=float(self.signals.received),
             deadline=float(late),
@@ -189,10 +189,60 @@ class Lookout:
         )
 
 
-class Claim:
+class Consensus:
+    """What all ranks do together: votes travel with each step's numbers, and all hear their sums.
+
+    Attributes:
+        stop: why to stop; empty until a rank asks for it.
+        save_due: whether a rank has asked for a checkpoint.
+    """
+
+    def __init__(self, conditions: StopConditions, world: World) -> None:
+        self.conditions, self.world = conditions, world
+        self.stop, self.save_due = "", False
+
+    def votes(self, steps: int = 0, evaluation: bool = False) -> Tensor:
+        """This rank's votes (7,), given what comes before ranks can stop again."""
+        votes = self.conditions.votes(self.world.rank, steps, evaluation)
+        if not any(votes):  # nearly always, and then nothing has to be copied to the device
+            return torch.zeros(len(votes), device=self.world.device)
+        return torch.tensor(votes, device=self.world.device)
+
+    def reason(self, sums: Iterable[float]) -> str:
+        """Why to stop by these sums of votes, or nothing.
+
+        Raises:
+            AgreedError: on every rank: the run belongs to another job, a save failed, a dataset is
+                damaged.
+        """
+        votes, conditions = Votes(*sums), self.conditions
+        if votes.lock_lost:
+            raise AgreedError(
+                f"{conditions.directory} was taken over by another job; nothing was saved"
+            )
+        if votes.save_failed:
+            conditions.saver.wait()
+        if votes.data_damaged:
+            conditions.check.tell()
+        return next((why for why in ("stop_file", "signal", "deadline") if getattr(votes, why)), "")
+
+    def hear(self, sums: Iterable[float]) -> None:
+        """Takes in the sums of a step's votes."""
+        votes = Votes(*sums)
+        self.stop = self.stop or self.reason(votes)
+        self.save_due = self.save_due or votes.save_due > 0
+
+    def ask(self) -> None:
+        """Votes now, where ranks wait for each other anyway."""
+        if not self.stop:
+            sums = self.world.sum(self.votes(steps=2))
+            self.stop = self.reason(fetch(sums, self.conditions.while_waiting))
+
+
+class RunLock:
     """One run directory, one job: claim.json names the job that trains the run.
 
-    A claim is free if its process on this host is dead, if it is our own job's from before a
+    The lock is free if its process on this host is dead, if it is our own job's from before a
     requeue, or if its heartbeat, the file's modification time, has stopped.
     """
 
@@ -308,67 +358,3 @@ class Claim:
                     self.lost = holder is not None or not self._create()
             except OSError as error:  # the file system may be back at the next beat
                 tell(f"{self.path}: no heartbeat: {error.strerror}")
-
-
-def code_files(folder: Path = CODE) -> dict[str, Path]:
-    """Rocket's Python files in a copy of it, by their names from there."""
-    packages = (path.parent for path in folder.glob("*/__init__.py"))
-    found = (path for place in (folder, *packages) for path in place.glob("*.py"))
-    return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
-
-
-def code_in_use() -> dict[str, str]:
-    """Name to text of the modules of Rocket that this process has loaded."""
-    ours = code_files()
-    names = {path.name for path in ours.values()} - {"__init__.py"}
-    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
-    # By name first: to resolve all of torch's 2,000 files is 20,000 look-ups by every rank.
-    loaded = {os.path.realpath(file) for file in files if os.path.basename(file) in names}
-    used = {name: path for name, path in ours.items() if str(path) in loaded}
-    return {name: path.read_text(encoding="utf-8") for name, path in used.items()}
-
-
-def changed_code(directory: Path) -> dict[str, list[str]]:
-    """File to unified diff, for the code in use that is not what the run's snapshot holds."""
-    found = {}
-    if (directory / "code").is_dir():
-        for name, text in code_in_use().items():
-            path = directory / "code" / name
-            old = path.read_text(encoding="utf-8") if path.exists() else ""
-            if old != text:
-                lines = difflib.unified_diff(
-                    old.splitlines(), text.splitlines(), f"run/{name}", f"now/{name}", lineterm=""
-                )
-                found[name] = list(lines)
-    return found
-
-
-def snapshot_code(directory: Path) -> None:
-    """Copies Rocket's Python files into the run; a requeued job runs them, whatever is edited."""
-    code, fresh = directory / "code", directory / "code.tmp"
-    now, then = (
-        {name: path.read_bytes() for name, path in code_files(folder).items()}
-        for folder in (CODE, code)
-    )
-    if now == then:
-        return
-    aside = directory / "code.old.tmp"
-    for path in (fresh, aside):
-        shutil.rmtree(path, ignore_errors=True)
-    fresh.mkdir()
-    for name, content in now.items():
-        (fresh / name).parent.mkdir(exist_ok=True)
-        (fresh / name).write_bytes(content)
-    if code.exists():
-        code.rename(aside)
-    fresh.rename(code)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def print_diff(changed: dict[str, list[str]], say: Callable[[str], None] = print) -> None:
-    """Prints what has changed in the code, the beginning of it if it is long."""
-    lines = [line for diff in changed.values() for line in diff]
-    for line in lines[:DIFF_LINES]:
-        say(line)
-    if len(lines) > DIFF_LINES:
-        say(f"… and {len(lines) - DIFF_LINES} lines more")

@@ -1,4 +1,4 @@
-"""The run directory: who may go on with it, and what it tells people and scripts.
+"""The run directory while a job trains it: state, rows, status, console, and the code that runs.
 
 Rank 0 alone writes. Rows are durable before a checkpoint of their step is, and resuming cuts what
 lies after it, so that each step stands in the files once.
@@ -6,54 +6,49 @@ lies after it, so that each step stands in the files once.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
+import platform
 import resource
 import shutil
 import socket
 import subprocess
 import sys
-import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-import torch.distributed as dist
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import attempts
-from checkpoint import Checkpoint, checkpoint_paths, readable_checkpoints, remove_leftovers
+from checkpoint import Checkpoint, Saver, checkpoint_paths, remove_leftovers
 from config import (
-    ACCEPT_CHANGES,
+    LOST_RANK,
     PEAK_FLOPS,
+    ROOT,
     SICK_NODE,
     Config,
     ConfigError,
-    DataConfig,
-    LogConfig,
     UserError,
-    build_config,
-    changes,
     dump_toml,
-    file_sha256,
-    installed,
-    read_toml,
     resolve_path,
+    tables,
     tell,
     write_atomically,
 )
-from dataset import digests, mixture_fingerprint, mixture_weights, read_manifest
-from distributed import AgreedError, NodeError, World
-from job import CODE, Claim, changed_code, code_in_use, print_diff, snapshot_code
-from tokenizer import configured_tokenizer
+from dataset import Batches, DataCheck, Mixture
+from distributed import AgreedError, Arrived, World, compiles, cudnn_version, explain_lost_rank
+from job import Consensus, RunLock
+from model import flops_per_token
+from preflight import CODE, Inputs, code_files, not_writable
 
 REPORT_SECONDS = 300.0  # that report.py may take; a million rows are read in 11
 
@@ -74,108 +69,29 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-class Inputs(NamedTuple):
-    """What training needs to know of its inputs; read by one rank and handed to the others."""
-
-    manifests: dict[str, dict[str, Any]]  # by directory as configured, in the order of the mixture
-    weights: dict[str, int]  # of the same directories
-    fingerprint: str  # of all of that
-    template: dict[str, str] | None  # of the conversations, if there are any
-    vocab_size: int
-    bos_id: int
-    tokenizer_sha256: str
-    byte_lengths: np.ndarray
-    model_changed: bool  # its code, since the run was started
-
-
-def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Inputs:
-    """Checks tokenizer, datasets and an existing run directory against each other; writes nothing.
-
-    Raises:
-        UserError: an input is missing or does not fit, or the run was started with keys that may
-            not change or need consent.
-    """
-    if config.train.init_from == "resume":
-        raise ConfigError(
-            "train.init_from=resume: resuming is automatic, run the same command again;"
-            " init_from takes another run or checkpoint to start a new run from"
-        )
-    for name in ("tensorboard", "wandb"):
-        if getattr(config.log, name) and not installed(name):
-            raise UserError(
-                f"log.{name}: the package {name} is missing: pip install 'rocket-llama[{name}]'"
-            )
-    tokenizer = configured_tokenizer(config.tokenizer)
-    weights = mixture_weights(config.data)
-    manifests = {name: read_manifest(resolve_path(name), tokenizer.sha256) for name in weights}
-    _check_kind(config.data, manifests)
-    fingerprint, template = mixture_fingerprint(manifests, weights), _template(manifests)
-    changed: list[str] = []
-    if checkpoint := next(readable_checkpoints(directory), None):
-        if checkpoint.manifest["tokenizer_sha256"] != tokenizer.sha256:
-            raise UserError(f"{directory}: the run was trained with another tokenizer")
-        if checkpoint.manifest["dataset"] != fingerprint:
-            raise UserError(
-                f"{directory}: the run was trained on another dataset or mixture than"
-                f" {' and '.join(weights)} (of a mixture, order and weights count); set data.dir or"
-                " data.mixture to it, or start a new run with train.init_from"
-            )
-        # config.toml also knows the changes accepted since that checkpoint
-        started = directory / "config.toml"
-        old = build_config(read_toml(started)) if started.exists() else checkpoint.config
-        _check_changes(old, config, accept_changes)
-        changed = _check_code(directory, accept_changes)
-        evaluated = checkpoint.config.train.eval_sequences
-        if "model.py" in changed and evaluated != config.train.eval_sequences:
-            raise ConfigError(
-                "model.py has changed, so this start compares the validation loss with the recorded"
-                f" one: leave train.eval_sequences at {evaluated} for it"
-            )
-    return Inputs(
-        manifests=manifests,
-        weights=weights,
-        fingerprint=fingerprint,
-        template=template,
-        vocab_size=tokenizer.vocab_size,
-        bos_id=tokenizer.bos_id,
-        tokenizer_sha256=tokenizer.sha256,
-        byte_lengths=tokenizer.byte_lengths(),
-        model_changed="model.py" in changed,
+def snapshot_code(directory: Path) -> None:
+    """Copies Rocket's Python files into the run; a requeued job runs them, whatever is edited."""
+    code, fresh = directory / "code", directory / "code.tmp"
+    now, then = (
+        {name: path.read_bytes() for name, path in code_files(folder).items()}
+        for folder in (CODE, code)
     )
-
-
-def _check_kind(data: DataConfig, manifests: dict[str, dict[str, Any]]) -> None:
-    """ConfigError where the configuration describes another kind of data than there is.
-
-    The datasets of a mixture may be of several kinds, so there it describes none.
-    """
-    if data.mixture:
+    if now == then:
         return
-    ((name, manifest),) = manifests.items()
-    kind = {"format": "text"} | manifest
-    keys = ("format", "template", "train_on", "too_long") if "format" in manifest else ("format",)
-    for key in keys:
-        if kind.get(key) != getattr(data, key):
-            raise ConfigError(
-                f"{name} was prepared with data.{key} = {json.dumps(kind.get(key))}, not"
-                f" {json.dumps(getattr(data, key))}; set it so, or run prepare.py with --force"
-            )
+    aside = directory / "code.old.tmp"
+    for path in (fresh, aside):
+        shutil.rmtree(path, ignore_errors=True)
+    fresh.mkdir()
+    for name, content in now.items():
+        (fresh / name).parent.mkdir(exist_ok=True)
+        (fresh / name).write_bytes(content)
+    if code.exists():
+        code.rename(aside)
+    fresh.rename(code)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
-def _template(manifests: dict[str, dict[str, Any]]) -> dict[str, str] | None:
-    """The template that the instruct datasets share; ConfigError if one has another."""
-    found = {name: known["template"] for name, known in manifests.items() if "template" in known}
-    first, template = next(iter(found.items()), ("", None))
-    for name in found:
-        if found[name] != template:
-            raise ConfigError(
-                f"data.mixture: {name} was prepared with another data.template than {first};"
-                " prepare both with the same"
-            )
-    return template
-
-
-def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) -> None:
+def open_run(directory: Path, config: Config, lock: RunLock, seen: list[Path]) -> None:
     """Makes the run directory ours, without leftovers, and counts the attempt.
 
     Args:
@@ -185,7 +101,7 @@ def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) ->
         UserError: another job trains it, or did in the meantime; it can't be written.
     """
     try:
-        claim.take()
+        lock.take()
         if checkpoint_paths(directory) != seen:
             raise UserError(f"{directory}: another job has just trained this run; start again")
         remove_leftovers(directory)
@@ -194,7 +110,7 @@ def open_run(directory: Path, config: Config, claim: Claim, seen: list[Path]) ->
         attempt = os.environ.get(attempts.ATTEMPT, by_hand)
         attempts.count(directory, attempt, config.train.max_attempts)
     except OSError as error:
-        raise _not_writable(directory, error) from None
+        raise not_writable(directory, error) from None
 
 
 def record_start(directory: Path, config: Config) -> None:
@@ -210,290 +126,85 @@ def record_start(directory: Path, config: Config) -> None:
         write_atomically(directory / "tokenizer.model", tokenizer)
         attempts.note_opened(directory)
     except OSError as error:
-        raise _not_writable(directory, error) from None
+        raise not_writable(directory, error) from None
 
 
-def _check_changes(old: Config, new: Config, accept_changes: bool) -> None:
-    """Holds the keys of a resumed run against those it was started with."""
-    found = changes(old, new)
-    if found["refused"]:
-        raise ConfigError(
-            f"this run can't resume with {'; '.join(found['refused'])}: it would be another run;"
-            " set another train.out_dir"
-        )
-    if found["consent"] and not accept_changes:
-        raise ConfigError(
-            f"this run was started otherwise: {'; '.join(found['consent'])};"
-            f" to go on with the new values add {ACCEPT_CHANGES}"
-        )
-    for change in found["consent"]:
-        print(f"accepted: {change}")
+@dataclass
+class Progress:
+    """What a run carries from step to step beside weights and optimizer; checkpoints hold it."""
+
+    step: int = 0
+    hours: float = 0.0
+    best_val_losses: list[float] = field(default_factory=list)  # ascending, as many as are kept
+    evaluations_since_best: int = 0
+    val_loss: float | None = None  # of the evaluation at this very step, if there was one
+    bad_steps: int = 0  # skipped steps in a row, up to this one
+    norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # see rocket.should_skip
+    save_seconds: float = 0.0  # that the longest save so far took
+    rows: dict[str, int] = field(default_factory=dict)  # in each file of the run
+
+    @property
+    def position(self) -> tuple[int, float | None]:
+        """What a checkpoint of this state is named and ranked by."""
+        return self.step, self.val_loss
 
 
-def _check_code(directory: Path, accept_changes: bool) -> list[str]:
-    """Holds the code in use against the snapshot that the run was started with; what differs."""
-    if not (changed := changed_code(directory)):
-        return []
-    print_diff(changed)
-    names = ", ".join(changed)
-    if not accept_changes:
-        raise ConfigError(
-            f"the code has changed since this run was started: {names}; to go on with the new code"
-            f" add {ACCEPT_CHANGES}; the old one is in {directory / 'code'}"
-        )
-    print(f"accepted: other code in {names}")
-    return list(changed)
+class Outcome(NamedTuple):
+    """What all ranks come to know of a step, LAG steps later: global values."""
+
+    loss: float
+    skip: float
+    grad_norm: float
+
+    @property
+    def skipped(self) -> str | None:
+        """Why the step changed nothing, or None if it was a good one."""
+        if not self.skip:
+            return None
+        if self.loss == self.grad_norm == 0:  # no spike is that low
+            return "no_trained_tokens"
+        return "spike" if math.isfinite(self.loss + self.grad_norm) else "non_finite"
 
 
-def preflight(
-    directory: Path, config: Config, checkpoint: Checkpoint | None, size: int, world: World
-) -> None:
-    """What would otherwise fail hours later: every rank sees the same, and disk and device do.
+class NotFiniteError(AgreedError):
+    """Too many steps in a row were skipped, or the validation loss is not finite."""
 
-    Shared files are read by one rank a node, which is where file systems may differ.
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(f"step {step}: {message}")
+        self.step = step
 
-    Args:
-        size: bytes of a checkpoint.
 
-    Raises:
-        UserError: names the rank and host that differs, or what is missing.
+class Run:
+    """A run: its progress, and what is written and printed of it. Ranks other than 0 write nothing.
+
+    As a context manager it records a failure in status.json, and frees the run at the end.
+
+    Attributes:
+        saver, agreed, check: what saves it, what all ranks have agreed on, what verifies its
+            dataset; set when training begins.
     """
-
-    def digest(content: bytes) -> str:
-        return hashlib.sha256(content).hexdigest()
-
-    def look() -> dict[str, Any]:
-        _check_device(config, world.device)
-        _check_memory(config, size // 12, world)
-        seen = {
-            "host": socket.gethostname(),
-            "code": digest(json.dumps(code_in_use()).encode()),
-            "configuration": digest(dump_toml(config).encode()),
-            "torch": torch.__version__,
-            "compute type": str(world.dtype),
-        }
-        if config.parallel.strategy == "hsdp":
-            seen["number of ranks on its node"] = str(world.local_size)
-        if world.local_rank == 0:
-            names = config.data.mixture or [config.data.dir]
-            shared = {f"dataset {name}": resolve_path(name) for name in names}
-            if checkpoint:
-                shared["checkpoint"] = checkpoint.path
-            for name, path in shared.items():
-                manifest = path / "manifest.json"
-                seen[name] = digest(manifest.read_bytes()) if manifest.exists() else "none"
-        return seen
-
-    seen_by = world.each(look)
-
-    if different := world.once(lambda: _first_difference(seen_by)):
-        raise AgreedError.about(*different, SICK_NODE, world)
-    world.once(lambda: _check_disk(directory, size))
-
-
-def _first_difference(seen_by: list[dict[str, Any]]) -> tuple[int, str] | None:
-    """The first rank that sees something else than most do, and what; of two, rank 1."""
-    for name in [name for name in seen_by[0] if name != "host"]:
-        values = {rank: seen[name] for rank, seen in enumerate(seen_by) if name in seen}
-        common = Counter(values.values()).most_common(1)[0][0]
-        like = next(rank for rank, value in values.items() if value == common)
-        for rank, value in values.items():
-            if value != common:
-                return rank, (
-                    f"rank {rank} on {seen_by[rank]['host']} does not have the same {name} as"
-                    f" rank {like} on {seen_by[like]['host']}: {value[:12]} and {common[:12]}"
-                )
-    return None
-
-
-def _check_disk(directory: Path, size: int) -> None:
-    """UserError unless the next checkpoints, of size bytes each, can be written."""
-    kept = len(checkpoint_paths(directory))
-    there = next(path for path in (directory, *directory.parents) if path.is_dir())
-    try:
-        tempfile.TemporaryFile(dir=there).close()
-    except OSError as error:
-        raise _not_writable(directory, error) from None
-    needed, free = max(1, 2 - kept) * size, shutil.disk_usage(there).free
-    if free < needed:
-        raise UserError(
-            f"{directory}: {free / 1e9:.3f} GB are free, the next checkpoints need"
-            f" {needed / 1e9:.3f} GB; make room or set train.out_dir"
-        )
-
-
-def _not_writable(directory: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{directory}: the run directory can't be written: {error.strerror}; set train.out_dir"
-    )
-
-
-def _check_memory(config: Config, parameters: int, world: World) -> None:
-    """UserError where weights, gradients and optimizer state alone are more than a rank has."""
-    shards = {"ddp": 1, "fsdp": world.size, "hsdp": world.local_size}[config.parallel.strategy]
-    moments = 1 if config.optimizer.name == "muon" else 2
-    needed = 4 * (2 + moments) * parameters / shards
-    if world.device.type == "cuda":
-        memory, what = torch.cuda.mem_get_info(world.device)[1], "its GPU"
-    else:
-        pages = os.sysconf("SC_PHYS_PAGES") // world.local_size
-        memory, what = pages * os.sysconf("SC_PAGE_SIZE"), "its share of the host"
-    if needed > memory:
-        raise UserError(
-            f"the model does not fit: its {parameters / 1e9:.3g}B parameters, their gradients and"
-            f" the optimizer's state are {needed / 1e9:,.0f} GB a rank, and {what} has"
-            f" {memory / 1e9:,.0f} GB; set a smaller model.dim or model.n_layers, or"
-            " parallel.strategy=fsdp and more ranks (python tools/plan.py CONFIG tells how many)"
-        )
-
-
-def _check_device(config: Config, device: torch.device) -> None:
-    """UserError if the GPU that the run means to use does not compute."""
-    if device.type == "cpu":
-        if config.train.device == "auto" and Path("/dev/nvidia0").exists():
-            kind = NodeError if torch.version.cuda else UserError
-            raise kind(
-                f"{socket.gethostname()} has an NVIDIA GPU that torch {torch.__version__} can't"
-                " use: the driver is too old for it, or it is a build for CPUs; set"
-                " train.device=cpu to train without"
-            )
-        return
-    try:
-        torch.ones(8, 8, device=device).mm(torch.ones(8, 8, device=device)).sum().item()
-    except RuntimeError as error:
-        raise NodeError(
-            f"{torch.cuda.get_device_name(device)} on {socket.gethostname()} can't compute with"
-            f" torch {torch.__version__}: {str(error).partition(chr(10))[0]}"
-        ) from None
-
-
-class DataCheck:
-    """Compares the datasets' bytes with their digests, beside training and once.
-
-    A flipped bit trains as well as a right one, so every shard is hashed: each rank takes its
-    share, in a thread of the lowest priority. What was right is remembered beside the manifest, in
-    verified.json, by size, time and inode, and is not hashed again.
-    """
-
-    FILE = "verified.json"
-
-    def __init__(self, manifests: dict[str, dict[str, Any]], enabled: bool, world: World) -> None:
-        """Every rank must call this. Hosts whose datasets lie on disks of their own hash all."""
-        self.world, self.wrong = world, ""
-        self.paths = {resolve_path(name): digests(found) for name, found in manifests.items()}
-        self.checked: dict[Path, dict[str, list[int]]] = {path: {} for path in self.paths}
-        self.finished = not enabled
-        if self.finished:
-            return
-        # Only a file system that ranks share shows them the same file, changed at the same moment.
-        found = [(path / "manifest.json").stat() for path in self.paths]
-        mine = [(stat.st_ino, stat.st_ctime_ns) for stat in found]
-        disks: list[Any] = [None] * world.size
-        dist.all_gather_object(disks, mine)
-        self.sharers = [rank for rank, disk in enumerate(disks) if disk == mine]
-        lists: list[Any] = [None] * world.size
-        leads = world.rank == self.sharers[0]
-        dist.all_gather_object(lists, self._not_verified() if leads else None)
-        todo = lists[self.sharers[0]]
-        self.share = todo[self.sharers.index(world.rank) :: len(self.sharers)]
-        self.finished = not any(lists)
-        threading.Thread(target=self._hash, daemon=True).start()
-
-    def damaged(self) -> bool:
-        """Whether this rank has found a file that is wrong."""
-        return bool(self.wrong)
-
-    def tell(self) -> None:
-        """AgreedError on every rank if one of them has found a file that is wrong."""
-
-        def name() -> None:
-            if self.wrong:
-                raise UserError(self.wrong)
-
-        self.world.each(name)
-
-    def remember(self) -> None:
-        """Writes down what is right by now, until all of it is; every rank must call this."""
-        if self.finished:
-            return
-        self.tell()
-        lists: list[Any] = [None] * self.world.size
-        dist.all_gather_object(lists, (self.checked, not self.share))
-        self.finished = all(done for _, done in lists)
-        if self.world.rank != self.sharers[0]:
-            return
-        for path in self.paths:
-            known = self._known(path)
-            for rank in self.sharers:
-                known |= lists[rank][0][path]
-            temporary = path / f"{self.FILE}.{socket.gethostname()}.{os.getpid()}.tmp"
-            try:
-                temporary.write_text(json.dumps(known))
-                temporary.chmod(0o666 & (path / "manifest.json").stat().st_mode)
-                temporary.replace(path / self.FILE)
-            except OSError as error:  # others' data, say: they are right all the same
-                tell(f"{path / self.FILE} can't be written: {error.strerror}; hashed in each job")
-
-    def _known(self, path: Path) -> dict[str, list[int]]:
-        try:
-            return attempts.read_json(path / self.FILE) or {}
-        except OSError:  # another user's: hash again
-            return {}
-
-    def _not_verified(self) -> list[tuple[Path, str]]:
-        found = []
-        for path, files in self.paths.items():
-            known = self._known(path)
-            with os.scandir(path) as entries:
-                stats = {e.name: self._stamp(e.stat()) for e in entries if e.name in files}
-            found += [(path, name) for name in files if known.get(name) != stats.get(name)]
-        return found
-
-    @staticmethod
-    def _stamp(stat: os.stat_result) -> list[int]:
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
-
-    def _hash(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        while self.share:
-            directory, name = self.share[-1]
-            path = directory / name
-            try:
-                stamp = self._stamp(path.stat())
-                digest = file_sha256(path)
-            except OSError as error:
-                self.wrong = f"{path} can't be read: {error.strerror}"
-                return
-            if digest != self.paths[directory][name]:
-                self.wrong = (
-                    f"{path} is damaged: its sha256 is {digest[:12]}…, not"
-                    f" {self.paths[directory][name][:12]}… as in manifest.json; restore it, or run"
-                    " prepare.py with --force. Steps of this job may have read it"
-                )
-                return
-            self.checked[directory][name] = stamp
-            self.share.pop()
-
-
-class RunLog:
-    """Rows, status, report and console of a run; ranks other than 0 write nothing."""
 
     FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl", "jobs.jsonl")
+    saver: Saver | None = None
+    agreed: Consensus
+    check: DataCheck
 
     def __init__(
         self,
         directory: Path,
-        config: LogConfig,
+        config: Config,
+        inputs: Inputs,
+        data: Mixture,
+        val_data: Mixture | None,
         world: World,
-        max_steps: int,
-        tokens_a_step: int,
-        flops: float,
     ) -> None:
-        self.directory, self.config, self.tokens_a_step = directory, config, tokens_a_step
-        self.enabled = world.rank == 0
-        self.device = world.device
-        self.max_steps = max_steps
+        self.directory, self.config, self.inputs = directory, config, inputs
+        self.data, self.val_data = data, val_data
+        self.world, self.enabled = world, world.rank == 0
+        self.lock, self.progress = RunLock(directory), Progress()
+        self.max_steps = run_length(config, data)
+        self.tokens_per_step = config.train.global_batch_size * data.seq_len
+        flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
         peak = device_peak(world.device)
         self.peak_rate = peak * world.size / flops if peak else None  # tokens/s at 100% MFU
         self.files: dict[str, Any] = {}
@@ -505,13 +216,59 @@ class RunLog:
         self.bar = tqdm(disable=True)
         self.failed_before = self._failed_before() if self.enabled else None
 
-    def start(self, step: int, hours: float, evaluated: bool, rows: dict[str, int]) -> None:
-        """Opens the files, cut to what the checkpoint of a step knows, and starts the clocks.
+    def __enter__(self) -> Run:
+        return self
 
-        Args:
-            rows: how many each file had then.
-        """
-        self.started = time.monotonic() - 3600 * hours
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error:
+                if self.saver and isinstance(error, AgreedError):  # all ranks are here
+                    self.saver.finish()
+                if self.lock.is_ours and self.directory.is_dir():
+                    self._failed(error)
+        finally:
+            self.lock.release()
+            self._close()
+
+    def evaluation_due(self) -> bool:
+        """Whether this step is to be evaluated and has not been."""
+        step, interval = self.progress.step, self.config.train.eval_interval
+        now = step > 0 and (step == self.max_steps or due(step, interval))
+        return now and self.val_data is not None and self.progress.val_loss is None
+
+    def evaluation_near(self) -> bool:
+        """Whether one of the next two steps is to be evaluated."""
+        after = (self.progress.step + 1, self.progress.step + 2)
+        return self.max_steps in after or any(
+            due(step, self.config.train.eval_interval) for step in after
+        )
+
+    def over(self) -> str:
+        """Why the run ends at this step, or nothing."""
+        step, train = self.progress.step, self.config.train
+        if self.evaluation_due():
+            return ""
+        if step >= self.max_steps:
+            return "max_steps"
+        if 0 < train.patience <= self.progress.evaluations_since_best:
+            return "early_stop"
+        if 0 < train.stop_at_step <= step:
+            return "stop_at_step"
+        return ""
+
+    def save_due(self) -> bool:
+        """Whether this step is to be saved, whatever else happens at it."""
+        return due(self.progress.step, self.config.checkpoint.interval)
+
+    def start(self) -> None:
+        """Opens the files, cut to what the checkpoint that is resumed knows, and starts the clocks."""
+        step, rows = self.progress.step, self.progress.rows
+        evaluated = self.progress.val_loss is not None
+        self.saved = self.progress.position
+        self.origin = self.world.once(self._provenance)
+        self.started = time.monotonic() - 3600 * self.progress.hours
         self.restart_clock()
         if self.enabled:
             for name in self.FILES:
@@ -525,24 +282,69 @@ class RunLog:
                 self.files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
             if sys.stderr.isatty():
                 self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
-            if self.config.tensorboard:
+            if self.config.log.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 for kind, first in (("train", step + 1), ("val", step + evaluated)):
                     folder = str(self.directory / "tensorboard" / kind)
                     self.boards[kind] = SummaryWriter(folder, purge_step=first)
-            if self.config.wandb:
+            if self.config.log.wandb:
                 self._track()
 
-    def job_row(self, step: int, about: dict[str, Any]) -> None:
-        """Writes the row of the job that begins at a step, with what else is known about it."""
-        job = {
+    def describe(self, model: nn.Module, batches: Batches, checkpoint: Checkpoint | None) -> None:
+        """Says what is about to run, and what of it the user may not expect."""
+        config, data, val_data, world = self.config, self.data, self.val_data, self.world
+        batch_size = config.train.global_batch_size
+        micro_batches, size = batches.shape
+        on_gpu = world.device.type == "cuda"
+        self.say(
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters,"
+            f" {config.parallel.strategy} on {world.size} × {world.device.type},"
+            f" compute in {str(world.dtype).removeprefix('torch.')}"
+            + (" with TF32 products" if world.dtype == torch.float32 and on_gpu else "")
+            + (", compiled" if compiles(config.train.compile, world.device) else "")
+            + (", deterministic" if config.train.deterministic else "")
+            + (f", cuDNN {cudnn_version()}" if on_gpu else "")
+        )
+        self.say(
+            f"{data.tokens:,} tokens in {data.windows:,} windows of {data.seq_len}"
+            f" ({data.unused_tokens} tokens at the end unused);"
+            f" {batch_size * data.seq_len:,} tokens a step in {micro_batches} micro-batches"
+            f" of {size}"
+        )
+        if len(data.names) > 1:
+            epochs = data.epochs(self.max_steps * batch_size)
+            for name, part in zip(data.names, data.shares, strict=True):
+                self.say(
+                    f"{name}: {100 * part:.2f}% of the sequences, {epochs[name]:.2f} epochs of it"
+                )
+        without = [name for name in data.names if val_data and name not in val_data.names]
+        if without:
+            self.say(f"no validation split, so not in the validation loss: {', '.join(without)}")
+        if config.data.document_mask:
+            self.say("attention stays within a document")
+        if fillers := micro_batches * size * world.size - batch_size:
+            self.say(
+                f"global batch {batch_size} does not divide: {fillers} filler sequences a step"
+                f" ({100 * fillers / (micro_batches * size * world.size):.0f}% of the work is wasted)"
+            )
+        if checkpoint:
+            self.say(f"resuming from step {checkpoint.step}: {checkpoint.path}")
+
+    def job_row(self, parameters: int) -> None:
+        """Writes the row of the job that begins now."""
+        row = self._place(self.progress.step) | {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(),
             "job_id": os.environ.get("SLURM_JOB_ID"),
-            "device": self.device.type,
+            "device": self.world.device.type,
+            "parameters": parameters,
+            "ranks": self.world.size,
+            "max_steps": self.max_steps,
+            "commit": self.origin["commit"],
+            "versions": self.origin["versions"],
         }
-        self.row(self._place(step) | job | about, "jobs.jsonl")
+        self.row(row, "jobs.jsonl")
 
     @property
     def hours(self) -> float:
@@ -553,32 +355,61 @@ class RunLog:
         """Leaves what came before (logging, evaluation, saving) out of the throughput."""
         self.mark, self.steps = time.monotonic(), 0
 
-    def count(self, done_at: float) -> None:
-        """Counts a step that was done at a time, by time.monotonic()."""
-        self.steps += 1
-        self.done_at = done_at
-        self.bar.update()
+    def record(self, arrived: list[Arrived[tuple[int, float]]]) -> None:
+        """Takes in the steps that are known by now: rows, skipped steps, what ranks agreed on.
 
-    def training_row(
-        self, step: int, loss: float, rate: float, grad_norm: float, skipped: str | None
-    ) -> None:
-        """Writes and prints the row of a training step; skipped says why it changed nothing."""
-        elapsed = self.done_at - self.mark
+        Raises:
+            AgreedError: a rank has failed, or too many steps in a row were skipped.
+        """
+        for (step, lr), values, done_at in arrived:
+            loss, *votes, skip, grad_norm = values
+            outcome = Outcome(loss, skip, grad_norm)
+            self.steps += 1
+            self.done_at = done_at
+            self.bar.update()
+            if step == self.max_steps or due(step, self.config.train.log_interval):
+                self._training_row(step, lr, outcome)
+            self._note_skipped(step, outcome)
+            self.agreed.hear(votes)
+
+    def save(self, norm_ema: Tensor) -> None:
+        """Saves a checkpoint of this step, or adds its validation loss to one that is there.
+
+        Raises:
+            AgreedError: it could not be written, or the run belongs to another job.
+        """
+        progress, step = self.progress, self.progress.step
+        progress.hours, progress.rows, progress.norms = self.hours, {**self.rows}, norm_ema.tolist()
+        progress.save_seconds = max(progress.save_seconds, self.saver.seconds)
+        self._sync()
+        with self.agreed.conditions.timed("save"):
+            if step == self.saved[0]:
+                self.saver.amend(step, asdict(progress))
+            else:
+                self.saver.save(step, {**self.origin, "state": asdict(progress)})
+        self.check.remember()
+        self.saved, self.agreed.save_due = progress.position, False
+        self.world.once(lambda: self.status("running", None, step))
+        self.restart_clock()
+
+    def _training_row(self, step: int, lr: float, outcome: Outcome) -> None:
+        """Writes and prints the row of a training step."""
+        loss, grad_norm, elapsed = outcome.loss, outcome.grad_norm, self.done_at - self.mark
         row = self._place(step) | {
             "loss": finite(loss),
-            "learning_rate": rate,
+            "learning_rate": lr,
             "grad_norm": finite(grad_norm),
-            "tokens_per_second": self.steps * self.tokens_a_step / elapsed,
+            "tokens_per_second": self.steps * self.tokens_per_step / elapsed,
         }
-        if skipped:
-            row["skipped"] = skipped
+        if outcome.skipped:
+            row["skipped"] = outcome.skipped
         if self.peak_rate:
             row["mfu"] = row["tokens_per_second"] / self.peak_rate
-        row["memory_gb"] = memory_gb(self.device)
+        row["memory_gb"] = memory_gb(self.world.device)
         self.row(row)
-        self.board("train", step, row)
+        self._board("train", step, row)
         self.say(
-            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {rate:.2e}"
+            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e}"
             f" | grad norm {grad_norm:.2f} | {row['tokens_per_second']:,.0f} tok/s"
             + (f" | MFU {100 * row['mfu']:.1f}%" if "mfu" in row else "")
             + f" | {row['memory_gb']:.2f} GB"
@@ -586,10 +417,60 @@ class RunLog:
         )
         self.mark, self.steps = self.done_at, 0
 
-    def evaluation_row(self, step: int, scores: dict[str, Any]) -> None:
+    def _note_skipped(self, step: int, outcome: Outcome) -> None:
+        """Counts skipped steps in a row, and writes down exactly which windows they had.
+
+        Raises:
+            NotFiniteError: there were train.max_bad_steps of them.
+        """
+        progress, train = self.progress, self.config.train
+        if not outcome.skip:
+            progress.bad_steps = 0
+            return
+        progress.bad_steps += outcome.skipped != "no_trained_tokens"
+        windows = self.data.step_windows(train.seed, step - 1, train.global_batch_size).tolist()
+        row = {
+            "step": step,
+            "reason": outcome.skipped,
+            "loss": finite(outcome.loss),
+            "grad_norm": finite(outcome.grad_norm),
+            "windows": [self.data.place(window) for window in windows],
+        }
+        self.row(row, "bad_steps.jsonl")
+        why = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}"
+        self.say(f"step {step} skipped ({outcome.skipped}): {why}")
+        if progress.bad_steps >= train.max_bad_steps:
+            raise NotFiniteError(
+                step,
+                f"{progress.bad_steps} steps in a row were skipped, this one for {why}; they changed"
+                " nothing, and what was saved is good; lower optimizer.learning_rate or look at the"
+                f" data: python prepare.py {self.directory / 'config.toml'} --bad-steps",
+            )
+
+    def record_evaluation(self, scores: dict[str, Any], samples: list[dict[str, str]]) -> bool:
+        """Writes the rows of an evaluation; True if these weights are among the best to keep.
+
+        Raises:
+            NotFiniteError: the validation loss is not finite.
+        """
+        progress, loss = self.progress, scores["val_loss"]
+        progress.val_loss = loss
+        self._evaluation_row(progress.step, scores)
+        for row in samples:
+            self.row({"step": progress.step, **row}, "samples.jsonl")
+        self.report()
+        self.restart_clock()
+        best = progress.best_val_losses
+        is_best = not best or loss < best[0]
+        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        kept = self.config.checkpoint.keep_best
+        progress.best_val_losses = sorted([*best, loss])[: max(1, kept)]
+        return kept > 0 and loss in progress.best_val_losses
+
+    def _evaluation_row(self, step: int, scores: dict[str, Any]) -> None:
         """Writes and prints the row of an evaluation."""
         self.row(self._place(step) | scores)
-        self.board("val", step, scores)
+        self._board("val", step, scores)
         self.say(
             f"step {step}/{self.max_steps} | val loss {{val_loss:.4f}} | perplexity"
             " {val_perplexity:.2f} | {val_bits_per_byte:.4f} bits/byte".format(**scores)
@@ -601,7 +482,7 @@ class RunLog:
             self.say(f"  val loss of each dataset: {', '.join(told)}")
 
     def _place(self, step: int) -> dict[str, Any]:
-        return {"step": step, "tokens": step * self.tokens_a_step, "hours": self.hours}
+        return {"step": step, "tokens": step * self.tokens_per_step, "hours": self.hours}
 
     def row(self, row: dict[str, Any], file: str = "metrics.jsonl") -> None:
         """Appends a row to one of the run's files."""
@@ -610,7 +491,7 @@ class RunLog:
             self._guarded(lambda: self.files[file].write(line.encode()))
             self.rows[file] += 1
 
-    def board(self, kind: str, step: int, row: dict[str, Any]) -> None:
+    def _board(self, kind: str, step: int, row: dict[str, Any]) -> None:
         """Passes a row's numbers on to TensorBoard, if it is to know."""
         if kind in self.boards:
             numbers = {name: value for name, value in row.items() if isinstance(value, float)}
@@ -631,9 +512,28 @@ class RunLog:
         except OSError as error:
             self.say(f"no W&B run: {error}")
 
+    def _provenance(self) -> dict[str, Any]:
+        """What a checkpoint records of where it comes from."""
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        if self.world.device.type == "cuda":
+            versions |= {"cuda": torch.version.cuda, "cudnn": cudnn_version()}
+        commit = ""
+        if shutil.which("git"):
+            git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+            commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+        return {
+            "config": tables(self.config),
+            "dataset": self.inputs.fingerprint,
+            "template": self.inputs.template,
+            "tokenizer_sha256": self.inputs.tokenizer_sha256,
+            "vocab_size": self.inputs.vocab_size,
+            "versions": versions,
+            "commit": commit or None,
+        }
+
     def report(self) -> None:
         """Has report.html written by a process of low priority beside training, one at a time."""
-        if self.files and self.config.report:
+        if self.files and self.config.log.report:
             self.next_report.cancel()  # if it still waits for the one before
             self.next_report = self.reporter.submit(self._report)
 
@@ -655,7 +555,7 @@ class RunLog:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def sync(self) -> None:
+    def _sync(self) -> None:
         """Makes all rows so far durable."""
         for file in self.files.values():
             self._guarded(lambda file=file: os.fsync(file.fileno()))
@@ -697,16 +597,17 @@ class RunLog:
             return None
         return status.get("step", 0), status.get("why", "")
 
-    def failed(self, reason: str, step: int, requeue: bool, why: str) -> None:
+    def _failed(self, error: BaseException) -> None:
         """Records a failure; where even that fails, says so and leaves the first error in view."""
+        step = self.progress.step if self.saver else attempts.newest_step(self.directory)
         try:
-            self.status("failed", reason, step, requeue, why)
-        except UserError as error:
-            tell(f"no status.json: {error}")
+            self.status("failed", *explain_failure(error, step, self.failed_before))
+        except UserError as why:
+            tell(f"no status.json: {why}")
         self.report()
 
-    def end(self, reason: str, step: int, advanced: bool) -> None:
-        """Records and says that the run ended in order."""
+    def end(self, reason: str, advanced: bool) -> None:
+        """Records and says that the run ended in order; advanced: it got further than it was."""
         told = {
             "max_steps": "finished",
             "early_stop": "finished early, no new best",
@@ -719,11 +620,11 @@ class RunLog:
             told += " (too short for any progress: give it more)"
         requeue = reason in ("signal", "deadline")
         shown = None if reason == "max_steps" else reason
-        self.status(told.split()[0], shown, step, requeue, told)
+        self.status(told.split()[0], shown, self.progress.step, requeue, told)
         self.report()
-        self.say(f"{told} at step {step}: {self.directory}")
+        self.say(f"{told} at step {self.progress.step}: {self.directory}")
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Closes the files and the progress bar."""
         self.bar.close()
         for file in (*self.files.values(), *self.boards.values()):
@@ -731,6 +632,23 @@ class RunLog:
         if self.tracker:
             self.tracker.stdin.close()
             self.tracker.wait()
+
+
+def run_length(config: Config, data: Mixture) -> int:
+    """Optimizer steps of the run, from train.max_steps or train.epochs.
+
+    An epoch of a mixture is as many windows as all its datasets have together.
+    """
+    if config.train.max_steps:
+        return config.train.max_steps
+    if config.train.epochs:
+        return math.ceil(config.train.epochs * data.windows / config.train.global_batch_size)
+    raise ConfigError("how long to train is not set: give train.max_steps or train.epochs")
+
+
+def due(step: int, interval: int) -> bool:
+    """Whether something that happens every interval steps happens now; never if interval is 0."""
+    return interval > 0 and step % interval == 0
 
 
 def finite(number: float) -> float | None:
@@ -779,3 +697,24 @@ def describe_seconds(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02d}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def explain_failure(
+    error: BaseException, step: int, before: tuple[int, str] | None
+) -> tuple[str, int, bool, str]:
+    """Of a failure, for status.json: reason, step, whether another try may succeed, and why.
+
+    A lost rank or a sick node may always pass. What fails alike at the same step again does not.
+
+    Args:
+        before: step and reason of the failure of the job before this one.
+    """
+    lost = explain_lost_rank(error)
+    why = str(lost or error).partition("\n")[0] or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return "signal", step, False, why
+    if lost or getattr(error, "code", None) in (LOST_RANK, SICK_NODE):
+        return "error", step, True, why
+    if isinstance(error, NotFiniteError):
+        return "non_finite", error.step, before != (error.step, why), why
+    return "error", step, not isinstance(error, UserError) and before != (step, why), why

@@ -1,7 +1,5 @@
-"""Evaluation of a finished model: loss on a split or on any text, and multiple choice.
-
-rocket.py's own evaluation, while it trains, is shared by its ranks; here is one process.
-"""
+"""Evaluation: the loss on a split, by all ranks while a model trains, or by one process afterwards;
+the loss on any text; multiple choice."""
 
 from __future__ import annotations
 
@@ -13,14 +11,25 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from config import UserError, read_rows, read_utf8, resolve_path
-from dataset import Mixture, TokenDataset, mixture_weights, read_manifest
+from dataset import (
+    Batches,
+    Mixture,
+    evenly_spaced,
+    filled_up,
+    mixture_weights,
+    open_split,
+    read_manifest,
+)
+from distributed import AgreedError, Lagged, World, autocast, fetch
 from inference.generation import Source
+from job import Consensus
 from model import IGNORE, Llama
 from tokenizer import Tokenizer
 
+WRITTEN_TOKENS, WRITTEN_TEMPERATURE = 48, 0.8  # of the text that a model writes by itself
 MAX_TEXT_BYTES = 16_000_000  # encoding one text takes 60 bytes a byte
 
 
@@ -51,6 +60,124 @@ def scores(nats: float, tokens: int, size: int) -> Scores:
     return Scores(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / size, tokens, size)
 
 
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: Mixture,
+    batches: Batches,
+    byte_lengths: np.ndarray,
+    agreed: Consensus,
+) -> dict[str, Any] | None:
+    """Loss, perplexity and bits per byte over a fixed part of a split, shared by all ranks.
+
+    Those of a mixture are the means of its datasets' by weight. None if the ranks agreed to stop
+    before its end.
+
+    Args:
+        byte_lengths: bytes of text that each token stands for (V,).
+
+    Raises:
+        AgreedError: not a token of a dataset's part is trained on.
+    """
+    world, while_waiting = batches.world, agreed.conditions.while_waiting
+    bytes_of = torch.from_numpy(byte_lengths).to(world.device)
+    lagged: Lagged[None] = Lagged(while_waiting)
+    sums = torch.zeros(len(data.names), 3, dtype=torch.float64, device=world.device)
+    parts = data.evenly_spaced(batches.config.train.eval_sequences)
+    for own, windows in zip(sums, parts, strict=True):
+        for batch in batches.of_windows(data, windows):
+            with autocast(model, world):
+                own[0] += model(*batch)
+            trained = batch.targets != IGNORE  # as a mask: to gather them would wait for the device
+            own[1] += trained.sum()
+            own[2] += (bytes_of[batch.targets.clamp(min=0)] * trained).sum()
+            for _, votes, _ in lagged.push(None, world.sum(agreed.votes())):
+                if agreed.reason(votes):
+                    return None
+    losses, bits = {}, {}
+    totals = fetch(world.sum(sums), while_waiting)
+    for name, (nats, count, size) in zip(data.names, totals, strict=True):
+        if not size:
+            raise AgreedError(
+                f"{name}: the windows of the val split that are evaluated have no text to train on;"
+                " set train.eval_sequences higher, or data.train_on and prepare anew"
+            )
+        losses[name], bits[name] = nats / count, nats / math.log(2) / size
+    loss = data.mean(losses)
+    scores = {
+        "val_loss": loss,
+        "val_perplexity": math.exp(min(loss, 700.0)),  # finite in JSON, however bad the model
+        "val_bits_per_byte": data.mean(bits),
+    }
+    return scores | ({"val_losses": losses} if len(batches.data.names) > 1 else {})
+
+
+@torch.no_grad()
+def predictions(
+    model: nn.Module, data: Mixture, batches: Batches, tokenizer: Tokenizer, agreed: Consensus
+) -> list[dict[str, str]]:
+    """What the model writes by itself, and what it predicts at each trained token of the second
+    half of a few fixed windows.
+
+    Forward passes that see the true tokens before each: as cheap sharded as whole, since every rank
+    takes part in them alike. They have the shape of training's, which is compiled.
+    """
+    world, prompts = batches.world, batches.config.train.sample_prompts
+    if not prompts:
+        return []
+    windows, size, found = evenly_spaced(prompts, data.windows), batches.shape[1], []
+    for start in range(0, len(windows), size):
+        asked = windows[start : start + size]
+        batch = batches.on_device(*data.batch(filled_up(asked, size)))
+        with autocast(model, world):
+            logits = model(batch.tokens, documents=batch.documents, only=slice(len(asked)))
+        found += zip(*batch[:2], logits.argmax(dim=-1), strict=False)  # without the fillers
+    written = continuation(model, data, world, tokenizer.vocab_size, agreed)
+    if world.rank != 0:
+        return []
+    decode, half, rows = tokenizer.decode, data.seq_len // 2, []
+    if written:
+        prompt, ids = written
+        ids = ids[: (*ids, tokenizer.eos_id).index(tokenizer.eos_id)]
+        rows.append({"prompt": decode(prompt), "continuation": decode(ids)})
+    for prompt, truth, guess in found:
+        asked = truth != IGNORE
+        asked[:half] = False
+        parts = {"prompt": prompt[: half + 1], "prediction": guess[asked], "truth": truth[asked]}
+        rows.append({name: decode(ids.tolist()) for name, ids in parts.items()})
+    return rows
+
+
+@torch.no_grad()
+def continuation(
+    model: nn.Module, data: Mixture, world: World, vocab_size: int, agreed: Consensus
+) -> tuple[list[int], list[int]] | None:
+    """The beginning of a fixed window, of a conversation its prompt, and what the model writes
+    behind it, token by token, with the same noise each time. None if the ranks agreed to stop.
+
+    A forward pass of one short sequence for each token, on every rank alike. Its shape is not
+    training's, so it is not compiled. The largest logit after Gumbel noise is a sample (Gumbel,
+    "Statistical Theory of Extreme Values", 1954): nothing is drawn on the device.
+    """
+    tokens, targets = data.batch(np.zeros(1, dtype=np.int64))
+    prompted = int((targets[0] != IGNORE).int().argmax())  # before the first token that is trained
+    length = max(1, min(prompted + 1 if prompted else WRITTEN_TOKENS, data.seq_len // 2))
+    end = min(length + WRITTEN_TOKENS, data.seq_len)
+    noise = torch.empty(end, vocab_size)
+    noise = noise.exponential_(generator=torch.Generator().manual_seed(0)).log_().neg_()
+    tokens, noise = tokens[:, :end].to(world.device), noise.to(world.device)
+    lagged: Lagged[None] = Lagged(agreed.conditions.while_waiting)
+    for position in range(length, end):
+        with torch.compiler.set_stance("force_eager"), autocast(model, world):
+            logits = model(tokens, only=(0, slice(position - 1, position)))
+        tokens[0, position] = (logits[0] / WRITTEN_TEMPERATURE + noise[position]).argmax()
+        for _, votes, _ in lagged.push(None, world.sum(agreed.votes())):
+            if agreed.reason(votes):
+                return None
+    ids = tokens[0].tolist()
+    return ids[:length], ids[length:]
+
+
 @torch.inference_mode()
 def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) -> Scores:
     """The whole split of a run's dataset, in windows of data.seq_len, as training evaluates it.
@@ -65,7 +192,7 @@ def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) ->
         raise UserError(
             f"{source.path} has no dataset: --evaluate={split} needs a run; give a text file"
         )
-    data = open_split(source, split)
+    data = open_source_split(source, split)
     bytes_of = torch.from_numpy(source.tokenizer.byte_lengths())
     device = model.lm_head.weight.device
     found = {}
@@ -89,19 +216,16 @@ def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) ->
     return Scores(loss, math.exp(min(loss, 700.0)), bits, *totals)
 
 
-def open_split(source: Source, split: str) -> Mixture:
+def open_source_split(source: Source, split: str) -> Mixture:
     """The split of a run's datasets, of those that have it."""
     assert source.run_config is not None
     data = source.run_config.data
-    weights = mixture_weights(data)
-    opened = {}
-    for name in weights:
-        manifest = read_manifest(resolve_path(name), source.tokenizer.sha256)
-        if split in manifest["splits"]:
-            opened[name] = TokenDataset(resolve_path(name), manifest, split, data.seq_len)
-    if not opened:
+    weights, sha256 = mixture_weights(data), source.tokenizer.sha256
+    manifests = {name: read_manifest(resolve_path(name), sha256) for name in weights}
+    names = [name for name, manifest in manifests.items() if split in manifest["splits"]]
+    if not names:
         raise UserError(f"{' and '.join(weights)}: no {split} split; see data.{split}_fraction")
-    return Mixture(opened, weights)
+    return open_split(split, names, manifests, weights, data.seq_len)
 
 
 @torch.inference_mode()
