@@ -403,7 +403,7 @@ class Batches:
     def _read(
         self, data: Mixture, windows: np.ndarray, size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens and targets of this rank's micro-batches, of at most size sequences, on the host."""
+        """Tokens and targets of this rank's micro-batches, of at most size rows, on the host."""
         for share in rank_share(windows, size, self.world.rank, self.world.size):
             tokens, targets = data.batch(share)
             if self.world.device.type == "cuda":  # a copy from pageable memory waits for the device

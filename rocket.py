@@ -16,6 +16,7 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
     check_command_line(usage=__doc__, flags=FLAGS)
 
 import math
+from collections.abc import Callable
 from itertools import chain
 
 import torch
@@ -97,7 +98,7 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
             world.once(lambda: run.status("running", None, run.progress.step))
             if not inputs.model_changed:
                 world.once(lambda: record_start(directory, config))
-            model, optimizer = build(config, inputs, checkpoint, run)
+            model, optimizer = build(config, inputs, checkpoint, world, run.say)
             with Batches(run.data, config, inputs.bos_id, world) as batches:
                 run.describe(model, batches, checkpoint)
                 run.start()
@@ -227,8 +228,8 @@ def train_step(
 def should_skip(loss: Tensor, grad_norm: Tensor, norm_ema: Tensor, spike_factor: float) -> Tensor:
     """1.0 if loss or gradient is not finite or the gradient spikes, else 0.0; on the device.
 
-    norm_ema (2,) holds the decaying sums of good steps' norms and of their weights: their quotient is
-    the running mean.
+    norm_ema (2,) holds the decaying sums of good steps' norms and of their weights: their quotient
+    is the running mean.
     """
     skip = (loss + grad_norm).isfinite().logical_not()
     if spike_factor:
@@ -252,8 +253,7 @@ def validate(run: Run, model: nn.Module, replicated: nn.Module, batches: Batches
             raise NotFiniteError(step, "the validation loss is not finite")
         if len(run.data.names) > 1:
             scores["epochs"] = run.data.epochs(step * run.config.train.global_batch_size)
-        tokenizer = Tokenizer(run.directory / "tokenizer.model")
-        samples = predictions(replicated, data, batches, tokenizer, run.agreed)
+        samples = predictions(replicated, data, batches, run.inputs.vocab_size, run.agreed)
         reshard(model)
     return run.record_evaluation(scores, samples)
 
@@ -288,10 +288,13 @@ def check_model(run: Run, model: nn.Module, batches: Batches) -> bool:
 
 
 def build(
-    config: Config, inputs: Inputs, checkpoint: Checkpoint | None, run: Run
+    config: Config,
+    inputs: Inputs,
+    checkpoint: Checkpoint | None,
+    world: World,
+    say: Callable[[str], None],
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer as the run needs them: resumed, from other weights, or fresh."""
-    world = run.world
     cost = loss_chunk(config, world.device.type == "cuda"), config.train.recompute
     with torch.device("meta"):  # without memory: sharded first, the largest is never whole
         model = Llama(config.model, inputs.vocab_size, *cost)
@@ -303,7 +306,7 @@ def build(
         load_weights(model, checkpoint)
         load_optimizer(model, optimizer, checkpoint)
     elif config.train.init_from:
-        start_from(config, model, inputs, run)
+        start_from(config, model, inputs, world, say)
     else:
         initialise(model, config)
     return model, optimizer
@@ -318,7 +321,9 @@ def initialise(model: nn.Module, config: Config) -> None:
         rows.copy_(full[start : start + len(rows)])
 
 
-def start_from(config: Config, model: nn.Module, inputs: Inputs, run: Run) -> None:
+def start_from(
+    config: Config, model: nn.Module, inputs: Inputs, world: World, say: Callable[[str], None]
+) -> None:
     """Starts a new run from the weights of train.init_from, for a tokenizer that may have grown.
 
     Raises:
@@ -343,11 +348,11 @@ def start_from(config: Config, model: nn.Module, inputs: Inputs, run: Run) -> No
             )
         return checkpoint, old.vocab_size
 
-    checkpoint, known = run.world.once(find)
-    run.world.each(lambda: load_weights(model, checkpoint, known))
-    run.say(f"weights of step {checkpoint.step} from {checkpoint.path}")
+    checkpoint, known = world.once(find)
+    world.each(lambda: load_weights(model, checkpoint, known))
+    say(f"weights of step {checkpoint.step} from {checkpoint.path}")
     if known and (new_tokens := inputs.vocab_size - known):
-        run.say(f"{new_tokens} new tokens start from the mean of the old embeddings")
+        say(f"{new_tokens} new tokens start from the mean of the old embeddings")
 
 
 def open_datasets(config: Config, inputs: Inputs) -> tuple[Mixture, Mixture | None]:

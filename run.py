@@ -263,7 +263,7 @@ class Run:
         return due(self.progress.step, self.config.checkpoint.interval)
 
     def start(self) -> None:
-        """Opens the files, cut to what the checkpoint that is resumed knows, and starts the clocks."""
+        """Opens the files, cut to what the resumed checkpoint knows, and starts the clocks."""
         step, rows = self.progress.step, self.progress.rows
         evaluated = self.progress.val_loss is not None
         self.saved = self.progress.position
@@ -323,10 +323,11 @@ class Run:
             self.say(f"no validation split, so not in the validation loss: {', '.join(without)}")
         if config.data.document_mask:
             self.say("attention stays within a document")
-        if fillers := micro_batches * size * world.size - batch_size:
+        slots = micro_batches * size * world.size
+        if fillers := slots - batch_size:
             self.say(
                 f"global batch {batch_size} does not divide: {fillers} filler sequences a step"
-                f" ({100 * fillers / (micro_batches * size * world.size):.0f}% of the work is wasted)"
+                f" ({100 * fillers / slots:.0f}% of the work is wasted)"
             )
         if checkpoint:
             self.say(f"resuming from step {checkpoint.step}: {checkpoint.path}")
@@ -442,9 +443,10 @@ class Run:
         if progress.bad_steps >= train.max_bad_steps:
             raise NotFiniteError(
                 step,
-                f"{progress.bad_steps} steps in a row were skipped, this one for {why}; they changed"
-                " nothing, and what was saved is good; lower optimizer.learning_rate or look at the"
-                f" data: python prepare.py {self.directory / 'config.toml'} --bad-steps",
+                f"{progress.bad_steps} steps in a row were skipped, this one for {why}; they"
+                " changed nothing, and what was saved is good; lower optimizer.learning_rate or"
+                " look at the data: python prepare.py"
+                f" {self.directory / 'config.toml'} --bad-steps",
             )
 
     def record_evaluation(self, scores: dict[str, Any], samples: list[dict[str, str]]) -> bool:

@@ -114,7 +114,7 @@ def evaluate(
 
 @torch.no_grad()
 def predictions(
-    model: nn.Module, data: Mixture, batches: Batches, tokenizer: Tokenizer, agreed: Consensus
+    model: nn.Module, data: Mixture, batches: Batches, vocab_size: int, agreed: Consensus
 ) -> list[dict[str, str]]:
     """What the model writes by itself, and what it predicts at each trained token of the second
     half of a few fixed windows.
@@ -132,9 +132,10 @@ def predictions(
         with autocast(model, world):
             logits = model(batch.tokens, documents=batch.documents, only=slice(len(asked)))
         found += zip(*batch[:2], logits.argmax(dim=-1), strict=False)  # without the fillers
-    written = continuation(model, data, world, tokenizer.vocab_size, agreed)
+    written = continuation(model, data, world, vocab_size, agreed)
     if world.rank != 0:
         return []
+    tokenizer = Tokenizer(resolve_path(batches.config.train.out_dir) / "tokenizer.model")
     decode, half, rows = tokenizer.decode, data.seq_len // 2, []
     if written:
         prompt, ids = written

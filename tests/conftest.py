@@ -66,7 +66,7 @@ def small_disk(tmp_path):
     """A file system with room for a run's copy of the code and 1.6 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    from job import code_files
+    from preflight import code_files
 
     code = sum(4096 - -path.stat().st_size // 4096 * -4096 for path in code_files().values())
     mount = ["mount", "-t", "tmpfs", "-o", f"size={code + 1_600_000}", "tmpfs", str(disk)]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -272,7 +273,7 @@ def no_waiting(options: Options, strategy: str = "ddp") -> None:
     """No operation of a warm step waits for the device: from pinned batches to late losses."""
     import torch
 
-    from rocket import on_device, read_batches
+    from dataset import Batches
 
     def random_batch(windows: Any) -> tuple[Any, Any]:
         shape = (len(windows), config.data.seq_len)
@@ -280,12 +281,13 @@ def no_waiting(options: Options, strategy: str = "ddp") -> None:
 
     def beats() -> str:
         trainer = Training(config, world)
-        data, windows = SimpleNamespace(batch=random_batch), list(range(8))
-        run = SimpleNamespace(world=world, config=config, inputs=SimpleNamespace(bos_id=2))
+        windows = list(range(8))
+        data = SimpleNamespace(batch=random_batch, step_windows=lambda *_: windows)
+        batches = Batches(data, config, 2, world)
+        steps = itertools.count()
 
         def beat() -> None:
-            host = read_batches(run, data, windows, config.train.micro_batch_size)
-            trainer.step([on_device(run, *batch) for batch in host])
+            trainer.step(batches.of_step(next(steps)))
 
         for _ in range(3):
             beat()
@@ -588,7 +590,7 @@ from distributed import Lagged, explain_lost_rank
 job.STUCK_SECONDS = 2.0
 signals = job.Signals()
 signals.install()
-lookout = job.Lookout(Path({str(ROOT)!r}), signals, None, None, math.inf, 1.0, 0.0)
+lookout = job.StopConditions(Path({str(ROOT)!r}), signals, None, None, math.inf, 1.0, 0.0)
 lookout.seconds["step"] = 0.1
 lagged = Lagged(lookout.while_waiting)
 values = torch.ones(3, device="cuda")

@@ -23,8 +23,8 @@ from config import (
     read_toml,
     resolve_path,
 )
-from job import code_files
 from model import parameter_count
+from preflight import code_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "config").glob("*.toml"))

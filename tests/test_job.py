@@ -39,7 +39,7 @@ from checkpoint import find_checkpoint
 from config import UserError, available_cores
 from dataset import Mixture, TokenDataset
 from distributed import explain_lost_rank
-from job import Claim
+from job import RunLock
 
 LONG = {"train__max_steps": 100_000, "train__eval_interval": 0, "checkpoint__interval": 0}
 
@@ -244,25 +244,25 @@ def claim_of(directory, **values):
 def test_claims_of_other_hosts_expire(tmp_path, monkeypatch):
     claim_of(tmp_path, job_id="7")
     with pytest.raises(UserError, match="job 7, process 1 on elsewhere"):
-        Claim(tmp_path).take()
+        RunLock(tmp_path).take()
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # our own job, requeued on another host
-    own = Claim(tmp_path)
+    own = RunLock(tmp_path)
     own.take()
     own.release()
     monkeypatch.delenv("SLURM_JOB_ID")
     claim_of(tmp_path)
     old = time.time() - attempts.EXPIRY_SECONDS - 5
     os.utime(tmp_path / "claim.json", (old, old))
-    Claim(tmp_path).take()
+    RunLock(tmp_path).take()
 
 
 def test_a_process_number_used_again_is_not_the_holder(tmp_path):
     claim_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), started="0")
-    Claim(tmp_path).take()
+    RunLock(tmp_path).take()
     alive = attempts.process_start(os.getppid())
     claim_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), started=alive)
     with pytest.raises(UserError, match="is being trained"):
-        Claim(tmp_path).take()
+        RunLock(tmp_path).take()
 
 
 @pytest.mark.long
@@ -270,8 +270,8 @@ def test_a_process_number_used_again_is_not_the_holder(tmp_path):
 def test_of_jobs_that_come_at_once_one_gets_the_run(left, tmp_path):
     program = (
         "import sys; from pathlib import Path\n"
-        "from config import UserError; from job import Claim\n"
-        "claim = Claim(Path(sys.argv[1]))\n"
+        "from config import UserError; from job import RunLock\n"
+        "claim = RunLock(Path(sys.argv[1]))\n"
         "sys.stdin.readline()\n"
         "try: claim.take()\n"
         "except UserError: print('left', flush=True)\n"
@@ -308,7 +308,7 @@ def test_of_jobs_that_come_at_once_one_gets_the_run(left, tmp_path):
 def test_a_run_taken_over_is_left_alone(run, tmp_path, monkeypatch):
     """A job that was taken for dead and wakes up sees the other's claim, and saves nothing."""
     monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
-    claim = Claim(tmp_path)
+    claim = RunLock(tmp_path)
     claim.take()
     claim_of(tmp_path, job_id="8")
     with pytest.raises(UserError, match="taken over"):  # asked before each save, too
@@ -320,7 +320,7 @@ def test_a_run_taken_over_is_left_alone(run, tmp_path, monkeypatch):
 
 def test_a_heartbeat_keeps_the_claim(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
-    claim = Claim(tmp_path)
+    claim = RunLock(tmp_path)
     claim.take()
     os.utime(claim.path, (0, 0))
     until(lambda: claim.path.stat().st_mtime > time.time() - 60)
@@ -561,7 +561,7 @@ def test_records_of_another_shape_end_no_run(name, content, tmp_path):
 def test_a_claim_that_was_torn_is_free(content, tmp_path):
     """Whole from its first moment, it is torn where a node has lost its power."""
     (tmp_path / "claim.json").write_text(content)
-    claim = Claim(tmp_path)
+    claim = RunLock(tmp_path)
     claim.take()
     claim.release()
 
@@ -594,7 +594,7 @@ def test_a_live_run_keeps_its_status_fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
     attempts.write_status(tmp_path, {"state": "running"})
     os.utime(tmp_path / "status.json", (0, 0))
-    claim = Claim(tmp_path)
+    claim = RunLock(tmp_path)
     claim.take()
     until(lambda: (tmp_path / "status.json").stat().st_mtime > time.time() - 60)
     claim.release()
@@ -672,7 +672,7 @@ def test_a_device_that_does_not_answer_a_signal_is_a_lost_rank(tmp_path):
     """Under NCCL nothing fails when a rank dies: the others are told to end, and their devices wait
     for it. tests/gpu.py shows it on a device."""
     signals = job.Signals()
-    lookout = job.Lookout(tmp_path, signals, None, None, math.inf, 1.0, 0.0)
+    lookout = job.StopConditions(tmp_path, signals, None, None, math.inf, 1.0, 0.0)
     now, limit = time.monotonic(), job.STUCK_SECONDS + 3 * 2.0
     lookout.seconds["step"] = 2.0
     lookout.while_waiting(now - 2 * limit)  # for long, but torchrun did not ask it to end
@@ -703,7 +703,7 @@ if os.environ["RANK"] == "1":
 signals = job.Signals()
 signals.install()
 ready.touch()
-lookout = job.Lookout(Path(sys.argv[1]), signals, None, None, float("inf"), 1.0, 0.0)
+lookout = job.StopConditions(Path(sys.argv[1]), signals, None, None, float("inf"), 1.0, 0.0)
 lookout.seconds["step"] = 0.1
 since = time.monotonic()
 def main(arguments):

@@ -21,7 +21,7 @@ import pytest
 from training import ENVIRONMENT, ROOT, overrides, rocket, rows, started, status, until
 
 from config import LogConfig, UserError, build_config, dump_toml
-from run import check_inputs
+from preflight import check_inputs
 from tools import page, report
 
 HOSTILE = (

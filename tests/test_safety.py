@@ -14,7 +14,7 @@ from training import ENVIRONMENT, ROOT, overrides, rocket, run_many
 import prepare
 import sample
 from config import UserError
-from job import code_files
+from preflight import code_files
 
 
 class Planted:

@@ -28,9 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rocket
 from config import build_config, read_toml
+from dataset import Batch
 from distributed import World, local_part, replicate
 from job import Votes
-from run import Inputs
+from preflight import Inputs
 
 VOCABULARY = 32_000
 NODE = 8  # ranks
@@ -79,12 +80,12 @@ def configure(strategy=None, **model):
 
 def build(config, world):
     inputs = Inputs({}, {}, "", None, VOCABULARY, 1, "", np.zeros(0), False)
-    return rocket.build(config, inputs, None, None, world)
+    return rocket.build(config, inputs, None, world, print)
 
 
 def step(config, model, optimizer, world, micro_batches, length=32):
     ids = torch.ones(1, length, dtype=torch.int64)
-    batches = [rocket.Batch(ids, ids, None)] * micro_batches
+    batches = [Batch(ids, ids, None)] * micro_batches
     votes, norms = torch.zeros(len(Votes._fields)), torch.zeros(2)
     return rocket.train_step(model, optimizer, batches, 1e-4, votes, norms, config, world)
 

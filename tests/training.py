@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import Checkpoint, checkpoint_paths, find_checkpoint
-from job import code_files
+from preflight import code_files
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -23,13 +23,14 @@ from torch.profiler import ProfilerActivity
 
 from checkpoint import Saver, find_resumable, load_optimizer, load_weights
 from config import Config, ConfigError, UserError, tables
-from dataset import rank_share
+from dataset import Batch, rank_share
 from distributed import World, init_distributed, replicate, shut_down
 from inference import generation
 from job import Votes
 from model import Llama, flops_per_token, parameter_count
-from rocket import Batch, build, initialise, open_datasets, train_step
-from run import check_inputs, device_peak, memory_gb
+from preflight import check_inputs
+from rocket import build, initialise, open_datasets, train_step
+from run import device_peak, memory_gb
 from tools.bench import Contestant, Json, Options, Times, load_module, whole_number, whole_numbers
 
 PEERS = Path(__file__).resolve().parents[1] / "tests" / "peers.py"
@@ -98,7 +99,7 @@ def build_model(config: Config, world: World) -> tuple[nn.Module, torch.optim.Op
     """Model and optimizer as rocket.py builds them for a fresh run; no tokenizer is needed."""
     config.train.init_from = ""
     inputs = SimpleNamespace(vocab_size=config.tokenizer.vocab_size)
-    return build(config, inputs, None, None, world)
+    return build(config, inputs, None, world, print)
 
 
 def rocket_trainer(
