@@ -28,8 +28,8 @@ from hypothesis import strategies as st
 import prepare as program
 from chat import Template
 from config import DataConfig, UserError
-from corpus import readers
-from prepare import verify
+from corpus import build, readers
+from corpus.build import verify
 from tokenizer import Tokenizer, add_control_pieces
 
 VOCAB_SIZE = 600
@@ -214,10 +214,8 @@ def wait_for_end(pids):
 
 
 def test_a_kill_while_shards_get_their_names_is_mended(project, monkeypatch):
-    import prepare as program
-
     prepared(project, f"--data.dir={project}/straight")
-    publish, replace = program.publish, program.Path.replace
+    publish, replace = build.publish, build.Path.replace
     named = []
 
     def stop_at_the_fifth(path, target):
@@ -227,10 +225,10 @@ def test_a_kill_while_shards_get_their_names_is_mended(project, monkeypatch):
         return replace(path, target)
 
     def interrupted(*arguments):
-        monkeypatch.setattr(program.Path, "replace", stop_at_the_fifth)
+        monkeypatch.setattr(build.Path, "replace", stop_at_the_fifth)
         return publish(*arguments)
 
-    monkeypatch.setattr(program, "publish", interrupted)
+    monkeypatch.setattr(build, "publish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program.main([f"{project}/config.toml"])
     monkeypatch.undo()
@@ -717,7 +715,7 @@ def test_few_conversations_fill_the_splits_too_and_after_a_kill(chats, monkeypat
     content = manifest(project / "straight")
     assert [content["splits"][split]["documents"] for split in ("train", "val", "test")] == [1] * 3
     assert content["counts"]["dropped"]["duplicate"] == 1
-    monkeypatch.setattr(program, "arrange_parts", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(build, "arrange_parts", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     if not (child := os.fork()):  # dies when they have moved
         program.main([f"{project}/config.toml", *arguments])
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -857,7 +855,7 @@ def test_conversations_give_the_same_shards_however_they_are_prepared(chats):
 def test_a_kill_while_parts_are_arranged_is_mended(chats, monkeypatch):
     project, arguments = chats
     prepared(project, *arguments, f"--data.dir={project}/straight")
-    monkeypatch.setattr(program, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(build, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     if not (child := os.fork()):  # dies between the two stages' ends and the manifest
         program.main([f"{project}/config.toml", *arguments])
     assert os.waitpid(child, 0)[1] == signal.SIGKILL

@@ -22,6 +22,7 @@ from training import ENVIRONMENT, overrides, run_many
 
 from checkpoint import checkpoint_paths, find_checkpoint, write_weights
 from config import ROOT, ModelConfig, UserError
+from corpus.vocabulary import DEFAULTS
 from inference.generation import (
     Completion,
     PackedLinear,
@@ -43,7 +44,6 @@ from inference.generation import (
 from model import KVCache, Llama, initial_weight
 from sample import main
 from tokenizer import Tokenizer
-from train_tokenizer import DEFAULTS
 
 VOCAB = 48
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=40)

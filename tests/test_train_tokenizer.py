@@ -14,8 +14,9 @@ import prepare
 import train_tokenizer
 from config import ROOT, DataConfig, UserError
 from corpus import readers
+from corpus.vocabulary import CHUNK, Sample, chunks
 from tokenizer import Tokenizer
-from train_tokenizer import CHUNK, USAGE, Sample, chunks, main
+from train_tokenizer import USAGE, main
 
 LINE = "def function_{0}(value):\n    return value * {0}\n\n"
 
