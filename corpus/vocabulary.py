@@ -1,4 +1,4 @@
-"""What a tokenizer is trained on, the training, and the proofs that it gives text back as it was."""
+"""What a tokenizer learns from, its training, and the proofs that it gives text back as it was."""
 
 from __future__ import annotations
 

@@ -185,6 +185,7 @@ LIBRARIES = {
     "inference.pretrained": "config tokenizer",
     "inference.generation": "checkpoint config distributed inference.pretrained model tokenizer",
     "inference.evaluation": "config dataset distributed inference.generation job model tokenizer",
+    "inference.sampler": "chat config distributed inference.generation",
     "tools.memory": "config",
     "tools.page": "",
 }
