@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import errno
 import fcntl
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -96,289 +97,222 @@ class ConfigError(UserError):
     printed_by = "LOCAL_RANK"  # one a node: what is wrong may be wrong on one node alone
 
 
-def key(default: Any, help: str, *, resume: Resume = "refused", low: float | None = None) -> Any:
-    """A configuration key: default, meaning with its unit, rule on resume, lowest value."""
-    metadata = {"help": help, "resume": resume, "low": low}
+def _key(rule: Resume, default: Any, help: str, low: float | None = None) -> Any:
+    """A configuration key: what a resumed run may do with it, default, meaning, lowest value."""
+    metadata = {"help": help, "resume": rule, "low": low}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+free = functools.partial(_key, "free")  # a resumed run may change it
+consent = functools.partial(_key, "consent")  # with --accept-changes
+fixed = functools.partial(_key, "refused")  # it would be another run
 
 
 @dataclass
 class TokenizerConfig:
     """Any trainer option of SentencePiece may stand in this table too and is passed on."""
 
-    path: str = key(
-        "data/tokenizer.model", "SentencePiece model, written by train_tokenizer.py", resume="free"
-    )
-    vocab_size: int = key(
+    path: str = free("data/tokenizer.model", "SentencePiece model, written by train_tokenizer.py")
+    vocab_size: int = fixed(
         32_000, "pieces, at most 65,536; five are for conversations (<|user|>, …)", low=2
     )
-    sample_bytes: int = key(
-        100_000_000,
-        "bytes of training text to learn from; about 17 bytes of memory each",
-        resume="free",
-        low=1,
+    sample_bytes: int = free(
+        100_000_000, "bytes of training text to learn from; about 17 bytes of memory each", low=1
     )
-    options: dict = key(
-        {}, "trainer options of SentencePiece, written as keys of this table", resume="free"
-    )
+    options: dict = free({}, "trainer options of SentencePiece, written as keys of this table")
 
 
 @dataclass
 class DataConfig:
-    sources: list[str] = key(
+    sources: list[str] = free(
         ["python-stdlib"],
         "files, directories or globs of text, CSV, TSV, JSON lines or Parquet; hf://datasets/…; or"
         " python-stdlib",
-        resume="free",
     )
-    val_sources: list[str] = key([], "sources used as the validation split, whole", resume="free")
-    test_sources: list[str] = key([], "sources used as the test split, whole", resume="free")
-    raw_dir: str = key("data/raw", "where prepare.py --download puts hf:// sources", resume="free")
-    dir: str = key("data/tiny", "prepared dataset", resume="free")
-    mixture: dict = key(
-        {},
-        'prepared datasets and their weights, instead of dir: {"data/a" = 0.7, "data/b" = 0.3}',
-        resume="free",
+    val_sources: list[str] = free([], "sources used as the validation split, whole")
+    test_sources: list[str] = free([], "sources used as the test split, whole")
+    raw_dir: str = free("data/raw", "where prepare.py --download puts hf:// sources")
+    dir: str = free("data/tiny", "prepared dataset")
+    mixture: dict = free(
+        {}, 'prepared datasets and their weights, instead of dir: {"data/a" = 0.7, "data/b" = 0.3}'
     )
-    format: Literal["text", "instruct"] = key(
-        "text", "text: documents; instruct: conversations with a loss mask", resume="free"
+    format: Literal["text", "instruct"] = free(
+        "text", "text: documents; instruct: conversations with a loss mask"
     )
-    text_column: str = key("text", "column or JSON field that holds the text", resume="free")
-    columns: dict = key(
-        {},
-        'instruct: the column of each role, in order: {user = "question", assistant = "answer"}',
-        resume="free",
+    text_column: str = free("text", "column or JSON field that holds the text")
+    columns: dict = free(
+        {}, 'instruct: the column of each role, in order: {user = "question", assistant = "answer"}'
     )
-    messages_column: str = key(
+    messages_column: str = free(
         "messages",
         "instruct, without columns: the column of lists of {role, content} or {from, value}",
-        resume="free",
     )
-    template: dict = key(
+    template: dict = free(
         {role: f"<|{role}|>{{content}}<|end|>" for role in ("system", "user", "assistant")},
         "instruct: how the message of each role is written",
-        resume="free",
     )
-    train_on: Literal["responses", "all"] = key(
-        "responses", "instruct: tokens that the loss falls on", resume="free"
+    train_on: Literal["responses", "all"] = free(
+        "responses", "instruct: tokens that the loss falls on"
     )
-    too_long: Literal["truncate", "drop"] = key(
-        "truncate", "instruct: what to do with a conversation above seq_len tokens", resume="free"
+    too_long: Literal["truncate", "drop"] = free(
+        "truncate", "instruct: what to do with a conversation above seq_len tokens"
     )
-    document: str | dict = key(
-        "auto",
-        f'{", ".join(DOCUMENTS)}, {{starts = "regex"}} or {{lines = 200}}; auto: by format',
-        resume="free",
+    document: str | dict = free(
+        "auto", f'{", ".join(DOCUMENTS)}, {{starts = "regex"}} or {{lines = 200}}; auto: by format'
     )
-    document_mask: bool = key(False, "attention stays within a document")
-    verify: bool = key(
-        True, "compare the shards with their sha256 beside training, once a dataset", resume="free"
+    document_mask: bool = fixed(False, "attention stays within a document")
+    verify: bool = free(
+        True, "compare the shards with their sha256 beside training, once a dataset"
     )
-    max_document_bytes: int = key(
-        16_000_000, "a larger document is a bad one, see on_error", resume="free", low=1
+    max_document_bytes: int = free(
+        16_000_000, "a larger document is a bad one, see on_error", low=1
     )
-    errors: Literal["strict", "replace"] = key(
-        "strict", "text that is not UTF-8: bad, or read with U+FFFD in its place", resume="free"
+    errors: Literal["strict", "replace"] = free(
+        "strict", "text that is not UTF-8: bad, or read with U+FFFD in its place"
     )
-    on_error: Literal["stop", "skip"] = key(
-        "stop", "at a bad document: stop, or leave it out and list it", resume="free"
+    on_error: Literal["stop", "skip"] = free(
+        "stop", "at a bad document: stop, or leave it out and list it"
     )
-    deduplicate: bool = key(
-        False, "drop documents of a split that equal an earlier one", resume="free"
-    )
-    val_fraction: float = key(
-        0.01, "share of documents held out for validation", resume="free", low=0
-    )
-    test_fraction: float = key(0.0, "share of documents held out for testing", resume="free", low=0)
-    split_seed: int = key(0, "seed of the split by document content", resume="free")
-    part_bytes: int = key(
-        0, "bytes of source a unit of work; 0: by the corpus' size", resume="free", low=0
-    )
-    workers: int = key(0, "processes that prepare.py uses; 0: one a core", resume="free", low=0)
-    seq_len: int = key(1024, "tokens a training sequence, at most model.max_seq_len", low=1)
+    deduplicate: bool = free(False, "drop documents of a split that equal an earlier one")
+    val_fraction: float = free(0.01, "share of documents held out for validation", low=0)
+    test_fraction: float = free(0.0, "share of documents held out for testing", low=0)
+    split_seed: int = free(0, "seed of the split by document content")
+    part_bytes: int = free(0, "bytes of source a unit of work; 0: by the corpus' size", low=0)
+    workers: int = free(0, "processes that prepare.py uses; 0: one a core", low=0)
+    seq_len: int = fixed(1024, "tokens a training sequence, at most model.max_seq_len", low=1)
 
 
 @dataclass
 class ModelConfig:
-    dim: int = key(768, "width of the residual stream", low=1)
-    n_layers: int = key(12, "transformer blocks", low=1)
-    n_heads: int = key(12, "query heads; dim / n_heads is whole and even", low=1)
-    n_kv_heads: int = key(0, "key and value heads, a divisor of n_heads; 0: as n_heads", low=0)
-    ffn_dim: int = key(
+    dim: int = fixed(768, "width of the residual stream", low=1)
+    n_layers: int = fixed(12, "transformer blocks", low=1)
+    n_heads: int = fixed(12, "query heads; dim / n_heads is whole and even", low=1)
+    n_kv_heads: int = fixed(0, "key and value heads, a divisor of n_heads; 0: as n_heads", low=0)
+    ffn_dim: int = fixed(
         0, "width of the feed-forward; 0: 8/3 dim, rounded up to a multiple of 256", low=0
     )
-    max_seq_len: int = key(2048, "longest context in tokens, when sampling too", low=1)
-    rope_theta: float = key(10_000.0, "base of the rotary embedding", low=1)
-    norm_eps: float = key(1e-5, "epsilon of RMSNorm", low=0)
-    tie_embeddings: bool = key(False, "one matrix for input and output embeddings")
-    init_std: float = key(0.02, "deviation of the initial weights", low=0)
+    max_seq_len: int = fixed(2048, "longest context in tokens, when sampling too", low=1)
+    rope_theta: float = fixed(10_000.0, "base of the rotary embedding", low=1)
+    norm_eps: float = fixed(1e-5, "epsilon of RMSNorm", low=0)
+    tie_embeddings: bool = fixed(False, "one matrix for input and output embeddings")
+    init_std: float = fixed(0.02, "deviation of the initial weights", low=0)
 
 
 @dataclass
 class TrainConfig:
-    out_dir: str = key("out/run", "run directory", resume="free")
-    seed: int = key(1337, "seed of weights and data order", low=0)
-    max_steps: int = key(0, "optimizer steps of the run; or give epochs", resume="consent", low=0)
-    epochs: float = key(
-        0.0, "length of the run in passes over the data; or give max_steps", resume="consent", low=0
+    out_dir: str = free("out/run", "run directory")
+    seed: int = fixed(1337, "seed of weights and data order", low=0)
+    max_steps: int = consent(0, "optimizer steps of the run; or give epochs", low=0)
+    epochs: float = consent(
+        0.0, "length of the run in passes over the data; or give max_steps", low=0
     )
-    stop_at_step: int = key(
-        0, "save and stop at this step, the schedule unchanged; 0: off", resume="free", low=0
+    stop_at_step: int = free(0, "save and stop at this step, the schedule unchanged; 0: off", low=0)
+    max_hours: float = free(
+        0.0, "save and stop before a job has lasted this long; 0: Slurm's limit alone", low=0
     )
-    max_hours: float = key(
-        0.0,
-        "save and stop before a job has lasted this long; 0: Slurm's limit alone",
-        resume="free",
-        low=0,
+    global_batch_size: int = fixed(32, "sequences an optimizer step, over all ranks", low=1)
+    micro_batch_size: int = free(8, "most sequences a forward pass of one rank", low=1)
+    init_from: str = fixed("", "run or checkpoint whose weights a new run starts from")
+    device: Literal["auto", "cpu", "cuda"] = free("auto", "auto: cuda if there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = consent(
+        "auto", "compute type (weights stay float32); auto: what the device does well"
     )
-    global_batch_size: int = key(32, "sequences an optimizer step, over all ranks", low=1)
-    micro_batch_size: int = key(
-        8, "most sequences a forward pass of one rank", resume="free", low=1
+    compile: Literal["auto", "on", "off"] = free(
+        "auto", "torch.compile, which takes a minute at the start; auto: on a GPU"
     )
-    init_from: str = key("", "run or checkpoint whose weights a new run starts from")
-    device: Literal["auto", "cpu", "cuda"] = key(
-        "auto", "auto: cuda if there is one", resume="free"
+    deterministic: bool = free(
+        False, "GPU: the same bits each time, on the same kind and number; slower"
     )
-    dtype: Literal["auto", "float32", "bfloat16"] = key(
-        "auto",
-        "compute type (weights stay float32); auto: what the device does well",
-        resume="consent",
-    )
-    compile: Literal["auto", "on", "off"] = key(
-        "auto", "torch.compile, which takes a minute at the start; auto: on a GPU", resume="free"
-    )
-    deterministic: bool = key(
-        False, "GPU: the same bits each time, on the same kind and number; slower", resume="free"
-    )
-    loss_chunk: int = key(
+    loss_chunk: int = free(
         -1,
         "tokens whose logits exist at a time in the loss; 0: all; -1: 8192 on a GPU, else 2048",
-        resume="free",
         low=-1,
     )
-    recompute: Recompute = key(
+    recompute: Recompute = free(
         "none",
         "activation checkpointing: the backward pass makes again all but products and attention"
         " (selective) or all of a block, to save memory",
-        resume="free",
     )
-    log_interval: int = key(10, "steps between rows of metrics.jsonl", resume="free", low=1)
-    eval_interval: int = key(
-        250, "steps between evaluations; 0: only at the end", resume="free", low=0
+    log_interval: int = free(10, "steps between rows of metrics.jsonl", low=1)
+    eval_interval: int = free(250, "steps between evaluations; 0: only at the end", low=0)
+    eval_sequences: int = free(
+        512, "sequences an evaluation, spread evenly; 0: the whole split", low=0
     )
-    eval_sequences: int = key(
-        512, "sequences an evaluation, spread evenly; 0: the whole split", resume="free", low=0
-    )
-    sample_prompts: int = key(
+    sample_prompts: int = free(
         4,
         "validation prompts whose predictions samples.jsonl keeps, and a continuation; 0: nothing",
-        resume="free",
         low=0,
     )
-    max_attempts: int = key(
-        3,
-        "attempts in a row without a new checkpoint before a job no longer comes back",
-        resume="free",
-        low=1,
+    max_attempts: int = free(
+        3, "attempts in a row without a new checkpoint before a job no longer comes back", low=1
     )
-    max_bad_steps: int = key(
-        10, "skipped steps in a row before the run stops", resume="free", low=1
+    max_bad_steps: int = free(10, "skipped steps in a row before the run stops", low=1)
+    spike_factor: float = consent(
+        0.0, "skip a step whose gradient norm is this many times the running mean; 0: off", low=0
     )
-    spike_factor: float = key(
-        0.0,
-        "skip a step whose gradient norm is this many times the running mean; 0: off",
-        resume="consent",
-        low=0,
-    )
-    patience: int = key(
-        0, "evaluations without a new best before stopping; 0: off", resume="free", low=0
-    )
+    patience: int = free(0, "evaluations without a new best before stopping; 0: off", low=0)
 
 
 @dataclass
 class OptimizerConfig:
-    name: Literal["adamw", "muon"] = key(
+    name: Literal["adamw", "muon"] = fixed(
         "adamw", "muon: for the matrices of the blocks, with adamw for the rest"
     )
-    learning_rate: float = key(6e-4, "peak learning rate", resume="consent", low=0)
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = key(
-        "cosine",
-        "decay after warm-up; linear goes to zero, wsd decays at the end",
-        resume="consent",
+    learning_rate: float = consent(6e-4, "peak learning rate", low=0)
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = consent(
+        "cosine", "decay after warm-up; linear goes to zero, wsd decays at the end"
     )
-    warmup_steps: int = key(100, "steps of linear warm-up", resume="consent", low=0)
-    min_lr_fraction: float = key(
-        0.1, "cosine: final rate as a share of the peak", resume="consent", low=0
-    )
-    decay_fraction: float = key(
-        0.2, "wsd: share of the run spent on the decay", resume="consent", low=0
-    )
-    momentum: float = key(0.95, "muon: decay of the momentum, below 1", resume="consent", low=0)
-    beta1: float = key(0.9, "decay of the first moment, below 1", resume="consent", low=0)
-    beta2: float = key(0.95, "decay of the second moment, below 1", resume="consent", low=0)
-    eps: float = key(1e-8, "epsilon of AdamW", resume="consent", low=0)
-    weight_decay: float = key(0.1, "decay of matrices (never of norms)", resume="consent", low=0)
-    grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", resume="consent", low=0)
+    warmup_steps: int = consent(100, "steps of linear warm-up", low=0)
+    min_lr_fraction: float = consent(0.1, "cosine: final rate as a share of the peak", low=0)
+    decay_fraction: float = consent(0.2, "wsd: share of the run spent on the decay", low=0)
+    momentum: float = consent(0.95, "muon: decay of the momentum, below 1", low=0)
+    beta1: float = consent(0.9, "decay of the first moment, below 1", low=0)
+    beta2: float = consent(0.95, "decay of the second moment, below 1", low=0)
+    eps: float = consent(1e-8, "epsilon of AdamW", low=0)
+    weight_decay: float = consent(0.1, "decay of matrices (never of norms)", low=0)
+    grad_clip: float = consent(1.0, "largest gradient norm; 0: no clipping", low=0)
 
 
 @dataclass
 class ParallelConfig:
-    strategy: Literal["ddp", "fsdp", "hsdp"] = key(
-        "ddp", "ddp: whole model a rank; fsdp: sharded; hsdp: sharded in a node", resume="free"
+    strategy: Literal["ddp", "fsdp", "hsdp"] = free(
+        "ddp", "ddp: whole model a rank; fsdp: sharded; hsdp: sharded in a node"
     )
-    reshard_after_forward: bool = key(
-        True, "fsdp: free gathered weights after forward", resume="free"
-    )
-    reduce_once: bool = key(
+    reshard_after_forward: bool = free(True, "fsdp: free gathered weights after forward")
+    reduce_once: bool = free(
         False,
         "fsdp: reduce gradients once a step and not at each micro-batch, for memory as without",
-        resume="free",
     )
-    timeout_seconds: float = key(
-        600,
-        "a rank that keeps the others waiting longer in training is an error",
-        resume="free",
-        low=1,
+    timeout_seconds: float = free(
+        600, "a rank that keeps the others waiting longer in training is an error", low=1
     )
 
 
 @dataclass
 class CheckpointConfig:
-    interval: int = key(
-        1000,
-        "steps between checkpoints, beside new bests and the end; 0: none between",
-        resume="free",
-        low=0,
+    interval: int = free(
+        1000, "steps between checkpoints, beside new bests and the end; 0: none between", low=0
     )
-    interval_minutes: float = key(
-        0.0, "minutes between checkpoints, beside steps; 0: off", resume="free", low=0
-    )
-    asynchronous: bool = key(
-        False, "write in the background; takes memory for a second copy", resume="free"
-    )
-    keep_last: int = key(2, "newest checkpoints kept", resume="free", low=1)
-    keep_best: int = key(
-        1, "best checkpoints by validation loss kept, weights only", resume="free", low=0
-    )
+    interval_minutes: float = free(0.0, "minutes between checkpoints, beside steps; 0: off", low=0)
+    asynchronous: bool = free(False, "write in the background; takes memory for a second copy")
+    keep_last: int = free(2, "newest checkpoints kept", low=1)
+    keep_best: int = free(1, "best checkpoints by validation loss kept, weights only", low=0)
 
 
 @dataclass
 class LogConfig:
-    report: bool = key(True, "write report.html at each evaluation and at the end", resume="free")
-    tensorboard: bool = key(
-        False,
-        "write TensorBoard's event files too, to tensorboard/ of the run directory",
-        resume="free",
+    report: bool = free(True, "write report.html at each evaluation and at the end")
+    tensorboard: bool = free(
+        False, "write TensorBoard's event files too, to tensorboard/ of the run directory"
     )
-    wandb: bool = key(
+    wandb: bool = free(
         False,
         "keep a Weights & Biases run too, in wandb/ of the run directory; offline unless"
         " WANDB_MODE=online",
-        resume="free",
     )
-    wandb_project: str = key("", "its project; empty: $WANDB_PROJECT, else rocket", resume="free")
+    wandb_project: str = free("", "its project; empty: $WANDB_PROJECT, else rocket")
 
 
 @dataclass
