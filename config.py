@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import difflib
 import errno
-import fcntl
 import functools
 import glob
 import hashlib
@@ -21,14 +20,13 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TextIO
+from typing import Any, Literal, NoReturn
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -701,61 +699,6 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     sync_directory(path.parent)
-
-
-@contextlib.contextmanager
-def locked(path: Path, busy: Callable[[str], None]) -> Iterator[str]:
-    """Holds a lock: the file `path`, which is removed at the end; a process that dies frees it.
-
-    Where the file system has no locks, this is said, and nothing is locked.
-
-    Args:
-        busy: called with the holder's name where another process has the lock. If it returns, we
-            wait for the lock.
-
-    Yields:
-        The name of a holder that died; empty if there was none.
-    """
-    while True:
-        with open(path, "a+", encoding="utf-8") as file:
-            held = _lock(file, busy)
-            if not _is_at(file, path):
-                continue  # who held it removed it: whoever comes now makes another
-            file.seek(0)
-            died = file.read() if held else ""
-            try:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                yield died
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _lock(file: TextIO, busy: Callable[[str], None]) -> bool:
-    """Locks an open file; False where the file system can't."""
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            busy(file.read() or "another process")
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-        tell(f"{file.name}: this file system has no locks; start one program at a time on it")
-        return False
-    return True
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether an open file still has that name."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
 
 
 def file_sha256(path: Path) -> str:

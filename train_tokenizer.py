@@ -7,6 +7,7 @@ python train_tokenizer.py config/tiny.toml --add-pieces='<pad>,<|tool|>' --outpu
 from __future__ import annotations
 
 from config import check_command_line
+from corpus.locks import locked
 
 USAGE = """python train_tokenizer.py [CONFIG] [--section.key=value ...] [--force]
 
@@ -37,7 +38,6 @@ from config import (
     TokenizerConfig,
     UserError,
     load_config,
-    locked,
     resolve_path,
     run_program,
     write_atomically,

@@ -36,7 +36,6 @@ import numpy as np
 from readers.readers import Bad, Part
 from tqdm import tqdm
 
-from chat import Template
 from config import (
     DATASET_VERSION,
     Config,
@@ -44,11 +43,11 @@ from config import (
     UserError,
     available_cores,
     file_sha256,
-    locked,
     sync_directory,
     write_atomically,
 )
 from corpus import hub, inspection, readers
+from corpus.locks import locked
 from corpus.packing import (
     ARRANGED,
     COUNTS,
@@ -67,7 +66,7 @@ from corpus.packing import (
     tokenize_part,
 )
 from corpus.sources import Survey
-from tokenizer import Tokenizer, configured_tokenizer
+from tokenizer import Template, Tokenizer, configured_tokenizer
 
 SPLITS = ("train", "val", "test")
 RULES = {

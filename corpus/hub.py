@@ -34,11 +34,11 @@ from config import (
     ConfigError,
     DataConfig,
     UserError,
-    locked,
     resolve_path,
     sync_directory,
     write_atomically,
 )
+from corpus.locks import locked
 from corpus.sources import TABLES, describe_kinds, ending, suffixes
 
 FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH]"

@@ -20,10 +20,9 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from readers.readers import Bad, Document, Part
 
-from chat import LEARNT, Template
 from config import DataConfig, sync_directory
 from corpus import readers
-from tokenizer import Tokenizer
+from tokenizer import LEARNT, Template, Tokenizer
 
 COUNTS = ("tokens", "documents", "bytes")
 MASK_COUNTS = ("trained", "filled")

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chat import Template
 from config import UserError
 from distributed import compute_dtype
 from inference.generation import (
@@ -23,6 +22,7 @@ from inference.generation import (
     generate,
     load_model,
 )
+from tokenizer import Template
 
 Messages = list[tuple[str, str]]  # roles and contents
 

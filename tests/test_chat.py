@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat import Template
 from config import DataConfig, UserError
-from tokenizer import Tokenizer, add_control_pieces
+from tokenizer import Template, Tokenizer, add_control_pieces
 
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "é?")]

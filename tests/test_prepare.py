@@ -26,11 +26,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import prepare as program
-from chat import Template
 from config import DataConfig, UserError
 from corpus import build, readers
 from corpus.build import verify
-from tokenizer import Tokenizer, add_control_pieces
+from tokenizer import Template, Tokenizer, add_control_pieces
 
 VOCAB_SIZE = 600
 WORDS = "def return import for while with class yield lambda try except 🦙 é".split()

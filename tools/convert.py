@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 from config import Parser, UserError, existing_path, resolve_path, run_program
+from corpus.locks import locked
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -83,9 +84,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from chat import Template
 from checkpoint import Checkpoint, find_checkpoint, write_weights
-from config import ModelConfig, build_config, dump_toml, locked, sync_directory, tables
+from config import ModelConfig, build_config, dump_toml, sync_directory, tables
 from inference.generation import tokenizer_of
 from inference.pretrained import (
     CONTROL,
@@ -106,7 +106,7 @@ from inference.pretrained import (
     tokenizer_json,
 )
 from model import Llama
-from tokenizer import SPACE, Tokenizer
+from tokenizer import SPACE, Template, Tokenizer
 
 Weights = Callable[[str], Tensor]  # a parameter by its name
 PROOF_TOKENS = 512

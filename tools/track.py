@@ -32,13 +32,13 @@ from config import (
     build_config,
     existing_path,
     installed,
-    locked,
     read_toml,
     run_program,
     tables,
     tell,
     write_atomically,
 )
+from corpus.locks import locked
 
 POLL_SECONDS = 1.0
 FINISH_SECONDS = 30.0  # that a server may take for the last rows
