@@ -38,7 +38,7 @@ from config import (
     tell,
 )
 from distributed import World
-from model import IGNORE
+from kernels import IGNORE
 
 Json = dict[str, Any]
 

@@ -97,7 +97,7 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         _check_changes(old, config, accept_changes)
         changed = _check_code(directory, accept_changes)
         evaluated = checkpoint.config.train.eval_sequences
-        if "model.py" in changed and evaluated != config.train.eval_sequences:
+        if {"model.py", "kernels.py"} & {*changed} and evaluated != config.train.eval_sequences:
             raise ConfigError(
                 "model.py has changed, so this start compares the validation loss with the recorded"
                 f" one: leave train.eval_sequences at {evaluated} for it"
@@ -111,7 +111,7 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         bos_id=tokenizer.bos_id,
         tokenizer_sha256=tokenizer.sha256,
         byte_lengths=tokenizer.byte_lengths(),
-        model_changed="model.py" in changed,
+        model_changed=bool({"model.py", "kernels.py"} & {*changed}),
     )
 
 

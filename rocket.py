@@ -60,7 +60,8 @@ from distributed import (
 )
 from inference.evaluation import evaluate, predictions
 from job import Consensus, Signals, StopConditions, job_end
-from model import IGNORE, Llama, initial_weight, parameter_count
+from kernels import IGNORE
+from model import Llama, initial_weight, parameter_count
 from optimizer import build_optimizer, learning_rate
 from preflight import Inputs, check_inputs, preflight
 from run import NotFiniteError, Progress, Run, open_run, record_start

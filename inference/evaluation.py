@@ -26,7 +26,8 @@ from dataset import (
 from distributed import AgreedError, Lagged, World, autocast, fetch
 from inference.generation import Source
 from job import Consensus
-from model import IGNORE, Llama
+from kernels import IGNORE
+from model import Llama
 from tokenizer import Tokenizer
 
 WRITTEN_TOKENS, WRITTEN_TEMPERATURE = 48, 0.8  # of the text that a model writes by itself

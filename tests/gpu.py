@@ -188,7 +188,8 @@ def numerics(options: Options, documents: bool) -> None:
     import torch
 
     from distributed import init_distributed
-    from model import IGNORE, Llama
+    from kernels import IGNORE
+    from model import Llama
 
     config = configured(options, "llama_110m", SMALL)
     device, vocab_size = init_distributed(config).device, config.tokenizer.vocab_size
@@ -324,7 +325,8 @@ def kernels(options: Options) -> None:
 
     from distributed import init_distributed
     from inference.generation import take_any_shape
-    from model import attend, past_mask
+    from kernels import attend
+    from model import past_mask
 
     config = configured(options, "llama_110m")
     device = init_distributed(config).device

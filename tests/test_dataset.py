@@ -30,7 +30,7 @@ from dataset import (
     read_manifest,
     slot_counts,
 )
-from model import IGNORE
+from kernels import IGNORE
 
 SEQ_LEN = 8
 

@@ -17,7 +17,7 @@ from inference.evaluation import (
     read_questions,
 )
 from inference.generation import load_model, open_source
-from model import IGNORE
+from kernels import IGNORE
 from sample import main
 
 CPU = torch.device("cpu")

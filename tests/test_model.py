@@ -12,14 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import ROOT, ModelConfig, build_config, read_toml
+from kernels import IGNORE, LinearCrossEntropy, attend, attend_by_products, chunk_loss
 from model import (
-    IGNORE,
     KVCache,
-    LinearCrossEntropy,
     Llama,
-    attend,
-    attend_by_products,
-    chunk_loss,
     flops_per_token,
     initial_weight,
     parameter_count,
