@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from readers.readers import Bad, Part
 from tqdm import tqdm
 
 from config import (
@@ -65,6 +64,7 @@ from corpus.packing import (
     record_endings,
     tokenize_part,
 )
+from corpus.readers import Bad, Part
 from corpus.sources import Survey
 from tokenizer import Template, Tokenizer, configured_tokenizer
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from readers.readers import Bad, Document, Part
 
 from config import DataConfig, sync_directory
 from corpus import readers
+from corpus.readers import Bad, Document, Part
 from tokenizer import LEARNT, Template, Tokenizer
 
 COUNTS = ("tokens", "documents", "bytes")
