@@ -1,9 +1,10 @@
 """python prepare.py [CONFIG] [--section.key=value …] [--force]
 python prepare.py [CONFIG] [--section.key=value …] --download | --task=I/N | --verify | --inspect
 
-Tokenizes the sources of CONFIG into the packed dataset `data.dir`, on all cores. A killed run goes
-on where it was; a finished one says "up to date". On several machines: N tasks of a job array with
---task=I/N, and when they have ended, a run without it, which does what is missing and publishes.
+Tokenizes the sources of CONFIG into the packed dataset `data.dir`, on all cores. After a kill, the
+same command continues; when all is done, it says "up to date". To share the work of several
+machines, start N tasks of a job array with --task=I/N. When they have ended, run once without it:
+that does what is missing and publishes the dataset.
 """
 
 from __future__ import annotations
@@ -11,22 +12,23 @@ from __future__ import annotations
 from config import check_command_line
 
 FLAGS = {
-    "--force": "prepare anew, replacing a dataset that exists",
+    "--force": "prepare again, and replace the dataset that exists",
     "--download": "fetch the hf:// sources into data.raw_dir, and nothing else",
     "--task=I/N": "tokenize every Nth part, from part I on (0 to N - 1), and publish nothing",
-    "--verify": "read a prepared dataset whole and check it against its manifest",
+    "--verify": "read all of a prepared dataset and check it against its manifest",
     "--inspect": "describe a prepared dataset: lengths, rates, first documents, a picture",
     "--bad-steps": "print the texts of the training steps that the run in train.out_dir skipped",
 }
 
-if __name__ == "__main__":  # before imports that take longer than this
+if __name__ == "__main__":  # --help and mistakes are answered before the slow imports below
     check_command_line(usage=__doc__, sections=("tokenizer", "data"), flags=FLAGS)
 
 import re
+from pathlib import Path
 
 from config import ConfigError, load_config, resolve_path, run_program
-from corpus import hub, inspection
-from corpus.build import Task, process
+from corpus import build, hub, inspection
+from tokenizer import Tokenizer, configured_tokenizer
 
 
 def main(arguments: list[str]) -> None:
@@ -36,15 +38,25 @@ def main(arguments: list[str]) -> None:
     task = read_task(flags)
     if "--download" in flags:
         hub.download(config.data)
-    elif "--bad-steps" in flags:
+        return
+    if "--bad-steps" in flags:
         inspection.show_bad_steps(config)
-    else:
-        for directory in map(resolve_path, config.data.mixture or [config.data.dir]):
-            process(directory, config, task, flags)
+        return
+    for directory in map(resolve_path, config.data.mixture or [config.data.dir]):
+        if "--verify" in flags:
+            build.verify(directory)
+            continue
+        tokenizer = configured_tokenizer(config.tokenizer)
+        if "--inspect" in flags:
+            inspection.inspect(directory, tokenizer)
+        elif config.data.mixture:
+            check_prepared(directory, tokenizer)
+        else:
+            build.prepare(directory, config.data, tokenizer, task, "--force" in flags)
 
 
-def read_task(flags: list[str]) -> Task | None:
-    """The task that the flags name; ConfigError if there is none such, or another flag with it."""
+def read_task(flags: list[str]) -> build.Task | None:
+    """The task that --task names; ConfigError if there is no such task, or another flag with it."""
     texts = [flag.partition("=")[2] for flag in flags if flag.startswith("--task=")]
     if not texts:
         return None
@@ -56,7 +68,15 @@ def read_task(flags: list[str]) -> Task | None:
             f"--task is I/N with I from 0 to N - 1, such as 0/4, not {texts[0]!r}; in a job array"
             " from 0: --task=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
         )
-    return Task(int(match[1]), int(match[2]))
+    return build.Task(int(match[1]), int(match[2]))
+
+
+def check_prepared(directory: Path, tokenizer: Tokenizer) -> None:
+    """UserError unless a dataset of data.mixture is there, complete and made with the tokenizer."""
+    from dataset import read_manifest  # here, since it loads torch, which preparing does not need
+
+    read_manifest(directory, tokenizer.sha256)
+    build.say(f"{directory}: ready (each dataset of a mixture has a configuration of its own)")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""From sources to a packed dataset, by many processes, and on machines that may stop at any time.
+"""Makes a packed dataset from sources, with many processes, on machines that may stop at any time.
 
-The corpus falls into parts (readers.py). Workers write a part's tokens to `parts/IDENTITY/`
-and then its report, so a part with a report is done for good. Where documents are compared or
-packed into windows, workers then arrange each part's files anew (packing.py). When all are done,
-the files become the shards, numbered in the order of the parts, and the manifest, written last,
-makes them a dataset. Files get their names when they are whole, and IDENTITY is a digest of all
-that decides their content, so programs that write the same file, anywhere, write the same bytes.
+The corpus is cut into parts (readers.py). For each part a worker writes token files to
+`parts/IDENTITY/` and then a report, which marks the part as done. If documents are deduplicated or
+packed into windows, workers then write final files for each part (packing.py). When all parts are
+done, their files are renamed to shards, numbered in the order of the parts. The manifest comes
+last: a directory without one is no dataset.
+
+A file gets its name only when it is complete. IDENTITY is a digest of everything that decides what
+the files contain, so programs that write the same file, on any machine, write the same bytes.
 """
 
 from __future__ import annotations
@@ -19,16 +21,14 @@ import multiprocessing
 import os
 import re
 import secrets
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 from config import (
     DATASET_VERSION,
-    Config,
     DataConfig,
     UserError,
     available_cores,
@@ -45,28 +44,12 @@ from config import (
     sync_directory,
     write_atomically,
 )
-from corpus import hub, inspection, readers
+from corpus import hub, packing, readers
 from corpus.locks import locked
-from corpus.packing import (
-    ARRANGED,
-    COUNTS,
-    MASK_COUNTS,
-    SHORT_DOCUMENT,
-    SKIPPED,
-    Encoder,
-    Json,
-    arrange_part,
-    find_duplicates,
-    name_file,
-    named,
-    new_file,
-    part_name,
-    record_endings,
-    tokenize_part,
-)
+from corpus.packing import ARRANGED, SKIPPED, Encoder, Json, part_file
 from corpus.readers import Bad, Part
 from corpus.sources import Survey
-from tokenizer import Template, Tokenizer, configured_tokenizer
+from tokenizer import Template, Tokenizer
 
 SPLITS = ("train", "val", "test")
 RULES = {
@@ -77,154 +60,131 @@ RULES = {
     "too_long": "conversations longer than a window",
     "duplicate": "documents equal to an earlier one",
 }
-REPORT_VERSION = 2  # of what packing.py says of a part
+REPORT_VERSION = 2  # of the parts' reports
 PROGRESS_SECONDS = 30  # between progress lines where there is no terminal for a bar
 
 
 class Task(NamedTuple):
-    """One of `count` tasks that share the parts."""
+    """One of `count` tasks of a job array that share the parts."""
 
     index: int
     count: int
 
 
-def process(directory: Path, config: Config, task: Task | None, flags: list[str]) -> None:
-    """Prepares, verifies or describes one dataset; those of a mixture have to be there."""
-    if "--verify" in flags:
-        verify(directory)
-        return
-    tokenizer = configured_tokenizer(config.tokenizer)
-    if "--inspect" in flags:
-        inspection.inspect(directory, tokenizer)
-        return
-    if config.data.mixture:
-        check_part_of_mixture(directory, tokenizer)
-        return
-    data = hub.local_sources(config.data)
+class Build(NamedTuple):
+    """A dataset to be made.
+
+    Attributes:
+        directory: of the dataset.
+        work: of the parts' files, until they become shards.
+        recipe: see describe_recipe.
+        not_read: files beside the sources, by ending.
+        commits: of hf:// sources.
+    """
+
+    directory: Path
+    work: Path
+    encoder: Encoder
+    parts: list[Part]
+    recipe: Json
+    not_read: dict[str, int]
+    commits: dict[str, str]
+
+
+def prepare(
+    directory: Path, config: DataConfig, tokenizer: Tokenizer, task: Task | None, force: bool
+) -> None:
+    """Makes the dataset of data.sources, or a task's share of its parts; an equal one is kept.
+
+    A run without a task waits while another one works in the directory.
+
+    Raises:
+        UserError: a source or a document that can't be read, another or a damaged dataset, a
+            worker that died, an empty split, a directory that can't be written.
+    """
+    data = hub.local_sources(config)
     survey = Survey(data)
     for line in survey.remarks():
         say(line)
     recipe = describe_recipe(data, tokenizer, survey)
-
-    def is_ready() -> bool:
-        if "--force" in flags or not (directory / "manifest.json").exists():
-            return False
-        check_existing(directory, recipe)
-        return True
-
     try:
-        # where there are parts, a run with --force may be replacing what looks ready
-        if not ((task or not (directory / "parts").exists()) and is_ready()):
+        # With parts in it, a run with --force may be replacing the dataset that looks ready.
+        busy = not task and (directory / "parts").exists()
+        if force or busy or not is_ready(directory, recipe):
             template = Template(data.template, tokenizer) if data.format == "instruct" else None
             encoder = Encoder(data, tokenizer, template, {})
             parts = readers.plan(data, survey.sources)
-            with contextlib.nullcontext() if task else alone(directory):
-                if not is_ready():  # another run may have made it while this one waited
-                    if "--force" in flags:  # parts may be of what the sources held before
-                        discard_work(directory)
-                    commits = hub.commits(config.data)
-                    prepare(encoder, parts, survey, recipe, directory, task, commits)
+            identity = json.dumps([REPORT_VERSION, recipe, parts]).encode()
+            work = directory / "parts" / hashlib.sha256(identity).hexdigest()[:16]
+            commits = hub.commits(config)
+            build = Build(directory, work, encoder, parts, recipe, survey.not_read, commits)
+            directory.mkdir(parents=True, exist_ok=True)
+            lock = locked(
+                directory / "prepare.lock",
+                lambda holder: say(f"{directory}: waiting for {holder}, which is preparing it"),
+            )
+            with contextlib.nullcontext() if task else lock:
+                ready = not force and is_ready(directory, recipe)  # made while this run waited
+                if force or ready:  # parts of older sources, or left by a killed run
+                    discard_work(directory)
+                if not ready:
+                    make(build, task)
                     return
-                discard_work(directory)  # a kill may have left it
         say(f"{directory}: up to date")
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         raise UserError(f"can't write {directory}: {error.strerror or error}{where}") from None
 
 
-def alone(directory: Path) -> contextlib.AbstractContextManager[str]:
-    """The lock of a run without --task: a second one waits until the first is through."""
-    directory.mkdir(parents=True, exist_ok=True)
-    return locked(
-        directory / "prepare.lock",
-        lambda holder: say(f"{directory}: waiting for {holder}, which prepares it"),
-    )
+def make(build: Build, task: Task | None) -> None:
+    """Tokenizes the parts and publishes the dataset, or tokenizes a task's share of the parts.
 
-
-def check_part_of_mixture(directory: Path, tokenizer: Tokenizer) -> None:
-    """UserError unless a dataset that data.mixture names is there, whole and of this tokenizer."""
-    from dataset import read_manifest  # here, as it loads torch, which preparing does not need
-
-    read_manifest(directory, tokenizer.sha256)
-    say(f"{directory}: ready (datasets of a mixture are prepared by configurations of their own)")
-
-
-def prepare(
-    encoder: Encoder,
-    parts: list[Part],
-    survey: Survey,
-    recipe: Json,
-    directory: Path,
-    task: Task | None,
-    commits: dict[str, str],
-) -> None:
-    """Writes the dataset, or a task's share of its parts.
-
-    What the directory held before stays whole until all parts are done. No other run is to work in
-    it, array tasks excepted.
-
-    Raises:
-        UserError: a document that can't be read, a worker that died, an empty split.
-        OSError: the directory can't be written.
+    A dataset that is there stays complete until all parts are done.
     """
-    data = encoder.data
-    work, reports = open_work(directory, recipe, parts, task)
+    directory, encoder, parts = build.directory, build.encoder, build.parts
+    reports = open_work(build, task)
     if reports:
         say(f"{directory}: {len(reports)} of {len(parts)} parts are done already")
     share = parts[task.index :: task.count] if task else parts
-    job = functools.partial(tokenize_part, encoder, work)
-    work_through(share, reports, job, data.workers, work, "tokenized")
+    job = functools.partial(packing.tokenize_part, encoder, build.work)
+    work_through(build, share, reports, job, "tokenized")
     if task:
         name = f"task {task.index}/{task.count}"
         say(f"{directory}: {name} is done, {len(share)} of {len(parts)} parts")
         return
-    edges = fill_splits(encoder, parts, reports, work)
+    edges = fill_splits(build, reports)
     tokenized = [reports[part.index] for part in parts]
     counts = add_up(tokenized)
-    if survey.unread:
-        counts["not_read"] = survey.not_read
-    with starting_over(directory):
-        check_splits(data, tokenized, edges, counts, work)
+    if build.not_read:
+        counts["not_read"] = build.not_read
+    check_splits(build, tokenized, edges, counts)
     stage, shards = "", tokenized
-    if record_endings(data):
-        stage, shards = ARRANGED, arrange_parts(encoder, parts, tokenized, work)
-    with starting_over(directory):
-        manifest = publish(directory, work, stage, recipe, shards, counts, commits)
-    describe_result(directory, manifest, sum(report["short"] for report in tokenized), data)
+    if packing.record_endings(encoder.data):
+        stage, shards = ARRANGED, arrange_parts(build, tokenized)
+    manifest = publish(build, stage, shards, counts)
+    describe_result(directory, manifest, sum(report["short"] for report in tokenized), encoder.data)
 
 
-@contextlib.contextmanager
-def starting_over(directory: Path) -> Iterator[None]:
-    """Discards all work at a mistake that a run which goes on from here would only find again."""
-    try:
-        yield
-    except UserError:
-        discard_work(directory)
-        raise
-
-
-def fill_splits(
-    encoder: Encoder, parts: list[Part], reports: dict[int, Json], work: Path
-) -> dict[str, list[int]]:
-    """Tokenizes anew what parts hold documents that have to move, lest a split stays empty.
+def fill_splits(build: Build, reports: dict[int, Json]) -> dict[str, list[int]]:
+    """Moves documents to splits that would be empty: tokenizes the parts that hold them again.
 
     Changes `reports`.
 
     Returns:
-        The lowest and highest hashes of each split, as readers.Splitter has them.
+        The lowest and highest hashes of each split, see readers.Splitter.
     """
     edges: dict[str, list[int]] = {}
     for report in reports.values():
         for split, digests in report["edges"].items():
             for digest in digests:
                 readers.note_edge(edges, split, digest)
-    moved = readers.fill_splits(edges, encoder.data)
+    moved = readers.fill_splits(edges, build.encoder.data)
     for index, report in [*reports.items()]:
         held = itertools.chain.from_iterable(report["edges"].values())
-        if not moved.keys().isdisjoint(held) and not report["moved"]:  # else a run did it before
+        if not report["moved"] and not moved.keys().isdisjoint(held):  # else moved by a killed run
             del reports[index]
-    job = functools.partial(tokenize_part, encoder._replace(moved=moved), work)
-    work_through(parts, reports, job, encoder.data.workers, work, "split anew:")
+    job = functools.partial(packing.tokenize_part, build.encoder._replace(moved=moved), build.work)
+    work_through(build, build.parts, reports, job, "tokenized again to fill all splits:")
     return edges
 
 
@@ -241,17 +201,18 @@ def add_up(reports: list[Json]) -> Json:
 
 
 def describe_result(directory: Path, manifest: Json, short: int, data: DataConfig) -> None:
-    """Says what a new dataset holds, and warns where that is hardly what was meant."""
+    """Prints what a new dataset contains, and warns of what was hardly meant."""
+    counts, window = manifest["counts"], manifest.get("seq_len")
     for name, split in manifest["splits"].items():
         text = split["tokens"] - split.get("filled", 0)
         say(
             f"{name}: {text:,} tokens in {split['documents']:,} documents,"
-            f" {split['bytes'] / text:.2f} bytes a token, {len(split['shards'])} shards"
+            f" {split['bytes'] / text:.2f} bytes per token, {len(split['shards'])} shards"
         )
-        if "filled" in split:
+        if window:
             say(
-                f"{name}: {split['tokens'] // manifest['seq_len']:,} windows of"
-                f" {manifest['seq_len']}, {text / split['tokens']:.1%} filled with conversations;"
+                f"{name}: {split['tokens'] // window:,} windows of {window} tokens,"
+                f" {text / split['tokens']:.1%} filled with conversations;"
                 f" {split['trained'] / text:.1%} of their tokens are trained on"
             )
         elif split["tokens"] <= data.seq_len:
@@ -260,7 +221,6 @@ def describe_result(directory: Path, manifest: Json, short: int, data: DataConfi
                 f" {data.seq_len + 1} tokens, which training needs; lower data.seq_len, or give it"
                 " more documents"
             )
-    counts = manifest["counts"]
     for name, count in counts.get("moved", {}).items():
         say(f"{name}: {count:,} documents moved to it, so that no split is empty")
     for rule, count in counts["dropped"].items():
@@ -269,11 +229,11 @@ def describe_result(directory: Path, manifest: Json, short: int, data: DataConfi
     if counts["dropped"].get("bad"):
         say(f"{directory / SKIPPED} lists the bad ones by file and row")
     if "truncated" in counts:
-        say(f"truncated to {manifest['seq_len']} tokens: {counts['truncated']:,} conversations")
-    if 2 * short > counts["written"] and "format" not in manifest:
+        say(f"truncated to {window} tokens: {counts['truncated']:,} conversations")
+    if 2 * short > counts["written"] and not window:
         say(
-            f"warning: the median document has under {SHORT_DOCUMENT} tokens; if these are lines of"
-            ' larger texts, set data.document to file, blank_line, {starts = "regex"} or'
+            f"warning: the median document has under {packing.SHORT_DOCUMENT} tokens; if these are"
+            ' lines of larger texts, set data.document to file, blank_line, {starts = "regex"} or'
             " {lines = 200}"
         )
     say(f"{directory}: ready")
@@ -288,12 +248,20 @@ def say(line: str) -> None:
 
 
 def describe_recipe(data: DataConfig, tokenizer: Tokenizer, survey: Survey) -> Json:
-    """What a dataset is made of, as its manifest states it: equal recipes give equal shards."""
+    """What decides the bytes of a dataset, as its manifest states it: equal recipes, equal shards.
+
+    Keys that came later are stated only where they have an effect: older manifests lack them.
+    """
+    later = ["deduplicate"] if data.deduplicate else []
+    if data.on_error == "skip":
+        later += ["on_error", "max_document_bytes"]
+    if data.format == "instruct":
+        later += ["format", "columns" if data.columns else "messages_column", "template"]
+        later += ["train_on", "too_long", "seq_len"]
+    names = ("sha256", "vocab_size", "bos_id", "eos_id")
     return {
         "version": DATASET_VERSION,
-        "tokenizer": {
-            name: getattr(tokenizer, name) for name in ("sha256", "vocab_size", "bos_id", "eos_id")
-        },
+        "tokenizer": {name: getattr(tokenizer, name) for name in names},
         "sources": [
             {"name": source.name, "bytes": source.bytes}
             | ({"split": source.split} if source.split else {})
@@ -305,29 +273,15 @@ def describe_recipe(data: DataConfig, tokenizer: Tokenizer, survey: Survey) -> J
             "val_fraction": data.val_fraction,
             "test_fraction": data.test_fraction,
         },
-        **{name: getattr(data, name) for name in further_keys(data)},
+        **{name: getattr(data, name) for name in later},
     }
 
 
-def further_keys(data: DataConfig) -> list[str]:
-    """The keys that decide what a dataset holds only where others are not left alone."""
-    names = ["deduplicate"] if data.deduplicate else []
-    if data.on_error == "skip":
-        names += ["on_error", "max_document_bytes"]
-    if data.format == "instruct":
-        names += ["format", "columns" if data.columns else "messages_column", "template"]
-        names += ["train_on", "too_long", "seq_len"]
-    return names
-
-
-def check_existing(directory: Path, recipe: Json) -> None:
-    """UserError where the dataset that exists is another or damaged."""
-    path = directory / "manifest.json"
-    try:
-        manifest = json.loads(path.read_bytes())
-        check_shards(directory, manifest["splits"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path}: damaged; --force prepares anew") from None
+def is_ready(directory: Path, recipe: Json) -> bool:
+    """Whether the dataset is there; UserError if another one is, or a damaged one."""
+    if not (directory / "manifest.json").exists():
+        return False
+    manifest, _ = read_manifest(directory)
     made = [name for name in manifest if name not in ("splits", "counts", "commits")]
     for name in dict.fromkeys([*recipe, *made]):
         found, wanted = manifest.get(name), recipe.get(name)
@@ -336,92 +290,94 @@ def check_existing(directory: Path, recipe: Json) -> None:
             found, wanted = next(pair for pair in pairs if pair[0] != pair[1])
         if found != wanted:
             raise UserError(
-                f"{directory} holds another dataset: {name} was {json.dumps(found)}, is"
-                f" {json.dumps(wanted)}; --force prepares anew, another data.dir keeps both"
+                f"{directory} holds another dataset: {name} was {json.dumps(found)}, is now"
+                f" {json.dumps(wanted)}; --force replaces it, another data.dir keeps both"
             )
+    return True
 
 
 def verify(directory: Path) -> None:
-    """Reads a dataset whole; UserError for what does not match its manifest."""
-    from dataset import digests  # here, as it loads torch, which preparing does not need
-
-    try:
-        manifest = json.loads((directory / "manifest.json").read_bytes())
-        check_shards(directory, manifest["splits"])
-        expected = digests(manifest)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{directory}: no whole manifest.json here; run prepare.py") from None
-    for name, digest in expected.items():
+    """Reads all of a dataset; UserError names a file that does not match the manifest."""
+    manifest, files = read_manifest(directory)
+    for name, (_, digest) in files.items():
         if file_sha256(directory / name) != digest:
-            raise UserError(f"{directory / name}: damaged; --force prepares anew")
-    say(f"{directory}: {len(all_shards(manifest['splits']))} shards match their checksums")
+            raise UserError(f"{directory / name}: damaged; --force prepares it again")
+    shards = sum(len(split["shards"]) for split in manifest["splits"].values())
+    say(f"{directory}: {shards} shards match their checksums")
 
 
-def all_shards(splits: Json) -> list[Json]:
-    return [shard for split in splits.values() for shard in split["shards"]]
+def read_manifest(directory: Path) -> tuple[Json, dict[str, tuple[int, str]]]:
+    """The manifest of a dataset, and the size and sha256 of each of its files.
+
+    Raises:
+        UserError: the manifest is missing or damaged, or a file has another size.
+    """
+    path = directory / "manifest.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        return manifest, check_files(directory, manifest["splits"])
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; run prepare.py") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{path}: damaged; --force prepares it again") from None
 
 
-def shard_file(shard: Json, ending: str) -> str:
-    return shard["file"].removesuffix(".bin") + ending
-
-
-def check_shards(directory: Path, splits: Json) -> None:
-    """UserError for the first shard whose size is not as stated."""
-    for shard in all_shards(splits):
-        wanted = {shard["file"]: 2 * shard["tokens"]}
+def check_files(directory: Path, splits: Json) -> dict[str, tuple[int, str]]:
+    """Size and sha256 of each file of the splits; UserError for a file with another size."""
+    files: dict[str, tuple[int, str]] = {}
+    for shard in (shard for split in splits.values() for shard in split["shards"]):
+        name, tokens = shard["file"], shard["tokens"]
+        files[name] = 2 * tokens, shard["sha256"]
         if "mask_sha256" in shard:
-            wanted[shard_file(shard, ".mask")] = shard["tokens"]
-        for name, expected in wanted.items():
-            path = directory / name
-            size = path.stat().st_size if path.exists() else "no"
-            if size != expected:
-                raise UserError(
-                    f"{path}: {size} bytes instead of {expected}; --force prepares anew"
-                )
+            files[name.removesuffix(".bin") + ".mask"] = tokens, shard["mask_sha256"]
+    for name, (expected, _) in files.items():
+        path = directory / name
+        size = path.stat().st_size if path.exists() else "no"
+        if size != expected:
+            raise UserError(
+                f"{path}: {size} bytes instead of {expected}; --force prepares it again"
+            )
+    return files
 
 
-def open_work(
-    directory: Path, recipe: Json, parts: list[Part], task: Task | None
-) -> tuple[Path, dict[int, Json]]:
-    """The directory of the parts, made ready, and the reports of those that are finished.
+def open_work(build: Build, task: Task | None) -> dict[int, Json]:
+    """Creates the directory of the parts; returns the reports of those that are done.
 
     Raises:
         UserError: there are parts of another recipe, which a task must not discard.
     """
-    known = [REPORT_VERSION, recipe, parts]
-    identity = hashlib.sha256(json.dumps(known).encode()).hexdigest()
-    work = directory / "parts" / identity[:16]
-    if others := [path for path in work.parent.glob("*") if path != work]:
+    root = build.work.parent
+    if others := [path for path in root.glob("*") if path != build.work]:
         left = f"{others[0]}: left by a run with other sources or settings"
         if task:
-            raise UserError(f"{left}; run prepare.py once without --task, or remove {work.parent}")
+            raise UserError(f"{left}; run prepare.py once without --task, or remove {root}")
         say(f"{left}; starting over")
-        discard_work(directory, work)
-    work.mkdir(parents=True, exist_ok=True)
-    return work, read_reports(directory, work, "", len(parts))
+        discard_work(build.directory, build.work)
+    build.work.mkdir(parents=True, exist_ok=True)
+    return read_reports(build, "")
 
 
-def read_reports(directory: Path, work: Path, stage: str, count: int) -> dict[int, Json]:
-    """The reports of the parts that have come through a stage, and whose files are there."""
-    paths = work.glob(f"part-[0-9]*[0-9].{stage}json")
+def read_reports(build: Build, stage: str) -> dict[int, Json]:
+    """The reports of the parts for which a stage is done and whose files are there."""
+    paths = build.work.glob(f"part-[0-9]*[0-9].{stage}json")
     reports = {int(path.name[5:].split(".")[0]): json.loads(path.read_bytes()) for path in paths}
-    if len(reports) < count or (directory / "manifest.json").exists():
-        reports = {
-            index: report
-            for index, report in reports.items()
-            if all(
-                named(part_name(work, index, stage, split), ".bin").exists()
-                for split in report["splits"]
-            )
-        }  # else publishing had begun: some files may be shards already
-    return reports
+    if len(reports) == len(build.parts) and not (build.directory / "manifest.json").exists():
+        return reports  # a killed run may have begun to publish: some files are shards already
+    return {
+        index: report
+        for index, report in reports.items()
+        if all(
+            part_file(build.work, index, stage, f"{split}.bin").exists()
+            for split in report["splits"]
+        )
+    }
 
 
 def discard_work(directory: Path, kept: Path | None = None) -> None:
-    """Removes all parts, or all but those `kept`; OSError for what prepare.py did not write."""
+    """Removes all parts but those in `kept`; OSError for a file that prepare.py has not made."""
     root = directory / "parts"
     for work in [path for path in root.glob("*") if path != kept]:
-        while work.exists():  # again if a task that still lives has added to it
+        while work.exists():  # again if a task that still runs has added a file
             ours = [*work.glob("part-*")]
             for path in ours:
                 path.unlink(missing_ok=True)
@@ -435,35 +391,34 @@ def discard_work(directory: Path, kept: Path | None = None) -> None:
 
 
 def work_through(
+    build: Build,
     parts: list[Part],
     reports: dict[int, Json],
     job: Callable[[str, Sequence[int], Part], Json],
-    workers: int,
-    work: Path,
     verb: str,
 ) -> None:
-    """Does the job on those of the parts that have no report yet, on all cores; adds their reports.
+    """Does a job on the parts that have no report yet, in many processes; adds their reports.
 
-    The job gets a name for its temporary files, and an array for how much of each part is done.
+    The job takes a name for its temporary files, and an array that counts the bytes it has read.
 
     Raises:
-        UserError: the first mistake that a worker meets, or a worker that was killed. All others
-            are stopped at once.
+        UserError: the first error in a worker, or a worker was killed; all others are stopped.
     """
     if not (todo := [part for part in parts if part.index not in reports]):
         return
     # Bytes read of each part. It has no lock, so a worker that is killed can't keep one.
-    done = RawArray("Q", todo[-1].index + 1)
+    done = multiprocessing.RawArray("Q", todo[-1].index + 1)
     total, end, documents = sum(part.bytes for part in parts), len(reports) + len(todo), 0
     before = total - sum(part.bytes for part in todo)
     start, printed, run = time.monotonic(), 0.0, secrets.token_hex(8)
-    count = min(workers or available_cores(), len(todo))
-    job = functools.partial(job, run, done)
-    bar = tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None)
+    count = min(build.encoder.data.workers or available_cores(), len(todo))
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    initial = (os.getpid(), functools.partial(job, run, done))
+    pool = ProcessPoolExecutor(count, context, start_worker, initial)
     waiting = iter(todo)
     running: dict[Future, Part] = {}
     try:
-        with start_workers(count, job) as pool, bar:
+        with tqdm(total=total, initial=before, unit="B", unit_scale=True, disable=None) as bar:
             while len(reports) < end:
                 for part in itertools.islice(waiting, 2 * count - len(running)):
                     running[pool.submit(run_job, part)] = part
@@ -482,33 +437,23 @@ def work_through(
     except BrokenProcessPool:
         files = sorted({part.pieces[0].path for part in running.values()})
         raise UserError(
-            f"a worker died in a part that begins with {' or '.join(files)}; if memory ran out, use"
-            " fewer data.workers; a new run goes on from here"
+            f"a worker died in a part that begins with {' or '.join(files)}; if memory ran out,"
+            " lower data.workers; the next run continues from here"
         ) from None
-    finally:
-        for path in work.glob(f"part-*.{run}.tmp"):  # what they had begun
-            path.unlink(missing_ok=True)
-    say(f"{verb} {documents:,} documents, {speed}")
-
-
-@contextlib.contextmanager
-def start_workers(count: int, job: Callable[[Part], Json]) -> Iterator[ProcessPoolExecutor]:
-    """Worker processes that have a job; on leaving, all are killed at once."""
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(count, context, start_worker, (os.getpid(), job))
-    try:
-        yield pool
     finally:
         for worker in multiprocessing.active_children():
             worker.kill()
         pool.shutdown()
+        for path in build.work.glob(f"part-*.{run}.tmp"):  # of workers that were stopped
+            path.unlink(missing_ok=True)
+    say(f"{verb} {documents:,} documents, {speed}")
 
 
 def start_worker(parent: int, job: Callable[[Part], Json]) -> None:
-    """Makes this process a worker: it keeps its job, and ends with its parent."""
+    """Makes this process a worker: it keeps its job, and ends when its parent is gone."""
     global JOB
     JOB = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which kills us
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -522,119 +467,93 @@ def run_job(part: Part) -> Json:
     return JOB(part)
 
 
-def arrange_parts(
-    encoder: Encoder, parts: list[Part], tokenized: list[Json], work: Path
-) -> list[Json]:
-    """Drops what occurred before and packs conversations, part by part; the parts' new reports."""
-    data = encoder.data
+def arrange_parts(build: Build, tokenized: list[Json]) -> list[Json]:
+    """Drops duplicates and packs conversations, part by part; returns the parts' new reports."""
     dropped: dict[tuple[int, str], np.ndarray] = {}
-    if data.deduplicate:
-        for split in SPLITS:
-            keys = [(p.index, split) for p in parts if split in tokenized[p.index]["splits"]]
-            names = [part_name(work, index, "", split) for index, split in keys]
-            dropped |= dict(zip(keys, find_duplicates(names), strict=True))
-    reports = read_reports(work.parent.parent, work, ARRANGED, len(parts))
-    eos = encoder.tokenizer.eos_id.to_bytes(2, "little")
-    splits = [list(report["splits"]) for report in tokenized]
-    job = functools.partial(arrange_part, work, splits, dropped, data, eos)
-    work_through(parts, reports, job, data.workers, work, "arranged")
-    return [reports[part.index] for part in parts]
+    for split in SPLITS if build.encoder.data.deduplicate else ():
+        keys = [(i, split) for i, report in enumerate(tokenized) if split in report["splits"]]
+        paths = [part_file(build.work, index, "", split) for index, _ in keys]
+        dropped |= zip(keys, packing.find_duplicates(paths), strict=True)
+    reports = read_reports(build, ARRANGED)
+    job = functools.partial(packing.arrange_part, build.encoder, build.work, dropped)
+    work_through(build, build.parts, reports, job, "arranged")
+    return [reports[part.index] for part in build.parts]
 
 
 def check_splits(
-    data: DataConfig,
-    reports: list[Json],
-    edges: dict[str, list[int]],
-    counts: Json,
-    work: Path,
+    build: Build, reports: list[Json], edges: dict[str, list[int]], counts: Json
 ) -> None:
-    """UserError for a split that was asked for and got no document."""
-    asked = {
-        "train": True,
-        "val": data.val_sources or data.val_fraction > 0,
-        "test": data.test_sources or data.test_fraction > 0,
-    }
+    """UserError for a split that was asked for and got no document; discards the parts then."""
+    data, texts = build.encoder.data, sum(map(len, edges.values()))
+    names = sorted(readers.asked_splits(data), key=SPLITS.index)
+    given = [name for name in SPLITS[1:] if getattr(data, f"{name}_sources")]
+    filled = {name for report in reports for name in report["splits"]}
+    if not (empty := [name for name in SPLITS if name in (*names, *given) and name not in filled]):
+        return
     dropped = [f"{count} {RULES[rule]}" for rule, count in counts["dropped"].items() if count]
     beside = f", {' and '.join(dropped)} among them," if dropped else ""
-    texts = sum(map(len, edges.values()))
-    names = sorted(readers.asked_splits(data), key=SPLITS.index)
-    advice = "change data.sources, or the split's sources"
+    advice, first = "change data.sources, or the split's sources", ""
     if 0 < texts < len(names):
         none = " and ".join(f"data.{name}_fraction = 0" for name in names[texts:])
         different = f"{texts} different text{'s' * (texts > 1)}"
         advice = f"{different} can't fill {len(names)} splits: set {none}, or add more"
-    for split in SPLITS:
-        if asked[split] and not any(split in report["splits"] for report in reports):
-            raise UserError(
-                f"the {split} split is empty: of {counts['read']} documents{beside} none"
-                f" fell into it{first_bad(work)}; {advice}"
-            )
+    if lists := sorted(build.work.glob(f"part-*.{SKIPPED}")):
+        bad = Bad(**json.loads(lists[0].read_bytes().splitlines()[0]))
+        first = f" (the first bad one: {bad.message()})"
+    discard_work(build.directory)  # the next run would only find the same
+    raise UserError(
+        f"the {empty[0]} split is empty: of {counts['read']} documents{beside} none fell into"
+        f" it{first}; {advice}"
+    )
 
 
-def first_bad(work: Path) -> str:
-    """Where and why the first bad document is one; nothing if there is none."""
-    for path in sorted(work.glob(f"part-*.{SKIPPED}")):
-        bad = Bad(**json.loads(path.read_bytes().splitlines()[0]))
-        return f" (the first bad one: {bad.message()})"
-    return ""
+def publish(build: Build, stage: str, reports: list[Json], counts: Json) -> Json:
+    """Turns the files of finished parts into shards, and writes the manifest, which is returned.
 
-
-def publish(
-    directory: Path,
-    work: Path,
-    stage: str,
-    recipe: Json,
-    reports: list[Json],
-    counts: Json,
-    commits: dict[str, str],
-) -> Json:
-    """Turns the files of finished parts into shards; the manifest, written last, which it returns.
-
-    A kill in between leaves no manifest, and the next run publishes the rest.
+    If it is killed, no manifest is there, and the next run publishes the rest.
     """
-    splits: Json = {}
-    names = set()
+    directory, splits = build.directory, {}
     (directory / "manifest.json").unlink(missing_ok=True)
     for split in SPLITS:
-        shards = []
+        shards: list[Json] = []
         for index, report in enumerate(reports):
             if split in report["splits"]:
-                shard = {"file": f"{split}-{len(shards):05d}.bin", **report["splits"][split]}
-                shards.append(shard)
-                for ending in (".bin", ".mask") if "mask_sha256" in shard else (".bin",):
-                    names.add(shard_file(shard, ending))
-                    if (path := named(part_name(work, index, stage, split), ending)).exists():
-                        path.replace(directory / shard_file(shard, ending))
+                name = f"{split}-{len(shards):05d}"
+                shards.append({"file": f"{name}.bin", **report["splits"][split]})
+                for ending in (".bin", ".mask"):
+                    path = part_file(build.work, index, stage, split + ending)
+                    if path.exists():
+                        path.replace(directory / (name + ending))
         if shards:
-            totals = (name for name in (*COUNTS, *MASK_COUNTS) if name in shards[0])
+            totals = [name for name in (*packing.COUNTS, *packing.MASK_COUNTS) if name in shards[0]]
             splits[split] = {n: sum(shard[n] for shard in shards) for n in totals}
             splits[split]["shards"] = shards
-    check_shards(directory, splits)
-    for path in directory.iterdir():  # shards of a dataset that was here before
+    try:
+        files = check_files(directory, splits)
+    except UserError:
+        discard_work(directory)  # the next run starts over
+        raise
+    for path in directory.iterdir():  # shards of the dataset that was here before
         ours = re.fullmatch(r"(train|val|test)-\d{5,}\.(bin|mask)", path.name)
-        if ours and path.name not in names:
+        if ours and path.name not in files:
             path.unlink()
     if duplicates := sum(report.get("duplicates", 0) for report in reports):
         counts["dropped"]["duplicate"] = duplicates
         counts["written"] -= duplicates
-    list_skipped(directory, work)
-    manifest = {**recipe, "splits": splits, "counts": counts}
-    if commits:
-        manifest["commits"] = commits
+    list_skipped(build)
+    manifest = {**build.recipe, "splits": splits, "counts": counts}
+    if build.commits:
+        manifest["commits"] = build.commits
     sync_directory(directory)
     write_atomically(directory / "manifest.json", json.dumps(manifest, indent=1).encode())
     discard_work(directory)
     return manifest
 
 
-def list_skipped(directory: Path, work: Path) -> None:
-    """Writes the list of bad documents, a JSON object a line; none where there are none."""
-    path = directory / SKIPPED
-    if lists := sorted(work.glob(f"part-*.{SKIPPED}")):
-        with new_file(path, "new") as file:
-            for one in lists:
-                with open(one, "rb") as source:
-                    shutil.copyfileobj(source, file)
-            name_file(file, path)
-    else:
-        path.unlink(missing_ok=True)
+def list_skipped(build: Build) -> None:
+    """Writes the list of bad documents, one JSON object per line; no file if there are none."""
+    path = build.directory / SKIPPED
+    path.unlink(missing_ok=True)
+    with packing.new_file(path, "new") as file:
+        for one in sorted(build.work.glob(f"part-*.{SKIPPED}")):
+            file.write(one.read_bytes())

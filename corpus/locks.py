@@ -1,4 +1,4 @@
-"""A lock that a program holds while it writes what others may want to write at the same time."""
+"""A lock for programs that would otherwise write the same files at the same time."""
 
 from __future__ import annotations
 
@@ -13,25 +13,31 @@ from typing import TextIO
 
 from config import tell
 
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+
 
 @contextlib.contextmanager
 def locked(path: Path, busy: Callable[[str], None]) -> Iterator[str]:
-    """Holds a lock: the file `path`, which is removed at the end; a process that dies frees it.
+    """Holds a lock on the file `path`, which is removed at the end; a process that dies frees it.
 
-    Where the file system has no locks, this is said, and nothing is locked.
+    On a file system without locks nothing is locked, and a line on standard error says so.
 
     Args:
-        busy: called with the holder's name where another process has the lock. If it returns, we
-            wait for the lock.
+        busy: called with the holder's name if another process has the lock. If it returns, we wait
+            for the lock.
 
     Yields:
-        The name of a holder that died; empty if there was none.
+        The name of a holder that died without removing the file, else "".
     """
     while True:
         with open(path, "a+", encoding="utf-8") as file:
             held = _lock(file, busy)
-            if not _is_at(file, path):
-                continue  # who held it removed it: whoever comes now makes another
+            try:
+                current = os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+            except FileNotFoundError:
+                current = False
+            if not current:
+                continue  # the holder has removed the file, so others lock a new one
             file.seek(0)
             died = file.read() if held else ""
             try:
@@ -45,7 +51,7 @@ def locked(path: Path, busy: Callable[[str], None]) -> Iterator[str]:
 
 
 def _lock(file: TextIO, busy: Callable[[str], None]) -> bool:
-    """Locks an open file; False where the file system can't."""
+    """Locks an open file; False if the file system has no locks."""
     try:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -54,16 +60,8 @@ def _lock(file: TextIO, busy: Callable[[str], None]) -> bool:
             busy(file.read() or "another process")
             fcntl.flock(file, fcntl.LOCK_EX)
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+        if error.errno not in NO_LOCKS:
             raise
         tell(f"{file.name}: this file system has no locks; start one program at a time on it")
         return False
     return True
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether an open file still has that name."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False

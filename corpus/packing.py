@@ -1,8 +1,8 @@
-"""A part's documents to files of tokens: encoded, compared, packed into windows.
+"""Turns the documents of one part into token files: encodes, drops duplicates, packs windows.
 
-The documents of one split of a part stand back to back in NAME.bin. Where their tokens have a mask
-it is NAME.mask, a byte a token; where they are to be compared or packed, NAME.docs has a record for
-each, and from it `arrange_part` makes the final files.
+The files of one split of a part share a name. NAME.bin holds the tokens, documents back to back.
+Conversations add NAME.mask, one byte per token. If documents are deduplicated or packed, NAME.docs
+has a record for each, and `arrange_part` writes the final files from these.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import contextlib
 import hashlib
 import json
 import os
+import struct
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -26,12 +27,11 @@ from tokenizer import LEARNT, Template, Tokenizer
 
 COUNTS = ("tokens", "documents", "bytes")
 MASK_COUNTS = ("trained", "filled")
-ARRANGED = "arranged."  # in the names of files whose documents were compared or packed
+ARRANGED = "arranged."  # in the names of files whose documents were deduplicated or packed
 SKIPPED = "skipped.jsonl"
-SHORT_DOCUMENT = 64  # tokens; a median below it suggests lines where documents were meant
-RECORD = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2)])
+SHORT_DOCUMENT = 64  # tokens; a lower median suggests that lines were taken for documents
+RECORD = np.dtype([("tokens", "<u8"), ("bytes", "<u8"), ("digest", "<u8", 2)])  # of NAME.docs
 DUPLICATES_AT_ONCE = 4_000_000  # records compared at a time, about 50 bytes of memory each
-
 
 Json = dict[str, Any]
 
@@ -40,8 +40,8 @@ class Encoder(NamedTuple):
     """What a worker needs to tokenize documents.
 
     Attributes:
-        template: for conversations.
-        moved: documents that go to another split than their hash says, see readers.fill_splits.
+        template: how conversations are written; None for plain text.
+        moved: the new split of documents that readers.fill_splits moves, by their hash.
     """
 
     data: DataConfig
@@ -51,7 +51,7 @@ class Encoder(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A document's tokens, two bytes each; its mask, one byte each; and the bytes of its text."""
+    """A document's tokens (two bytes each), its mask (one byte each), and the bytes of its text."""
 
     tokens: bytes
     mask: bytes
@@ -61,38 +61,37 @@ class Encoded(NamedTuple):
 
 
 class Shard:
-    """One split of a part on its way to disk, counted and hashed.
+    """Writes, counts and hashes the files of one split of a part.
 
     Args:
-        path: the files' name without its ending.
-        endings: the files to write, of .bin, .mask and .docs.
-        run: tells this program's temporary files from those of others that write the same.
+        files: on leaving it, the files get their names.
+        path: their name without the ending.
+        endings: which files to write, of .bin, .mask and .docs.
+        run: see new_file.
     """
 
     def __init__(self, files: contextlib.ExitStack, path: Path, endings: tuple[str, ...], run: str):
-        self.path = path
         self.files = {
-            ending: files.enter_context(new_file(named(path, ending), run)) for ending in endings
+            ending: files.enter_context(new_file(Path(f"{path}{ending}"), run))
+            for ending in endings
         }
         self.digests = {ending: hashlib.sha256() for ending in endings}
-        self.counts = dict.fromkeys((*COUNTS, *MASK_COUNTS), 0)
+        self.counts = dict.fromkeys(COUNTS + MASK_COUNTS * (".mask" in endings), 0)
 
     def add(self, document: Encoded) -> None:
+        tokens = len(document.tokens) // 2
         self.write(".bin", document.tokens)
         if ".mask" in self.files:
             self.write(".mask", document.mask)
             self.counts["trained"] += document.mask.count(1)
-        tokens = len(document.tokens) // 2
         if ".docs" in self.files:
-            digest = np.frombuffer(document.digest, "<u8")
-            record = np.array([(tokens, document.bytes, digest)], RECORD)
-            self.write(".docs", record.tobytes())
+            self.write(".docs", struct.pack("<QQ16s", tokens, document.bytes, document.digest))
         self.counts["tokens"] += tokens
         self.counts["documents"] += 1
         self.counts["bytes"] += document.bytes
 
     def fill(self, count: int, eos: bytes) -> None:
-        """Fills up a window."""
+        """Pads a window with `count` tokens EOS, which are not trained on."""
         self.write(".bin", eos * count)
         self.write(".mask", bytes(count))
         self.counts["tokens"] += count
@@ -103,41 +102,39 @@ class Shard:
         self.digests[ending].update(content)
 
     def finish(self) -> Json:
-        """Makes the files durable and gives them their names; what a manifest says of them."""
-        for ending, file in self.files.items():
-            name_file(file, named(self.path, ending))
-        masked = ".mask" in self.files
-        found = {name: self.counts[name] for name in (*COUNTS, *(MASK_COUNTS if masked else ()))}
-        found["sha256"] = self.digests[".bin"].hexdigest()
-        if masked:
-            found["mask_sha256"] = self.digests[".mask"].hexdigest()
-        return found
+        """The counts and digests, as the manifest states them."""
+        digests = {"sha256": self.digests[".bin"].hexdigest()}
+        if ".mask" in self.files:
+            digests["mask_sha256"] = self.digests[".mask"].hexdigest()
+        return self.counts | digests
 
 
-def part_name(work: Path, index: int, stage: str, split: str) -> Path:
-    """The files of one split of a part, without their endings."""
-    return work / f"part-{index:06d}.{stage}{split}"
+def part_file(work: Path, index: int, stage: str, name: str) -> Path:
+    """A file of a part: of one of its splits (without the ending), its report or its bad rows."""
+    return work / f"part-{index:06d}.{stage}{name}"
 
 
 def record_endings(data: DataConfig) -> tuple[str, ...]:
-    """What a part's documents need beside their tokens, so that they can be arranged anew."""
+    """The files that arrange_part needs beside the tokens; none if it has nothing to do."""
     mask = (".mask",) if data.format == "instruct" else ()
     return (*mask, ".docs") if mask or data.deduplicate else ()
 
 
 def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], part: Part) -> Json:
-    """Writes the tokens of a part's documents, some files a split, and then its report.
+    """Writes a part's token files and then its report, which is returned.
+
+    `run` is new_file's; `done` counts the bytes read of each part, for the progress bar.
 
     Raises:
-        UserError: a document that can't be read.
-        OSError: the files can't be written.
+        UserError: a document can't be read.
+        OSError: a file can't be written.
     """
     data, counts = encoder.data, Counter(read=0, truncated=0, short=0)
     dropped: Counter[str] = Counter()
     shards: dict[str, Shard] = {}
     splitter = readers.Splitter(data, encoder.moved)
     with contextlib.ExitStack() as files:
-        skipped = files.enter_context(new_file(work / f"part-{part.index:06d}.{SKIPPED}", run))
+        skipped = files.enter_context(new_file(part_file(work, part.index, "", SKIPPED), run))
 
         def skip(bad: Bad) -> None:
             line = json.dumps(bad._asdict(), ensure_ascii=False) + "\n"
@@ -155,115 +152,104 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
             if isinstance(encoded, str):
                 dropped[encoded] += 1
                 continue
-            tokens = len(encoded.tokens) // 2
-            counts["short"] += tokens < SHORT_DOCUMENT
+            counts["short"] += len(encoded.tokens) < 2 * SHORT_DOCUMENT
             counts["truncated"] += encoded.truncated
             split = part.split or splitter.split(document.text)
             if split not in shards:
-                name = part_name(work, part.index, "", split)
-                shards[split] = Shard(files, name, (".bin", *record_endings(data)), run)
+                path = part_file(work, part.index, "", split)
+                shards[split] = Shard(files, path, (".bin", *record_endings(data)), run)
             shards[split].add(encoded)
         splits = {split: shard.finish() for split, shard in sorted(shards.items())}
-        if dropped["bad"]:
-            name_file(skipped, work / f"part-{part.index:06d}.{SKIPPED}")
     report = {"splits": splits, **counts, "dropped": dropped}
     report |= {"edges": splitter.edges, "moved": splitter.counts}
-    write_file(work / f"part-{part.index:06d}.json", json.dumps(report).encode(), run)
+    return write_report(report, work, "", run, done, part)
+
+
+def write_report(
+    report: Json, work: Path, stage: str, run: str, done: Sequence[int], part: Part
+) -> Json:
+    """Writes the report of a part whose files are complete, which marks the part as done."""
+    with new_file(part_file(work, part.index, stage, "json"), run) as file:
+        file.write(json.dumps(report).encode())
     done[part.index] = part.bytes
     return report
 
 
-def write_file(path: Path, content: bytes, run: str) -> None:
-    with new_file(path, run) as file:
-        file.write(content)
-        name_file(file, path)
-
-
 def encode(document: Document, encoder: Encoder) -> Encoded | str:
-    """A document's tokens from BOS to EOS, or the rule by which it is dropped."""
+    """A document's tokens from BOS to EOS, or the rule (see build.RULES) that drops it."""
     data, tokenizer, template, _ = encoder
-    size = len(document.text.encode())
-    digest = bytes(16)
-    if data.deduplicate:
-        digest = hashlib.blake2b(document.text.encode(), digest_size=16).digest()
+    content = document.text.encode()
+    digest = hashlib.blake2b(content, digest_size=16).digest() if data.deduplicate else bytes(16)
     if not template:
-        if not size:
+        if not content:
             return "empty"
         bos, eos = (i.to_bytes(2, "little") for i in (tokenizer.bos_id, tokenizer.eos_id))
         ids = tokenizer.encode(document.text).astype("<u2").tobytes()
-        return Encoded(bos + ids + eos, b"", size, digest)
+        return Encoded(bos + ids + eos, b"", len(content), digest)
     messages = json.loads(document.text)
-    if not any(content for _, content in messages):
+    if not any(text for _, text in messages):
         return "empty"
-    if not any(content for role, content in messages if role == LEARNT):
+    if not any(text for role, text in messages if role == LEARNT):
         return "no_response"
-    asked = [content for role, content in messages if role not in ("system", LEARNT)]
+    asked = [text for role, text in messages if role not in ("system", LEARNT)]
     if asked and not any(asked):
         return "no_prompt"
     ids, mask = template.render(messages, data.train_on)
-    truncated = len(ids) > data.seq_len
-    if truncated:
+    size = sum(len(text.encode()) for _, text in messages)
+    if truncated := len(ids) > data.seq_len:
         if data.too_long == "drop":
             return "too_long"
         ids, mask = ids[: data.seq_len].copy(), mask[: data.seq_len].copy()
         ids[-1], mask[-1] = tokenizer.eos_id, 0
         if not mask.any():
             return "too_long"
-    text = tokenizer.decode(ids) if truncated else "".join(content for _, content in messages)
-    size = len(text.encode())
+        size = len(tokenizer.decode(ids).encode())
     return Encoded(ids.astype("<u2").tobytes(), mask.tobytes(), size, digest, truncated)
 
 
 def arrange_part(
+    encoder: Encoder,
     work: Path,
-    splits: list[list[str]],
-    dropped: dict[tuple[int, str], np.ndarray],
-    data: DataConfig,
-    eos: bytes,
+    dropped: Mapping[tuple[int, str], np.ndarray],
     run: str,
     done: Sequence[int],
     part: Part,
 ) -> Json:
-    """Writes a part's files anew, as they will be published, and then its report."""
-    shards = {}
-    nothing = np.empty(0, np.int64)
+    """Writes a tokenized part's final files, and then its report, which is returned.
+
+    `dropped` has the duplicates by part and split; `run` and `done` are as in tokenize_part.
+    """
+    data, eos = encoder.data, encoder.tokenizer.eos_id.to_bytes(2, "little")
     endings = (".bin", ".mask") if data.format == "instruct" else (".bin",)
-    duplicates = 0
+    tokenized = json.loads(part_file(work, part.index, "", "json").read_bytes())
+    shards, duplicates = {}, 0
     with contextlib.ExitStack() as files:
-        for split in splits[part.index]:
-            drop = dropped.get((part.index, split), nothing)
+        for split in tokenized["splits"]:
+            drop = dropped.get((part.index, split), np.empty(0, np.int64))
+            shard = Shard(files, part_file(work, part.index, ARRANGED, split), endings, run)
+            arrange(part_file(work, part.index, "", split), shard, drop, data.seq_len, eos)
             duplicates += len(drop)
-            shard = Shard(files, part_name(work, part.index, ARRANGED, split), endings, run)
-            arrange(part_name(work, part.index, "", split), shard, drop, data.seq_len, eos)
             if shard.counts["documents"]:
                 shards[split] = shard.finish()
     read = sum(shard["documents"] for shard in shards.values()) + duplicates
     report = {"splits": shards, "read": read, "duplicates": duplicates}
-    path = work / f"part-{part.index:06d}.{ARRANGED}json"
-    write_file(path, json.dumps(report).encode(), run)
-    done[part.index] = part.bytes
-    return report
-
-
-def named(path: Path, ending: str) -> Path:
-    """`part-000000.train` and `.bin` to one name (the part's dot is no ending)."""
-    return path.with_name(path.name + ending)
+    return write_report(report, work, ARRANGED, run, done, part)
 
 
 def arrange(source: Path, shard: Shard, dropped: np.ndarray, seq_len: int, eos: bytes) -> None:
-    """Copies the documents of `source` into a shard but for those dropped, packed if it has a mask.
+    """Copies documents to a shard, packed into windows of `seq_len` tokens if it has a mask.
 
     Args:
-        dropped: indices of documents.
-        seq_len: tokens of a window, for documents with a mask.
+        source: the name of the documents' files, without the ending.
+        dropped: indices of the documents to leave out.
         eos: EOS as two bytes.
     """
-    records = np.fromfile(named(source, ".docs"), RECORD)
+    records = np.fromfile(f"{source}.docs", RECORD)
     starts = np.concatenate([[0], np.cumsum(records["tokens"])]).astype(np.int64)
     kept = np.setdiff1d(np.arange(len(records)), dropped)
-    tokens = np.memmap(named(source, ".bin"), "<u2", "r")
+    tokens = np.memmap(f"{source}.bin", "<u2", "r")
     masked = ".mask" in shard.files
-    mask = np.memmap(named(source, ".mask"), np.uint8, "r") if masked else None
+    mask = np.memmap(f"{source}.mask", np.uint8, "r") if masked else None
     lengths = records["tokens"][kept].astype(np.int64)
     for window in pack(lengths, seq_len) if masked else [range(len(kept))]:
         for index in kept[window]:
@@ -275,17 +261,17 @@ def arrange(source: Path, shard: Shard, dropped: np.ndarray, seq_len: int, eos: 
 
 
 def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
-    """Fills windows of `size` tokens with whole documents: best fit, the longest first.
+    """Fills windows of `size` tokens with whole documents: best fit, longest document first.
 
-    A document goes where it leaves the least room (Johnson, "Near-optimal bin packing algorithms",
-    1973), so that hardly any window but a part's last ones has much left.
+    A document goes to the window that it leaves with the least room (Johnson, "Near-optimal bin
+    packing algorithms", 1973), so only the last few windows of a part have much room left.
 
     Returns:
-        For each window the indices of its documents; all in the order of the documents.
+        For each window the indices of its documents; windows and indices in ascending order.
     """
     windows: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # windows with so many tokens left
-    rooms: list[int] = []  # the keys, ascending
+    by_room: dict[int, list[int]] = {}  # windows by the tokens that still fit
+    rooms: list[int] = []  # the keys of by_room, ascending
     for document in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[document])
         at = bisect.bisect_left(rooms, length)
@@ -308,16 +294,16 @@ def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
 def find_duplicates(sources: list[Path]) -> list[np.ndarray]:
     """For each source the indices of documents whose digest an earlier document has.
 
-    Memory does not grow with the corpus: digests are compared in groups by their value, at the
-    price of reading the records once a group.
+    Digests are compared in groups by their value. So memory does not grow with the corpus, but the
+    records are read once per group.
     """
-    total = sum(named(path, ".docs").stat().st_size for path in sources) // RECORD.itemsize
+    total = sum(os.path.getsize(f"{path}.docs") for path in sources) // RECORD.itemsize
     groups = -(-total // DUPLICATES_AT_ONCE)
     found: list[list[np.ndarray]] = [[] for _ in sources]
     for group in range(groups):
         digests, owners, indices = [], [], []
         for owner, path in enumerate(sources):
-            digest = np.fromfile(named(path, ".docs"), RECORD)["digest"]
+            digest = np.fromfile(f"{path}.docs", RECORD)["digest"]
             (mine,) = np.nonzero(digest[:, 0] % groups == group)
             digests.append(digest[mine])
             owners.append(np.full(len(mine), owner, np.uint32))
@@ -332,18 +318,20 @@ def find_duplicates(sources: list[Path]) -> list[np.ndarray]:
 
 @contextlib.contextmanager
 def new_file(path: Path, run: str) -> Iterator[BinaryIO]:
-    """A file to write under a temporary name; unless `name_file` gives it its own, it goes."""
+    """A file that gets its name at the end, complete and durable; after an error it is removed.
+
+    So is one that stayed empty. Programs that write the same `path` at the same time differ in
+    `run`, which is part of the temporary name; the last one replaces an equal file.
+    """
     temporary = path.with_name(f"{path.name}.{run}.tmp")
     try:
         with open(temporary, "wb", 1 << 20) as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        if size:
+            temporary.replace(path)
+            sync_directory(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def name_file(file: BinaryIO, path: Path) -> None:
-    """Makes a file durable and gives it its name, where an equal one may stand."""
-    file.flush()
-    os.fsync(file.fileno())
-    os.replace(file.name, path)
-    sync_directory(path.parent)

@@ -449,7 +449,7 @@ def test_a_finished_dataset_is_up_to_date_and_never_overwritten_unasked(project)
 
     line = refused(project, "--data.val_fraction=0.2")
     assert "holds another dataset: split was" in line
-    assert "--force prepares anew" in line
+    assert "--force replaces it, another data.dir keeps both" in line
     with open(project / "corpus.jsonl", "a") as file:
         file.write('{"text": "one more"}\n')
     assert f'sources was {{"name": "{project}/corpus.jsonl", "bytes"' in refused(project)
