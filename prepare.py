@@ -3,8 +3,8 @@ python prepare.py [CONFIG] [--section.key=value …] --download | --task=I/N | -
 
 Tokenizes the sources of CONFIG into the packed dataset `data.dir`, on all cores. After a kill, the
 same command continues; when all is done, it says "up to date". To share the work of several
-machines, start N tasks of a job array with --task=I/N. When they have ended, run once without it:
-that does what is missing and publishes the dataset.
+machines, start N tasks of a job array with --task=I/N. When they have ended, run once without it,
+to do what is missing and to publish the dataset.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from config import check_command_line
 FLAGS = {
     "--force": "prepare again, and replace the dataset that exists",
     "--download": "fetch the hf:// sources into data.raw_dir, and nothing else",
-    "--task=I/N": "tokenize every Nth part, from part I on (0 to N - 1), and publish nothing",
+    "--task=I/N": "tokenize only parts I, I + N, I + 2N, … (I from 0 on), and publish nothing",
     "--verify": "read all of a prepared dataset and check it against its manifest",
     "--inspect": "describe a prepared dataset: lengths, rates, first documents, a picture",
     "--bad-steps": "print the texts of the training steps that the run in train.out_dir skipped",
@@ -56,12 +56,12 @@ def main(arguments: list[str]) -> None:
 
 
 def read_task(flags: list[str]) -> build.Task | None:
-    """The task that --task names; ConfigError if there is no such task, or another flag with it."""
+    """The task that --task gives; ConfigError if there is no such task, or for another flag."""
     texts = [flag.partition("=")[2] for flag in flags if flag.startswith("--task=")]
     if not texts:
         return None
     if len(flags) > 1:
-        raise ConfigError(f"--task goes alone, not {' '.join(sorted(flags))}")
+        raise ConfigError(f"--task allows no other flag, got {' '.join(sorted(flags))}")
     match = re.fullmatch("([0-9]+)/([0-9]+)", texts[0])
     if not match or int(match[1]) >= int(match[2]):
         raise ConfigError(

@@ -94,13 +94,14 @@ class Build(NamedTuple):
 def prepare(
     directory: Path, config: DataConfig, tokenizer: Tokenizer, task: Task | None, force: bool
 ) -> None:
-    """Makes the dataset of data.sources, or a task's share of its parts; an equal one is kept.
+    """Prepares the dataset of data.sources, or a task's share of its parts.
 
-    A run without a task waits while another one works in the directory.
+    An equal dataset that exists is kept. A run without a task waits while another one works in the
+    directory.
 
     Raises:
-        UserError: a source or a document that can't be read, another or a damaged dataset, a
-            worker that died, an empty split, a directory that can't be written.
+        UserError: a source or document can't be read, another or a damaged dataset exists, a worker
+            died, a split is empty, or the directory can't be written.
     """
     data = hub.local_sources(config)
     survey = Survey(data)
@@ -108,7 +109,7 @@ def prepare(
         say(line)
     recipe = describe_recipe(data, tokenizer, survey)
     try:
-        # With parts in it, a run with --force may be replacing the dataset that looks ready.
+        # If there are parts, a run with --force may be replacing a dataset that looks ready.
         busy = not task and (directory / "parts").exists()
         if force or busy or not is_ready(directory, recipe):
             template = Template(data.template, tokenizer) if data.format == "instruct" else None
@@ -141,16 +142,16 @@ def make(build: Build, task: Task | None) -> None:
 
     A dataset that is there stays complete until all parts are done.
     """
-    directory, encoder, parts = build.directory, build.encoder, build.parts
+    directory, parts, data = build.directory, build.parts, build.encoder.data
     reports = open_work(build, task)
     if reports:
         say(f"{directory}: {len(reports)} of {len(parts)} parts are done already")
     share = parts[task.index :: task.count] if task else parts
-    job = functools.partial(packing.tokenize_part, encoder, build.work)
+    job = functools.partial(packing.tokenize_part, build.encoder, build.work)
     work_through(build, share, reports, job, "tokenized")
     if task:
-        name = f"task {task.index}/{task.count}"
-        say(f"{directory}: {name} is done, {len(share)} of {len(parts)} parts")
+        done = f"task {task.index}/{task.count} is done, {len(share)} of {len(parts)} parts"
+        say(f"{directory}: {done}")
         return
     edges = fill_splits(build, reports)
     tokenized = [reports[part.index] for part in parts]
@@ -159,19 +160,16 @@ def make(build: Build, task: Task | None) -> None:
         counts["not_read"] = build.not_read
     check_splits(build, tokenized, edges, counts)
     stage, shards = "", tokenized
-    if packing.record_endings(encoder.data):
+    if packing.record_endings(data):
         stage, shards = ARRANGED, arrange_parts(build, tokenized)
     manifest = publish(build, stage, shards, counts)
-    describe_result(directory, manifest, sum(report["short"] for report in tokenized), encoder.data)
+    describe_result(directory, manifest, sum(report["short"] for report in tokenized), data)
 
 
 def fill_splits(build: Build, reports: dict[int, Json]) -> dict[str, list[int]]:
-    """Moves documents to splits that would be empty: tokenizes the parts that hold them again.
+    """Moves documents to splits that would be empty, by tokenizing their parts again.
 
-    Changes `reports`.
-
-    Returns:
-        The lowest and highest hashes of each split, see readers.Splitter.
+    Changes `reports`, and returns the lowest and highest hashes of each split (readers.Splitter).
     """
     edges: dict[str, list[int]] = {}
     for report in reports.values():
@@ -181,7 +179,7 @@ def fill_splits(build: Build, reports: dict[int, Json]) -> dict[str, list[int]]:
     moved = readers.fill_splits(edges, build.encoder.data)
     for index, report in [*reports.items()]:
         held = itertools.chain.from_iterable(report["edges"].values())
-        if not report["moved"] and not moved.keys().isdisjoint(held):  # else moved by a killed run
+        if not report["moved"] and not moved.keys().isdisjoint(held):  # else done by a killed run
             del reports[index]
     job = functools.partial(packing.tokenize_part, build.encoder._replace(moved=moved), build.work)
     work_through(build, build.parts, reports, job, "tokenized again to fill all splits:")
@@ -189,7 +187,7 @@ def fill_splits(build: Build, reports: dict[int, Json]) -> dict[str, list[int]]:
 
 
 def add_up(reports: list[Json]) -> Json:
-    """What became of the documents of all parts: read = written + dropped."""
+    """The counts of documents in all parts: read = written + dropped."""
     dropped = sum((Counter(report["dropped"]) for report in reports), Counter())
     read = sum(report["read"] for report in reports)
     counts = {"read": read, "written": read - dropped.total(), "dropped": {"empty": 0} | dropped}
@@ -201,7 +199,7 @@ def add_up(reports: list[Json]) -> Json:
 
 
 def describe_result(directory: Path, manifest: Json, short: int, data: DataConfig) -> None:
-    """Prints what a new dataset contains, and warns of what was hardly meant."""
+    """Prints what a new dataset contains, with warnings about likely mistakes."""
     counts, window = manifest["counts"], manifest.get("seq_len")
     for name, split in manifest["splits"].items():
         text = split["tokens"] - split.get("filled", 0)
@@ -240,7 +238,7 @@ def describe_result(directory: Path, manifest: Json, short: int, data: DataConfi
 
 
 def say(line: str) -> None:
-    """Prints a line at once; a reader that has left, such as `| head`, stops nothing."""
+    """Prints a line at once; if nobody reads any more, as after `| head`, the run goes on."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
@@ -248,9 +246,9 @@ def say(line: str) -> None:
 
 
 def describe_recipe(data: DataConfig, tokenizer: Tokenizer, survey: Survey) -> Json:
-    """What decides the bytes of a dataset, as its manifest states it: equal recipes, equal shards.
+    """What decides the bytes of the shards, as stated in the manifest.
 
-    Keys that came later are stated only where they have an effect: older manifests lack them.
+    Keys that were added later appear only if they have an effect, since older manifests lack them.
     """
     later = ["deduplicate"] if data.deduplicate else []
     if data.on_error == "skip":
@@ -278,7 +276,7 @@ def describe_recipe(data: DataConfig, tokenizer: Tokenizer, survey: Survey) -> J
 
 
 def is_ready(directory: Path, recipe: Json) -> bool:
-    """Whether the dataset is there; UserError if another one is, or a damaged one."""
+    """Whether the dataset exists; UserError if another or a damaged one does."""
     if not (directory / "manifest.json").exists():
         return False
     manifest, _ = read_manifest(directory)
@@ -297,7 +295,7 @@ def is_ready(directory: Path, recipe: Json) -> bool:
 
 
 def verify(directory: Path) -> None:
-    """Reads all of a dataset; UserError names a file that does not match the manifest."""
+    """Reads all of a dataset; UserError names a file that doesn't match the manifest."""
     manifest, files = read_manifest(directory)
     for name, (_, digest) in files.items():
         if file_sha256(directory / name) != digest:
@@ -307,11 +305,7 @@ def verify(directory: Path) -> None:
 
 
 def read_manifest(directory: Path) -> tuple[Json, dict[str, tuple[int, str]]]:
-    """The manifest of a dataset, and the size and sha256 of each of its files.
-
-    Raises:
-        UserError: the manifest is missing or damaged, or a file has another size.
-    """
+    """The manifest, and what check_files returns; UserError if it is missing or damaged."""
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
@@ -323,7 +317,7 @@ def read_manifest(directory: Path) -> tuple[Json, dict[str, tuple[int, str]]]:
 
 
 def check_files(directory: Path, splits: Json) -> dict[str, tuple[int, str]]:
-    """Size and sha256 of each file of the splits; UserError for a file with another size."""
+    """The size and sha256 of each file of the splits; UserError if a file has another size."""
     files: dict[str, tuple[int, str]] = {}
     for shard in (shard for split in splits.values() for shard in split["shards"]):
         name, tokens = shard["file"], shard["tokens"]
@@ -341,10 +335,9 @@ def check_files(directory: Path, splits: Json) -> dict[str, tuple[int, str]]:
 
 
 def open_work(build: Build, task: Task | None) -> dict[int, Json]:
-    """Creates the directory of the parts; returns the reports of those that are done.
+    """Creates the directory of the parts, and returns the reports of those that are done.
 
-    Raises:
-        UserError: there are parts of another recipe, which a task must not discard.
+    Parts of another recipe are discarded, but a task raises UserError: they may be in use.
     """
     root = build.work.parent
     if others := [path for path in root.glob("*") if path != build.work]:
@@ -358,11 +351,11 @@ def open_work(build: Build, task: Task | None) -> dict[int, Json]:
 
 
 def read_reports(build: Build, stage: str) -> dict[int, Json]:
-    """The reports of the parts for which a stage is done and whose files are there."""
+    """The reports that a stage has written, of parts whose files are there."""
     paths = build.work.glob(f"part-[0-9]*[0-9].{stage}json")
     reports = {int(path.name[5:].split(".")[0]): json.loads(path.read_bytes()) for path in paths}
     if len(reports) == len(build.parts) and not (build.directory / "manifest.json").exists():
-        return reports  # a killed run may have begun to publish: some files are shards already
+        return reports  # a killed run may have begun to publish: some files may be shards by now
     return {
         index: report
         for index, report in reports.items()
@@ -377,7 +370,7 @@ def discard_work(directory: Path, kept: Path | None = None) -> None:
     """Removes all parts but those in `kept`; OSError for a file that prepare.py has not made."""
     root = directory / "parts"
     for work in [path for path in root.glob("*") if path != kept]:
-        while work.exists():  # again if a task that still runs has added a file
+        while work.exists():  # again if a task that is still running has added a file
             ours = [*work.glob("part-*")]
             for path in ours:
                 path.unlink(missing_ok=True)
@@ -397,16 +390,16 @@ def work_through(
     job: Callable[[str, Sequence[int], Part], Json],
     verb: str,
 ) -> None:
-    """Does a job on the parts that have no report yet, in many processes; adds their reports.
+    """Does a job on the parts that have no report yet, in many processes, and adds their reports.
 
-    The job takes a name for its temporary files, and an array that counts the bytes it has read.
+    The job gets a name for temporary files and an array that counts the bytes read of each part.
 
     Raises:
-        UserError: the first error in a worker, or a worker was killed; all others are stopped.
+        UserError: the first error of a worker, or that one was killed; all workers are stopped.
     """
     if not (todo := [part for part in parts if part.index not in reports]):
         return
-    # Bytes read of each part. It has no lock, so a worker that is killed can't keep one.
+    # Without a lock, since a worker that is killed would keep it.
     done = multiprocessing.RawArray("Q", todo[-1].index + 1)
     total, end, documents = sum(part.bytes for part in parts), len(reports) + len(todo), 0
     before = total - sum(part.bytes for part in todo)
@@ -450,10 +443,10 @@ def work_through(
 
 
 def start_worker(parent: int, job: Callable[[Part], Json]) -> None:
-    """Makes this process a worker: it keeps its job, and ends when its parent is gone."""
+    """Makes this process a worker, which ends when its parent does."""
     global JOB
     JOB = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which kills us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent kills its workers
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -468,7 +461,7 @@ def run_job(part: Part) -> Json:
 
 
 def arrange_parts(build: Build, tokenized: list[Json]) -> list[Json]:
-    """Drops duplicates and packs conversations, part by part; returns the parts' new reports."""
+    """Drops duplicates and packs conversations, part by part; returns the new reports."""
     dropped: dict[tuple[int, str], np.ndarray] = {}
     for split in SPLITS if build.encoder.data.deduplicate else ():
         keys = [(i, split) for i, report in enumerate(tokenized) if split in report["splits"]]
@@ -483,7 +476,7 @@ def arrange_parts(build: Build, tokenized: list[Json]) -> list[Json]:
 def check_splits(
     build: Build, reports: list[Json], edges: dict[str, list[int]], counts: Json
 ) -> None:
-    """UserError for a split that was asked for and got no document; discards the parts then."""
+    """UserError, after discarding the parts, if a split that was asked for got no document."""
     data, texts = build.encoder.data, sum(map(len, edges.values()))
     names = sorted(readers.asked_splits(data), key=SPLITS.index)
     given = [name for name in SPLITS[1:] if getattr(data, f"{name}_sources")]
@@ -500,7 +493,7 @@ def check_splits(
     if lists := sorted(build.work.glob(f"part-*.{SKIPPED}")):
         bad = Bad(**json.loads(lists[0].read_bytes().splitlines()[0]))
         first = f" (the first bad one: {bad.message()})"
-    discard_work(build.directory)  # the next run would only find the same
+    discard_work(build.directory)  # the same parts would only lead to the same error
     raise UserError(
         f"the {empty[0]} split is empty: of {counts['read']} documents{beside} none fell into"
         f" it{first}; {advice}"
@@ -508,9 +501,9 @@ def check_splits(
 
 
 def publish(build: Build, stage: str, reports: list[Json], counts: Json) -> Json:
-    """Turns the files of finished parts into shards, and writes the manifest, which is returned.
+    """Renames the parts' files to shards, and writes the manifest, which is returned.
 
-    If it is killed, no manifest is there, and the next run publishes the rest.
+    If this is killed, there is no manifest, and the next run publishes the rest.
     """
     directory, splits = build.directory, {}
     (directory / "manifest.json").unlink(missing_ok=True)
@@ -531,9 +524,9 @@ def publish(build: Build, stage: str, reports: list[Json], counts: Json) -> Json
     try:
         files = check_files(directory, splits)
     except UserError:
-        discard_work(directory)  # the next run starts over
+        discard_work(directory)  # so that the next run starts over
         raise
-    for path in directory.iterdir():  # shards of the dataset that was here before
+    for path in directory.iterdir():  # shards of a dataset that was here before
         ours = re.fullmatch(r"(train|val|test)-\d{5,}\.(bin|mask)", path.name)
         if ours and path.name not in files:
             path.unlink()
@@ -551,7 +544,7 @@ def publish(build: Build, stage: str, reports: list[Json], counts: Json) -> Json
 
 
 def list_skipped(build: Build) -> None:
-    """Writes the list of bad documents, one JSON object per line; no file if there are none."""
+    """Lists bad documents in a file, one JSON object per line; no file if there are none."""
     path = build.directory / SKIPPED
     path.unlink(missing_ok=True)
     with packing.new_file(path, "new") as file:

@@ -246,11 +246,7 @@ def _count_kinds(unread: dict[str, str]) -> list[tuple[str, int]]:
 
 
 def describe_kinds(unread: dict[str, str]) -> str:
-    """The number of unread files of each kind, each with an example; empty for none.
-
-    Args:
-        unread: paths to kinds.
-    """
+    """The number of files of each kind, with an example; `unread` maps paths to kinds."""
     examples = {kind: path for path, kind in reversed(unread.items())}
     counts = _count_kinds(unread)
     lines = [

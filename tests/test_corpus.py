@@ -698,7 +698,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, limited, monkeypatch):
     assert Survey(config(tmp_path)).not_read == {**kinds, "broken link": 1}
     assert Survey(config(tmp_path / "[a-dp]*")).not_read == kinds
     for name, kind in (("b.jsonl", "FIFO"), ("c.txt", "socket"), ("d.txt", "device")):
-        message = f"{tmp_path / name}: a {kind}, not a file; write what it gives into one"
+        message = f"{tmp_path / name}: a {kind}, not a file; save its content to a file"
         assert failure(tmp_path / name) == message
     assert ", but 1 FIFO (" in failure(tmp_path / "pip*")
 
