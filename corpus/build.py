@@ -280,15 +280,15 @@ def is_ready(directory: Path, recipe: Json) -> bool:
     if not (directory / "manifest.json").exists():
         return False
     manifest, _ = read_manifest(directory)
-    made = [name for name in manifest if name not in ("splits", "counts", "commits")]
-    for name in dict.fromkeys([*recipe, *made]):
-        found, wanted = manifest.get(name), recipe.get(name)
+    made = {n: manifest[n] for n in manifest if n not in ("splits", "counts", "commits")}
+    for name in recipe | made:
+        found, wanted = made.get(name), recipe.get(name)
         if found and isinstance(wanted, list) and found != wanted:  # the first source that differs
             pairs = itertools.zip_longest(found, wanted)
             found, wanted = next(pair for pair in pairs if pair[0] != pair[1])
         if found != wanted:
             raise UserError(
-                f"{directory} holds another dataset: {name} was {json.dumps(found)}, is now"
+                f"{directory} holds another dataset: {name} was {json.dumps(found)}, is"
                 f" {json.dumps(wanted)}; --force replaces it, another data.dir keeps both"
             )
     return True

@@ -141,7 +141,8 @@ class Survey:
     def below(self, root: str, stdlib: bool) -> list[tuple[str, os.stat_result]]:
         """The files with known endings below a directory, sorted by path; notes the others."""
         found, unread = [], {}
-        for _, entries in self.folders(root, True, STDLIB_SKIPPED if stdlib else ()):
+        skipped = STDLIB_SKIPPED if stdlib else ()
+        for _, entries in self.folders(root, strict=True, skipped=skipped):
             for entry in entries:
                 known = entry.name.endswith(".py") if stdlib else _is_known(entry.name)
                 status = _status(entry.path) if known else None
@@ -164,25 +165,25 @@ class Survey:
         paths = [root]
         for part in parts:
             if part == "**":
-                found = (folder for path in paths for folder, _ in self.folders(path, False))
+                found = (folder for path in paths for folder, _ in self.folders(path))
             elif (plain := _literal(part)) is not None:
                 joined = (os.path.join(path, plain) for path in paths)
                 found = (path for path in joined if self.is_there(path))
             else:
                 hidden = part.startswith(".")
-                entries = (entry for path in paths for entry in self.entries(path, False, hidden))
+                entries = (entry for path in paths for entry in self.entries(path, hidden=hidden))
                 found = (entry.path for entry in entries if fnmatchcase(entry.name, part))
             paths = [*dict.fromkeys(found)]
         return sorted(paths)
 
     def folders(
-        self, root: str, named: bool, skipped: Collection[str] = ()
+        self, root: str, strict: bool = False, skipped: Collection[str] = ()
     ) -> Iterator[tuple[str, list[os.DirEntry]]]:
         """A directory and all below it, with the files in each; each once, wherever links lead."""
         folders, walked = [root], {os.path.realpath(root): root}
         for folder in folders:  # grows on the way
             files = []
-            for entry in self.entries(folder, named):
+            for entry in self.entries(folder, strict):
                 if not _is_folder(entry):
                     files.append(entry)
                 elif entry.name not in skipped:
@@ -193,13 +194,13 @@ class Survey:
                         self.links[entry.path] = first
             yield folder, files
 
-    def entries(self, folder: str, named: bool, hidden: bool = False) -> list[os.DirEntry]:
+    def entries(self, folder: str, strict: bool = False, hidden: bool = False) -> list[os.DirEntry]:
         """The content of a directory by name; hidden files only if asked for."""
         try:
             with os.scandir(folder) as entries:
                 seen = [entry for entry in entries if hidden or not entry.name.startswith(".")]
         except OSError as error:
-            self.note(error, named)
+            self.note(error, strict)
             return []
         return sorted(seen, key=lambda entry: entry.name)
 
@@ -208,21 +209,20 @@ class Survey:
         try:
             os.lstat(path)
         except OSError as error:
-            self.note(error, named=False)
+            self.note(error)
             return False
         return True
 
-    def note(self, error: OSError, named: bool) -> None:
-        """UserError for a directory that can't be opened; if a glob found it, it may be unread."""
-        if isinstance(error, PermissionError) and not named:
+    def note(self, error: OSError, strict: bool = False) -> None:
+        """UserError for a directory that can't be opened; if not `strict`, it counts as unread."""
+        if isinstance(error, PermissionError) and not strict:
             self.unread[error.filename] = "unreadable directory"
-        elif named or error.errno not in NO_MATCH:
+        elif strict or error.errno not in NO_MATCH:
             raise UserError(f"{error.filename}: {error.strerror}")
 
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
-    """What tells a file from others."""
-    # With size and time, since some network file systems give an inode's number to a new file.
+    """What a file is known by; with size and time, since some file systems reuse inode numbers."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
@@ -267,6 +267,7 @@ def _status(path: str) -> os.stat_result:
 
 
 def _why_missing(path: str, error: OSError | ValueError) -> str:
+    """A message that names the first part of a path that is missing or a broken link."""
     parts = [*reversed(Path(path).parents), Path(path)]
     part = next((part for part in parts if not os.path.exists(part)), parts[-1])
     code = getattr(error, "errno", None)

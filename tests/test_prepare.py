@@ -522,7 +522,7 @@ def mistakes(project):
         "no task": ({}, ["--task=x"], "I from 0 to N - 1, such as 0/4, not 'x'"),
         "task alone": ({}, ["--task"], "unknown option --task; did you mean --task=I/N?"),
         "two tasks": ({}, ["--task=0/2", "--task=1/2"], "--task allows no other flag"),
-        "forced task": ({}, ["--task=0/2", "--force"], "allows no other flag, got --force --task=0/2"),
+        "forced task": ({}, ["--task=0/2", "--force"], "no other flag, got --force --task=0/2"),
         "typo": ({}, ["--data.worker=2"], "did you mean data.workers?"),
         "unwritable": ({}, ["--data.dir=/proc/nothing/data"], "can't write /proc/nothing/data"),
         "not ours": ({"data/parts/mine.txt": "mine"}, [], "can't write"),
