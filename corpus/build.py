@@ -78,7 +78,7 @@ class Build(NamedTuple):
         directory: of the dataset.
         work: of the parts' files, until they become shards.
         recipe: see describe_recipe.
-        not_read: files beside the sources, by ending.
+        not_read: number of files near the sources that are not read, by ending.
         commits: of hf:// sources.
     """
 

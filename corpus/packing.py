@@ -64,8 +64,8 @@ class Shard:
     """Writes, counts and hashes the files of one split of a part.
 
     Args:
-        files: on leaving it, the files get their names.
-        path: their name without the ending.
+        files: closes the files in the end, which then get their names (see new_file).
+        path: the name without the ending.
         endings: which files to write, of .bin, .mask and .docs.
         run: see new_file.
     """
@@ -76,7 +76,8 @@ class Shard:
             for ending in endings
         }
         self.digests = {ending: hashlib.sha256() for ending in endings}
-        self.counts = dict.fromkeys(COUNTS + MASK_COUNTS * (".mask" in endings), 0)
+        names = (*COUNTS, *MASK_COUNTS) if ".mask" in endings else COUNTS
+        self.counts = dict.fromkeys(names, 0)
 
     def add(self, document: Encoded) -> None:
         tokens = len(document.tokens) // 2
@@ -101,7 +102,7 @@ class Shard:
         self.files[ending].write(content)
         self.digests[ending].update(content)
 
-    def finish(self) -> Json:
+    def summary(self) -> Json:
         """The counts and digests, as the manifest states them."""
         digests = {"sha256": self.digests[".bin"].hexdigest()}
         if ".mask" in self.files:
@@ -110,7 +111,7 @@ class Shard:
 
 
 def part_file(work: Path, index: int, stage: str, name: str) -> Path:
-    """A file of a part: of one of its splits (without the ending), its report or its bad rows."""
+    """A file of a part: its report, its bad rows, or the tokens of a split (without ending)."""
     return work / f"part-{index:06d}.{stage}{name}"
 
 
@@ -159,7 +160,7 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
                 path = part_file(work, part.index, "", split)
                 shards[split] = Shard(files, path, (".bin", *record_endings(data)), run)
             shards[split].add(encoded)
-        splits = {split: shard.finish() for split, shard in sorted(shards.items())}
+        splits = {split: shard.summary() for split, shard in sorted(shards.items())}
     report = {"splits": splits, **counts, "dropped": dropped}
     report |= {"edges": splitter.edges, "moved": splitter.counts}
     return write_report(report, work, "", run, done, part)
@@ -230,7 +231,7 @@ def arrange_part(
             arrange(part_file(work, part.index, "", split), shard, drop, data.seq_len, eos)
             duplicates += len(drop)
             if shard.counts["documents"]:
-                shards[split] = shard.finish()
+                shards[split] = shard.summary()
     read = sum(shard["documents"] for shard in shards.values()) + duplicates
     report = {"splits": shards, "read": read, "duplicates": duplicates}
     return write_report(report, work, ARRANGED, run, done, part)
