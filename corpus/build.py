@@ -159,10 +159,10 @@ def make(build: Build, task: Task | None) -> None:
     if build.not_read:
         counts["not_read"] = build.not_read
     check_splits(build, tokenized, edges, counts)
-    stage, shards = "", tokenized
+    stage, final = "", tokenized
     if packing.record_endings(data):
-        stage, shards = ARRANGED, arrange_parts(build, tokenized)
-    manifest = publish(build, stage, shards, counts)
+        stage, final = ARRANGED, arrange_parts(build, tokenized)
+    manifest = publish(build, stage, final, counts)
     describe_result(directory, manifest, sum(report["short"] for report in tokenized), data)
 
 
