@@ -1,24 +1,25 @@
 """Sources on the Hugging Face Hub: hf://datasets/OWNER/NAME[@REVISION][/PATH].
 
-`download` needs the network and the package huggingface_hub; all else is offline, from what it left
-in `data.raw_dir`. There OWNER/NAME[@REVISION] is a directory with the hub's files and a listing. It
-holds one commit, the one that REVISION was when it was first asked for, so that data never changes
-below a project; remove the directory to fetch a newer one. The listing names a source only once all
-its files are there, so what an interrupted download left is not taken for data.
+`download` needs the network and the package huggingface_hub. Everything else works offline, from
+what `download` left in `data.raw_dir`: a directory OWNER/NAME[@REVISION] with files of the hub and
+a listing. It holds one commit, the one that REVISION meant at the first download, so the data of a
+project never changes; remove the directory to fetch a newer commit. The listing names a source only
+once all its files are there, so an interrupted download is never taken for data.
 
-PATH is a file, a glob (as the hub's own: `*` goes across folders), a folder or nothing. A file, and
-what a glob matches, is taken as it is. Of a folder, or of the whole repository, data files are
-taken; if `data.sources` names it, each goes to the split that its own name or folder tells, as the
-hub has it (`train-00000-of-00002.parquet`, `validation/…`).
+PATH is a file, a glob (as on the hub, `*` matches `/` too), a folder or nothing. A file is taken
+whatever it is, and so is what a glob matches. Of a folder, or of the whole repository, only data
+files are taken; if `data.sources` names it, each goes to the split that its name or folder says, as
+on the hub (`train-00000-of-00002.parquet`, `validation/…`).
 """
 
-# The library moves bytes, but its functions for whole files throw away one that was cut short, and
-# keep caches and logs in the home directory, which on a cluster is small.
+# The library only moves bytes here: its functions for whole files throw away a file that was cut
+# short, and keep caches and logs in the home directory, which is small on a cluster.
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from config import (
     ConfigError,
     DataConfig,
     UserError,
+    file_sha256,
     resolve_path,
     sync_directory,
     write_atomically,
@@ -49,16 +51,18 @@ SOURCE = re.compile(
 )
 LISTING = ".listing.json"
 SUFFIXES = (*TABLES, ".txt")
-NOT_DATA = ("README.md", "dataset_infos.json")  # the hub's own, beside hidden ones
+NOT_DATA = ("README.md", "dataset_infos.json")  # the hub's own files, like hidden ones
 SPLIT = re.compile(
     r"(?<![a-z])(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|dev)"
     r"|(?P<test>test(?:ing)?|evaluation|eval))(?![a-z])",
     re.IGNORECASE,
 )
 
+_say = functools.partial(print, flush=True)
+
 
 class Source(NamedTuple):
-    """What an hf:// string says, and the directory of its repository here."""
+    """An hf:// string, taken apart, and the local directory of its repository."""
 
     text: str
     dataset: str
@@ -68,7 +72,7 @@ class Source(NamedTuple):
 
 
 class File(NamedTuple):
-    """A file on the hub; `digest` is its SHA-256, or that of a git blob (SHA-1) for small ones."""
+    """A file on the hub; `digest` is its SHA-256 or, of a small file, its git blob's SHA-1."""
 
     path: str
     bytes: int
@@ -76,16 +80,16 @@ class File(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What a directory holds: the files, and their bytes, of each PATH that is whole."""
+    """What is in a directory: of each PATH that is complete, the files and their bytes."""
 
     commit: str
     paths: dict[str, dict[str, int]]
 
 
 def local_sources(data: DataConfig) -> DataConfig:
-    """The configuration with each hf:// source replaced by its files here, in their splits.
+    """The configuration with each hf:// source replaced by its local files, in their splits.
 
-    A split that has sources of its own takes nothing from folders in `data.sources`; this is said.
+    A split with sources of its own takes nothing from folders in `data.sources`; a line says so.
 
     Raises:
         UserError: not downloaded, a file that is missing or cut, a folder with nothing to train on.
@@ -114,16 +118,16 @@ def local_sources(data: DataConfig) -> DataConfig:
 
 
 def commits(data: DataConfig) -> dict[str, str]:
-    """The commit of each hf:// source; UserError if one is not downloaded."""
+    """The commit of each hf:// source; UserError if a source is not downloaded."""
     return {source.text: _whole(source).commit for source in _hub_sources(data)}
 
 
 def download(data: DataConfig) -> None:
-    """Fetches what is not here yet of every hf:// source, and says what is where.
+    """Fetches what is missing of every hf:// source, and prints what is where.
 
     Raises:
         UserError: no huggingface_hub, no network, no such dataset, revision or file, no right to
-            it, files that hold no data or several formats, a disk that is full.
+            it, files without data or of several formats, a full disk.
     """
     sources = _hub_sources(data)
     if not sources:
@@ -151,37 +155,31 @@ def _parse(text: str, data: DataConfig) -> Source:
 
 
 def _is_safe(path: str) -> bool:
-    """Whether a path of the hub's stays below a directory and means itself as a configured path."""
+    """Whether a path on the hub stays below a directory, and means itself in a configuration."""
     plain = path.isprintable() and not set("\\$") & set(path) and path != LISTING
     return plain and not {"", ".", ".."} & set(path.split("/"))
 
 
 def _local_files(text: str, data: DataConfig) -> list[tuple[str, str]]:
-    """The files here of an entry of the sources, each with its split; "train" if nothing tells."""
+    """The local files of an entry of the sources, each with its split."""
     if not text.startswith("hf://"):
         return [("train", text)]
     source = _parse(text, data)
-    paths = _whole(source).paths[source.path]
     return [
-        (_split(path, source) if _is_below(path, source) else "train", str(source.directory / path))
-        for path in paths
+        ("train" if has_magic(source.path) else _split(path, source), str(source.directory / path))
+        for path in _whole(source).paths[source.path]
     ]
 
 
-def _is_below(path: str, source: Source) -> bool:
-    """Whether a source takes a file because it lies in the folder that the source names."""
-    return path != source.path and not has_magic(source.path)
-
-
 def _split(path: str, source: Source) -> str:
-    """The split that a file's name tells, or else its innermost folder below the source's."""
+    """The split that a file's name says, or else its innermost folder below the source's; train."""
     below = path.removeprefix(source.path).split("/")
     found = next(filter(None, map(SPLIT.search, reversed(below))), None)
     return str(found.lastgroup) if found else "train"
 
 
 def _whole(source: Source) -> Listing:
-    """The listing of a source that is here as a whole; UserError tells what is not."""
+    """The listing of a source that is complete; UserError says what is missing."""
     listing, problem = _look(source)
     if listing is None or problem:
         raise UserError(
@@ -192,7 +190,7 @@ def _whole(source: Source) -> Listing:
 
 
 def _look(source: Source) -> tuple[Listing | None, str]:
-    """The listing of a source's directory, and why the source is not whole, if it is not."""
+    """The listing of a source's directory, and what is missing of the source, if anything."""
     path = source.directory / LISTING
     try:
         listing = Listing(**json.loads(path.read_text(encoding="utf-8")))
@@ -216,7 +214,7 @@ def _look(source: Source) -> tuple[Listing | None, str]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; -1: there is none."""
+    """Bytes of a file; -1 if there is none."""
     return path.stat().st_size if path.is_file() else -1
 
 
@@ -233,14 +231,9 @@ def _report(source: Source, done: str) -> None:
         _say("  a glob takes all that it matches; name the folder to keep its splits apart")
 
 
-def _say(text: str) -> None:
-    print(text, flush=True)
-
-
 def _fetch(source: Source, listing: Listing | None) -> None:
-    """Brings a source here, of the commit of the listing if there is one; what is here stays."""
-    # Telemetry would write a file into the home directory.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    """Downloads what is missing of a source; if there is a listing, of its commit."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it writes into the home directory
     try:
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
     except ImportError:
@@ -254,7 +247,7 @@ def _fetch(source: Source, listing: Listing | None) -> None:
         source.directory.mkdir(parents=True, exist_ok=True)
         lock = source.directory / ".download.lock"
         with locked(lock, lambda holder: _say(f"{source.text}: waiting for {holder}")):
-            if _look(source)[1]:  # else another download brought it while this one waited
+            if _look(source)[1]:  # else another process downloaded it while this one waited
                 _fetch_files(source, commit, files)
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         if not (message := _explain(error, source, listing)):
@@ -263,12 +256,11 @@ def _fetch(source: Source, listing: Listing | None) -> None:
 
 
 def _fetch_files(source: Source, commit: str, files: list[File]) -> None:
+    """Downloads the files that are missing, and names the source in the listing."""
     listing = _look(source)[0] or Listing(commit, {})
     if listing.commit != commit:
-        raise UserError(
-            f"{source.text}: its newest commit was changed meanwhile; download it again"
-        )
-    _write_listing(source, listing)  # an interrupted run goes on with this commit
+        raise UserError(f"{source.text}: its newest commit has changed; download it again")
+    _write_listing(source, listing)  # so that an interrupted download continues with this commit
     missing = [file for file in files if _size(source.directory / file.path) != file.bytes]
     size = sum(file.bytes - max(0, _size(_part(source, file))) for file in missing)
     if size > (free := shutil.disk_usage(source.directory).free):
@@ -287,7 +279,7 @@ def _write_listing(source: Source, listing: Listing) -> None:
 
 
 def _list_hub(source: Source, listing: Listing | None) -> tuple[str, list[File]]:
-    """The commit of the directory, else of the revision, and the files that it has on the hub."""
+    """The commit of the listing, else of the revision, and its files on the hub, by path."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
@@ -302,19 +294,17 @@ def _list_hub(source: Source, listing: Listing | None) -> tuple[str, list[File]]
 
 
 def _select(source: Source, files: list[File]) -> list[File]:
-    """The files that a source means, in order of their paths; says what else its folder holds."""
+    """The files that a source means, by path; prints what else is in its folder."""
     seen = [file for file in files if not re.search(r"(^|/)\.[^./]", file.path)]  # not hidden
-    folder = source.path and source.path + "/"
-    chosen = [file for file in files if file.path == source.path] or [
-        file
-        for file in seen
-        if file.path.split("/")[-1] not in NOT_DATA
-        and (
-            fnmatchcase(file.path, source.path)
-            if has_magic(source.path)
-            else file.path.startswith(folder) and _suffix(file.path)
-        )
-    ]
+    data = [file for file in seen if file.path.split("/")[-1] not in NOT_DATA]
+    folder, left = source.path and source.path + "/", {}
+    chosen = [file for file in files if file.path == source.path]
+    if not chosen and has_magic(source.path):
+        chosen = [file for file in data if fnmatchcase(file.path, source.path)]
+    elif not chosen:
+        below = [file for file in data if file.path.startswith(folder)]
+        chosen = [file for file in below if _suffix(file.path)]
+        left = {file.path: ending(file.path) for file in below if not _suffix(file.path)}
     for file in chosen:
         if not _is_safe(file.path):
             raise UserError(f"{source.text}: refused, a file on the hub is named {file.path!r}")
@@ -325,52 +315,47 @@ def _select(source: Source, files: list[File]) -> list[File]:
             f"{source.text}: no such file, nor data ({' '.join(SUFFIXES)}) below it; there is:"
             f" {near or 'nothing'}"
         )
-    formats = sorted({_suffix(file.path) for file in chosen if _is_below(file.path, source)})
-    if len(formats) > 1:
+    formats = sorted({_suffix(file.path) for file in chosen})
+    if len(formats) > 1 and not has_magic(source.path):
         raise UserError(
             f"{source.text}: holds several formats ({', '.join(formats)}); name one by a glob, such"
             f" as {source.text.rstrip('/')}/*{formats[0]}*"
         )
-    if not has_magic(source.path):
-        rest = {f.path for f in seen if f.path.startswith(folder)} - {f.path for f in chosen}
-        left = {p: ending(p) for p in sorted(rest) if p.split("/")[-1] not in NOT_DATA}
-        if left:
-            _say(f"{source.text}: not downloaded: {describe_kinds(left)}")
+    if left:
+        _say(f"{source.text}: not downloaded: {describe_kinds(left)}")
     return chosen
 
 
 def _suffix(path: str) -> str:
-    """The suffix that tells the format; empty if that is none of data."""
+    """The suffix that says the format; empty if it is not a format of data."""
     suffix = suffixes(path)[0]
     return suffix if suffix in SUFFIXES else ""
 
 
 def _part(source: Source, file: File) -> Path:
-    """Where a file grows until it is whole."""
+    """Where a file is kept until it is complete."""
     path = source.directory / file.path
     return path.with_name(f".{path.name}.part")
 
 
 def _fetch_file(source: Source, commit: str, file: File) -> None:
-    """Brings a file here from where it stands, and proves its bytes before it gets its name."""
+    """Downloads the rest of a file, which gets its name once its digest is right."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
-    from huggingface_hub.utils.sha import git_hash, sha_fileobj
+    from huggingface_hub.utils.sha import git_hash
 
     path, part = source.directory / file.path, _part(source, file)
     url = hf_hub_url(source.dataset, file.path, repo_type="dataset", revision=commit)
-    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # ranges of the bytes themselves
+    headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # so that ranges mean the file
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as out:
         if (start := out.tell()) < file.bytes:
             http_get(url, out, resume_size=start, headers=headers, displayed_filename=file.path)
         out.flush()
         os.fsync(out.fileno())
-    with open(part, "rb") as content:
-        small = len(file.digest) == 40
-        digest = git_hash(content.read()) if small else sha_fileobj(content).hex()
-    if digest != file.digest:
+    is_blob = len(file.digest) == 40
+    if (git_hash(part.read_bytes()) if is_blob else file_sha256(part)) != file.digest:
         part.unlink()
         raise UserError(
             f"{source.text}: {file.path} arrived with other bytes than the hub lists; download it"
@@ -381,7 +366,7 @@ def _fetch_file(source: Source, commit: str, file: File) -> None:
 
 
 def _explain(error: Exception, source: Source, listing: Listing | None) -> str | None:
-    """What went wrong between here and the hub; None for what is no mistake of a user's."""
+    """What went wrong with the hub, and what to do; None for a mistake of ours."""
     from huggingface_hub import constants, errors
 
     hub, page = constants.ENDPOINT, f"{constants.ENDPOINT}/datasets/{source.dataset}"

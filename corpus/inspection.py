@@ -1,7 +1,7 @@
-"""What a prepared dataset holds, printed for people: prepare.py --inspect and --bad-steps.
+"""What is in a prepared dataset, printed for people: prepare.py --inspect and --bad-steps.
 
-Shards are read in blocks of whole documents, and lengths are counted by value, so memory stays the
-same for any number of documents and every figure is exact. Nothing here knows how data is made.
+Shards are read in blocks of whole documents and lengths are counted by value, so memory does not
+grow with the data and every figure is exact. Nothing here knows how a dataset is made.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from tqdm import tqdm
 from config import MAX_VOCAB_SIZE, Config, UserError, resolve_path, write_atomically
 from tokenizer import SPACE, Tokenizer, configured_tokenizer
 
-BLOCK_TOKENS = 4_000_000  # read at once; a longer document still is read whole
-LIMIT_TOKENS = 2_000_000_000  # of a split with more, evenly spaced shards are read
-QUANTILES = (1, 5, 25, 50, 75, 95, 99)  # percent
+BLOCK_TOKENS = 4_000_000  # read at a time; a longer document is still read whole
+LIMIT_TOKENS = 2_000_000_000  # of a larger split, evenly spaced shards are read
+QUANTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)  # percent
 COLUMNS = 100  # of the terminal
 BAR = 40  # columns of the longest bar
 LONGEST, BEGINNING = 5, 60  # documents, and characters of each
-FIRST, EXCERPT = 3, 400
-SOURCES = 10
+FIRST, EXCERPT = 3, 400  # documents, and characters of each
+SOURCES = 10  # that are listed by name
 OPEN, CLOSE = "⟦", "⟧"  # around trained text
 BOLD_GREEN, PLAIN = "\033[1;32m", "\033[0m"
 Json = dict[str, Any]
 
-say = functools.partial(print, flush=True)  # a reader that has left, such as `| head`, ends it
+say = functools.partial(print, flush=True)  # so that a closed pipe (`| head`) ends the program
 
 
 class Place(NamedTuple):
-    """Where a document lies: how many tokens, BOS and EOS counted, from which token of a shard."""
+    """Where a document lies: its tokens with BOS and EOS, its shard, and its first token there."""
 
     length: int
     path: Path
@@ -50,9 +50,9 @@ class Place(NamedTuple):
 
 @dataclass
 class Content:
-    """What the shards of a split hold, as far as they were read."""
+    """What is in the shards of a split, as far as they were read."""
 
-    shards: list[Json]  # the ones that were read, as the manifest has them
+    shards: list[Json]  # those that were read, as in the manifest
     pieces: np.ndarray  # (vocabulary,) how often each occurs, fill left out
     lengths: Counter[int] = field(default_factory=Counter)  # documents of each length
     longest: list[Place] = field(default_factory=list)
@@ -62,12 +62,12 @@ class Content:
 
 
 def inspect(directory: Path, tokenizer: Tokenizer) -> None:
-    """Prints what a dataset holds, and draws lengths.png beside its manifest.
+    """Prints what is in a dataset and draws lengths.png beside its manifest.
 
     Raises:
         UserError: no dataset, a damaged one, or one of another tokenizer.
     """
-    from dataset import read_manifest  # here, as it loads torch, which nothing else needs
+    from dataset import read_manifest  # here, since it loads torch, which nothing else needs
 
     manifest = read_manifest(directory, tokenizer.sha256)
     try:
@@ -118,9 +118,10 @@ def read_split(directory: Path, split: Json, seq_len: int, tokenizer: Tokenizer)
 def read_documents(
     path: Path, tokens: int, seq_len: int, tokenizer: Tokenizer
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """A shard in blocks of whole documents: first token, ids (n,), where documents start in them.
+    """A shard in blocks of whole documents, or of whole windows for instruction data.
 
-    Instruction data comes in whole windows.
+    Yields:
+        A block's first token, its ids (n,), and where documents start in it.
     """
     block = max(1, BLOCK_TOKENS // seq_len) * seq_len if seq_len else BLOCK_TOKENS
     if seq_len and tokens % seq_len:
@@ -131,7 +132,7 @@ def read_documents(
         starts = np.flatnonzero(ids == tokenizer.bos_id)
         if not len(starts) or starts[0]:
             raise damage(path, f"no BOS at token {offset}")
-        if offset + len(ids) < tokens and not seq_len:  # the last may go on behind the block
+        if offset + len(ids) < tokens and not seq_len:  # the last document may go on
             if len(starts) == 1:
                 size *= 2
                 continue
@@ -160,39 +161,40 @@ def add_documents(
         if len(bad := np.flatnonzero(windows[:, 0] != tokenizer.bos_id)):
             raise damage(path, f"no BOS at token {offset + bad[0] * seq_len}")
         mask = read_tokens(path.with_suffix(".mask"), offset, len(ids), "u1")
+        # Untrained EOS at a window's end are fill, but one of them may end a cut conversation.
         untrained = ((ids == tokenizer.eos_id) & (mask == 0)).reshape(windows.shape)
-        tails = (~untrained)[:, ::-1].argmax(axis=1)  # such EOS at each window's end: all fill,
+        tails = (~untrained)[:, ::-1].argmax(axis=1)
         before = windows[np.arange(len(windows)), seq_len - 1 - tails]
-        fill = np.maximum(tails - (before != tokenizer.eos_id), 0)  # unless one ends a conversation
+        fill = np.maximum(tails - (before != tokenizer.eos_id), 0)
         lengths[np.flatnonzero(np.diff(starts // seq_len, append=-1))] -= fill
         content.filled += int(fill.sum())
         content.trained += int(np.count_nonzero(mask))
     if len(bad := np.flatnonzero(ids[starts + lengths - 1] != tokenizer.eos_id)):
         raise damage(path, f"no EOS behind the document at token {offset + starts[bad[0]]}")
-
-    def places(which: np.ndarray) -> list[Place]:
-        return [Place(int(lengths[i]), path, offset + int(starts[i])) for i in which]
-
-    values, counts = np.unique(lengths, return_counts=True)
-    content.lengths.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
-    content.first += places(np.arange(len(lengths))[: FIRST - len(content.first)])
-    beaten = content.longest[LONGEST - 1].length if len(content.longest) == LONGEST else 0
-    longer = np.flatnonzero(lengths > beaten)
-    longer = longer[np.argsort(-lengths[longer], kind="stable")[:LONGEST]]
-    longest = sorted(content.longest + places(longer), key=lambda place: -place.length)
-    content.longest = longest[:LONGEST]
+    content.lengths.update(lengths.tolist())
+    longest = np.argsort(-lengths, kind="stable")[:LONGEST]
+    first, longer = (
+        [Place(int(lengths[i]), path, offset + int(starts[i])) for i in which]
+        for which in (range(min(len(starts), FIRST - len(content.first))), longest)
+    )
+    content.first += first
+    content.longest = sorted(content.longest + longer, key=lambda p: -p.length)[:LONGEST]
 
 
 def damage(path: Path, what: str) -> UserError:
     return UserError(f"{path}: damaged: {what}; --force prepares anew")
 
 
+def row(name: str, figure: str, note: str = "") -> str:
+    return f"  {name:<14} {figure:>17}  {note}".rstrip()
+
+
 def describe_split(split: Json) -> Iterator[str]:
-    """What the manifest says of a split."""
+    """What the manifest says about a split."""
     tokens = split["tokens"] - split.get("filled", 0)
     yield row("documents", f"{split['documents']:,}")
     yield row("tokens", f"{tokens:,}", "BOS and EOS counted")
-    yield row("bytes of text", f"{split['bytes']:,}", f"{split['bytes'] / tokens:.2f} a token")
+    yield row("bytes of text", f"{split['bytes']:,}", f"{split['bytes'] / tokens:.2f} per token")
     yield row("shards", f"{len(split['shards']):,}")
 
 
@@ -214,22 +216,17 @@ def describe_content(
     yield row("unknown pieces", f"{unknown / tokens:.3%}", "of the tokens: text that is lost")
 
 
-def row(name: str, figure: str, note: str = "") -> str:
-    return f"  {name:<14} {figure:>17}  {note}".rstrip()
-
-
 def describe_lengths(lengths: Counter[int]) -> Iterator[str]:
-    """Quantiles, and a histogram by powers of two."""
+    """Quantiles, each a length that occurs, and a histogram by powers of two."""
     values, counts = sorted_lengths(lengths)
-    mean = (values * counts).sum() / counts.sum()
-    figures = {"min": values[0]}
-    figures |= {f"{percent}%": quantile(values, counts, percent) for percent in QUANTILES}
-    figures |= {"max": values[-1], "mean": round(mean)}
-    cells = {name: f"{figure:,}" for name, figure in figures.items()}
-    wide = max(6, *map(len, cells.values()))
-    yield "  tokens a document, BOS and EOS counted"
-    yield "  " + " ".join(name.rjust(wide) for name in cells)
-    yield "  " + " ".join(cell.rjust(wide) for cell in cells.values())
+    total = counts.sum()
+    quantiles = np.percentile(values, QUANTILES, weights=counts, method="inverted_cdf")
+    names = ["min", *(f"{percent}%" for percent in QUANTILES[1:-1]), "max", "mean"]
+    cells = [f"{figure:,}" for figure in (*quantiles, round(values @ counts / total))]
+    wide = max(6, *map(len, cells))
+    yield "  tokens per document, BOS and EOS counted"
+    yield "  " + " ".join(name.rjust(wide) for name in names)
+    yield "  " + " ".join(cell.rjust(wide) for cell in cells)
     yield ""
     octaves = np.frexp(values)[1] - 1
     documents = np.bincount(octaves, weights=counts).astype(np.int64)
@@ -237,19 +234,12 @@ def describe_lengths(lengths: Counter[int]) -> Iterator[str]:
         count = documents[octave]
         bar = "█" * round(BAR * count / documents.max()) or ("▏" if count else "")
         low, high = f"{2**octave:,}", f"{2 ** (octave + 1) - 1:,}"
-        yield f"  {low:>11} – {high:<11} {count:>15,} {count / counts.sum():>6.1%} {bar}".rstrip()
+        yield f"  {low:>11} – {high:<11} {count:>15,} {count / total:>6.1%} {bar}".rstrip()
 
 
 def sorted_lengths(lengths: Counter[int]) -> tuple[np.ndarray, np.ndarray]:
     """The distinct lengths in ascending order, and how many documents have each (int64)."""
-    pairs = np.array(sorted(lengths.items()), dtype=np.int64)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def quantile(values: np.ndarray, counts: np.ndarray, percent: int) -> int:
-    """The least length that `percent` of the documents do not exceed."""
-    rank = -(-percent * int(counts.sum()) // 100)
-    return int(values[np.searchsorted(counts.cumsum(), rank)])
+    return tuple(np.array(sorted(lengths.items()), dtype=np.int64).T)
 
 
 def describe_documents(content: Content, seq_len: int, tokenizer: Tokenizer) -> Iterator[str]:
@@ -258,32 +248,32 @@ def describe_documents(content: Content, seq_len: int, tokenizer: Tokenizer) -> 
     heads = [[f"{p.length:,}", f"{p.path.name}:{p.offset}"] for p in content.longest]
     wide = [max(map(len, column)) for column in zip(*heads, strict=True)]
     for place, (length, where) in zip(content.longest, heads, strict=True):
-        # A character takes four tokens at most; the BOS is left out.
+        # A character takes at most four tokens; the BOS is left out.
         ids = read_tokens(place.path, place.offset, min(place.length, 4 * BEGINNING + 1))[1:]
         text = visible_text(ids, tokenizer)[:BEGINNING].replace("\n", "\\n").replace("\t", "\\t")
         head = f"  {length:>{wide[0]}} {where:<{wide[1]}} "
         yield head + text[: fitting(text, COLUMNS - len(head))]
-    for number, place in enumerate(content.first, 1):
-        # More than is shown, if there is more; of a conversation all, since its answers are shown.
-        count = place.length if seq_len else min(place.length, 4 * EXCERPT + 5)
-        ids = read_tokens(place.path, place.offset, count)
+    legend = f", trained text between {OPEN} and {CLOSE}" if seq_len else ""
+    for number, (length, path, offset) in enumerate(content.first, 1):
+        # A conversation is read whole, since its answers are shown; of a text a little more than
+        # is shown, so that `marked_text` knows that there is more.
+        count = length if seq_len else min(length, 4 * EXCERPT + 5)
         mask = np.zeros(count, dtype=np.uint8)
         if seq_len:
-            mask = read_tokens(place.path.with_suffix(".mask"), place.offset, count, "u1")
-        legend = f", trained text between {OPEN} and {CLOSE}" if seq_len else ""
+            mask = read_tokens(path.with_suffix(".mask"), offset, count, "u1")
         yield ""
-        yield f"  document {number}, {place.length:,} tokens{legend}"
-        yield from framed(marked_text(ids, mask, tokenizer))
+        yield f"  document {number}, {length:,} tokens{legend}"
+        yield from framed(marked_text(read_tokens(path, offset, count), mask, tokenizer))
 
 
 def framed(text: str) -> Iterator[str]:
-    """Lines of a text behind a bar, none wider than the terminal; trained text in colour on one."""
+    """The lines of a text behind a bar, cut to the terminal's width; trained text in colour."""
     colour = sys.stdout.isatty()
     inside = False
     for line in text.expandtabs(4).split("\n"):
         while True:
             count = fitting(line, COLUMNS - 4)
-            if count < len(line):  # rather between words
+            if count < len(line):  # between words if possible
                 count = line.rfind(" ", count // 2, count) + 1 or count
             shown, line = line[:count], line[count:]
             start = BOLD_GREEN if inside else ""
@@ -297,7 +287,7 @@ def framed(text: str) -> Iterator[str]:
 
 
 def fitting(text: str, columns: int) -> int:
-    """How many characters of a line fit on so many columns of a terminal, at least one."""
+    """How many characters of a line fit into that many columns of a terminal; at least one."""
     wide = (
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
@@ -306,7 +296,7 @@ def fitting(text: str, columns: int) -> int:
 
 
 def describe_vocabulary(content: Content, tokenizer: Tokenizer) -> str:
-    """How many pieces, and of which kinds, do not occur."""
+    """How many pieces never occur, by kind."""
     processor = tokenizer.processor
     unused = np.flatnonzero(content.pieces == 0).tolist()
     in_bytes = sum(map(processor.is_byte, unused))
@@ -338,38 +328,35 @@ def describe_origin(directory: Path, manifest: Json) -> Iterator[str]:
         yield row("not read", f"{sum(not_read.values()):,}", f"files beside the sources: {kinds}")
     yield row("sources", f"{len(sources):,}", f"{sum(s['bytes'] for s in sources):,} bytes")
     for source in sources[:SOURCES]:
-        split = f" ({source['split']})" if "split" in source else ""
-        name = source["name"] + split
-        name = name if len(name) <= 60 else "…" + name[-59:]  # the end of a path tells more
+        name = source["name"] + (f" ({source['split']})" if "split" in source else "")
+        name = name if len(name) <= 60 else "…" + name[-59:]  # the end of a path says more
         yield f"    {source['bytes']:>15,} bytes  {name}"
     if len(sources) > SOURCES:
         yield f"    … and {len(sources) - SOURCES:,} more"
 
 
 def draw_lengths(path: Path, lengths: dict[str, Counter[int]], seq_len: int) -> str:
-    """Draws the document lengths of each split; what to say of it, also where it can't be drawn."""
+    """Draws the document lengths of each split; returns a line that says where, or why not."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from matplotlib.figure import Figure  # without pyplot, so it needs no display
     except ImportError:
         return "for a picture of the lengths: pip install '.[plot]'"
     figure = Figure(figsize=(8, 7), layout="constrained")
-    FigureCanvasAgg(figure)  # needs no display
     shares, sums = figure.subplots(2, sharex=True)
     styles = [("-", "black", 1.8), ("--", "tab:orange", 1.5), (":", "tab:blue", 2.2)]
     for (name, counter), (style, colour, width) in zip(lengths.items(), styles, strict=False):
         values, counts = sorted_lengths(counter)
         look = {"linestyle": style, "color": colour, "linewidth": width}
-        low, high = (int(np.frexp(v)[1]) for v in (values[0], values[-1]))
+        low, high = np.frexp(values[[0, -1]])[1]
         edges = np.unique(np.ceil(2 ** np.arange(low - 1, high + 0.1, 0.5)))
-        share = np.histogram(values, edges, weights=counts)[0] / counts.sum()
-        shares.stairs(100 * share / np.diff(np.log2(edges)), edges, label=name, **look)
-        total = np.append(0, counts.cumsum())
-        sums.step(np.append(values[0], values), 100 * total / counts.sum(), where="post", **look)
-    shares.set_title(f"Document lengths of {path.parent.name}")
-    shares.set_ylabel("% of documents per doubling of length")
-    sums.set_ylabel("% of documents up to this length")
-    sums.set_xlabel("tokens a document, BOS and EOS counted")
+        percent = np.histogram(values, edges, weights=100 * counts / counts.sum())[0]
+        shares.stairs(percent / np.diff(np.log2(edges)), edges, label=name, **look)
+        total = np.append(0, 100 * counts.cumsum() / counts.sum())
+        sums.step(np.append(values[0], values), total, where="post", **look)
+    shares.set(title=f"Document lengths of {path.parent.name}")
+    shares.set(ylabel="% of documents per doubling of length")
+    sums.set(ylabel="% of documents up to this length")
+    sums.set(xlabel="tokens per document, BOS and EOS counted")
     sums.set_xscale("log", base=2)
     sums.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for axes in (shares, sums):
@@ -391,7 +378,7 @@ def show_bad_steps(config: Config) -> None:
     """Prints the texts of the training steps that a run skipped.
 
     Raises:
-        UserError: a damaged record, or a dataset that is no longer what it names.
+        UserError: a damaged record, or a dataset that has changed since.
     """
     path = resolve_path(config.train.out_dir) / "bad_steps.jsonl"
     if not path.exists():
@@ -412,8 +399,8 @@ def show_bad_steps(config: Config) -> None:
 
 
 def show_windows(windows: list[Json], tokenizer: Tokenizer) -> None:
-    """Prints where windows lie and their texts; UserError if their datasets do not hold them."""
-    from dataset import read_manifest  # here, as it loads torch, which nothing else needs
+    """Prints where windows lie and their texts; UserError if they are not in their datasets."""
+    from dataset import read_manifest  # here, since it loads torch, which nothing else needs
 
     for directory in {window["dataset"]: None for window in windows}:
         read_manifest(resolve_path(directory), tokenizer.sha256)
@@ -427,7 +414,7 @@ def show_windows(windows: list[Json], tokenizer: Tokenizer) -> None:
 
 
 def read_tokens(path: Path, offset: int, count: int, kind: str = "<u2") -> np.ndarray:
-    """The numbers of `count` tokens of a shard or mask; UserError if it does not hold them."""
+    """`count` numbers of a shard or mask; UserError if it has fewer."""
     size = np.dtype(kind).itemsize
     ids = np.fromfile(path, kind, count, offset=size * offset) if path.exists() else []
     if len(ids) < count:
@@ -436,14 +423,14 @@ def read_tokens(path: Path, offset: int, count: int, kind: str = "<u2") -> np.nd
 
 
 def visible_text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
-    """The text of ids with special tokens by name, and as escapes what does not print."""
+    """The text of ids: special tokens by name, and escapes for what does not print."""
     return "".join(text for text, _ in visible_runs(ids, np.zeros(len(ids)), tokenizer))
 
 
 def marked_text(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
     """The beginning of `visible_text`, with marks around the text where the mask is not 0.
 
-    Of a conversation it is that of each message, so that a long question hides no answer.
+    Of a conversation, the beginning of each message, so that a long question hides no answer.
     """
     marked, left, most = "", EXCERPT, EXCERPT // 2 if mask.any() else EXCERPT
     for trained, runs in itertools.groupby(visible_runs(ids, mask, tokenizer), lambda run: run[1]):
@@ -459,10 +446,10 @@ def marked_text(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
 def visible_runs(
     ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer
 ) -> Iterator[tuple[str, bool]]:
-    """The texts of runs of ids that are special or not and trained or not, with the latter."""
+    """Texts of runs of ids that are alike, special or not and trained or not; with the latter."""
     processor = tokenizer.processor
     kinds = zip(ids.tolist(), (mask != 0).tolist(), strict=True)
-    begins = True  # SentencePiece drops the space before a text, and a run may begin amid a text
+    begins = True  # SentencePiece drops the space before a text, but a run may be amid a text
     for (special, trained), run in itertools.groupby(
         kinds, lambda pair: (processor.is_control(pair[0]), pair[1])
     ):

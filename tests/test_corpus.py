@@ -1,4 +1,4 @@
-"""corpus.py keeps every byte of every document, whatever the format and wherever parts are cut.
+"""readers.py keeps every byte of every document, whatever the format and wherever parts are cut.
 
 Protected here: which files the sources name, each once, and what is said of the others; what a
 document is in each format under each rule, and what a conversation is; that the cut into parts

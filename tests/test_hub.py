@@ -29,7 +29,8 @@ WIKITEXT = "hf://datasets/Salesforce/wikitext"
 ORCA = "hf://datasets/Open-Orca/OpenOrca"
 DOWNLOAD = """
 import json, sys
-import config, hub
+import config
+from corpus import hub
 def main(arguments):
     for keys in json.loads(arguments[0]):
         try:
@@ -310,7 +311,7 @@ def test_what_a_folder_holds_beside_its_data_is_told(server, work):
 def test_other_configurations_are_left_as_they_are():
     data = DataConfig(raw_dir="$NOT_SET/raw")  # never looked at
     program = (
-        "import sys, hub; from config import DataConfig; d = DataConfig(); "
+        "import sys; from corpus import hub; from config import DataConfig; d = DataConfig(); "
         "assert hub.local_sources(d) is d and hub.commits(d) == {}; hub.download(d); "
         "assert 'huggingface_hub' not in sys.modules"
     )

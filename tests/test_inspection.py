@@ -219,7 +219,7 @@ def test_the_figures_of_a_text_split(text_data, text_lines, tokenizer, split):
     size = sum(len(text.encode()) for text in texts)
     assert figure(lines, "documents") == f"{len(documents):,}"
     assert figure(lines, "tokens") == f"{len(ids):,}"
-    assert f"bytes of text {size:,} {size / len(ids):.2f} a token" in lines
+    assert f"bytes of text {size:,} {size / len(ids):.2f} per token" in lines
     assert figure(lines, "shards") == str(len(list(text_data.glob(f"{split}-*.bin"))))
     in_bytes = sum(map(tokenizer.processor.is_byte, ids))
     assert in_bytes  # 🦙 and the Arabic
