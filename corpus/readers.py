@@ -111,7 +111,7 @@ def plan(data: DataConfig, sources: list[Source] | None = None) -> list[Part]:
     Raises:
         UserError: as Survey; a rule that does not fit a format; a damaged Parquet file.
     """
-    _boundary(data.document)  # a regex that is none
+    _boundary(data.document)  # raises ConfigError for what is no regex
     sources = Survey(data).sources if sources is None else sources
     target = data.part_bytes or max(MIN_PART_BYTES, sum(s.bytes for s in sources) // MAX_PARTS)
     parts: list[Part] = []
@@ -292,10 +292,11 @@ class Blocks(io.RawIOBase):
 
 
 class Reader:
-    """Reads one piece. `row` is where it stands, so that whatever goes wrong has a place.
+    """Reads one piece: rows give units (rows or lines), and runs of units are documents.
 
-    The reader of a format yields (position, row as it is in the file), with positions in the unit
-    of the piece's start and stop. `convert` turns such a row into text.
+    The method for a format yields (position, row as it is in the file), where the position is of
+    the kind of the piece's start and stop. `convert` turns such a row into text. `self.row` is the
+    number of the current row, so that an error can be placed.
     """
 
     def __init__(self, piece: Source, data: DataConfig, skipped: Callable[[Bad], object]):
@@ -334,9 +335,12 @@ class Reader:
     def groups(self) -> Iterator[tuple[int, list[str]]]:
         """Runs of units, each from a boundary in the piece to the next, which may lie beyond it.
 
-        What comes before a file's first boundary is a run of its first piece. Whether a unit is a
+        What comes before a file's first boundary belongs to its first piece. Whether a unit is a
         boundary depends on that unit alone, so neighbouring pieces agree on who owns a run. A bad
         unit makes its run bad.
+
+        Yields:
+            The number of the run's first row, and its units.
         """
         is_boundary = _boundary(self.rule)
         owned, good, first, units, size = self.piece.start == 0, True, 1, [], 0
@@ -569,7 +573,7 @@ def _boundary(rule: str | dict) -> Callable[[str], bool]:
 
 
 def _hash(text: str, key: bytes = b"") -> int:
-    """64 bits."""
+    """A 64-bit hash of a text."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "big")
 
 

@@ -1036,6 +1036,10 @@ def test_bad_records_of_csv_do_not_swallow_their_neighbours(tmp_path):
     assert [document.text for document in found] == ["b", "d"]
     assert [row for _, row, _ in bad] == [1, 3]
     assert all("above data.max_document_bytes" in reason for _, _, reason in bad)
+    path = write(tmp_path / "c.csv", 'text\n"open\nb\n' + "a" * 1000 + "\nd\n")
+    found, bad = skipping(path, max_document_bytes=10)
+    assert [(document.row, document.text) for document in found] == [(2, "b"), (4, "d")]
+    assert [row for _, row, _ in bad] == [1, 3]
 
 
 def test_a_bad_line_makes_its_document_bad_once(tmp_path):
