@@ -105,8 +105,7 @@ class Unreadable(Exception):
 def plan(data: DataConfig, sources: list[Source] | None = None) -> list[Part]:
     """The parts of the corpus, in the order of reading: a pure function of names and sizes.
 
-    Args:
-        sources: those of the configuration, if the caller has surveyed them.
+    Without `sources`, those of the configuration are surveyed.
 
     Raises:
         UserError: as Survey; a rule that does not fit a format; a damaged Parquet file.
@@ -333,14 +332,12 @@ class Reader:
             raise UserError(self.placed(self.bad(_damage(error))).message()) from None
 
     def groups(self) -> Iterator[tuple[int, list[str]]]:
-        """Runs of units, each from a boundary in the piece to the next, which may lie beyond it.
+        """The first row and the units of each run that begins in the piece.
 
-        What comes before a file's first boundary belongs to its first piece. Whether a unit is a
-        boundary depends on that unit alone, so neighbouring pieces agree on who owns a run. A bad
-        unit makes its run bad.
-
-        Yields:
-            The number of the run's first row, and its units.
+        A run goes from one boundary to the next, which may lie beyond the piece; what comes before
+        a file's first boundary is a run of its first piece. Whether a unit is a boundary depends on
+        that unit alone, so neighbouring pieces agree on who owns a run. A bad unit makes its run
+        bad.
         """
         is_boundary = _boundary(self.rule)
         owned, good, first, units, size = self.piece.start == 0, True, 1, [], 0
@@ -393,9 +390,10 @@ class Reader:
         with self.open() as file:
             take = file.read if self.is_text and self.rule == "file" else file.readline
             head = file.peek(4)  # of the file, also for a later piece
-            if other := next((OTHER_MARKS[m] for m in OTHER_MARKS if head.startswith(m)), ""):
-                advice = f"convert it: iconv -f {other} -t UTF-8 IN > OUT"
-                raise Unreadable(f"{other}, not UTF-8; {advice}")
+            if code := next((OTHER_MARKS[m] for m in OTHER_MARKS if head.startswith(m)), ""):
+                raise Unreadable(
+                    f"{code}, not UTF-8; convert it: iconv -f {code} -t UTF-8 IN > OUT"
+                )
             position = max(0, start - 1)
             if start:  # the line that the byte before it belongs to is another piece's
                 file.seek(position)
@@ -729,10 +727,7 @@ def _unpack_xz(path: str) -> Generator[bytes, None, None]:
 
 
 def _unpack_zstd(path: str) -> Generator[bytes, None, None]:
-    """The content of a zstd file, by the program zstd, since pyarrow refuses a long window.
-
-    OSError where it is cut or damaged.
-    """
+    """The content of a zstd file, by the program zstd, since pyarrow refuses a long window."""
     command, pipe = ["zstd", "-dcq", "--long=31"], subprocess.PIPE
     with (
         open(path, "rb") as file,
