@@ -68,7 +68,7 @@ def small_disk(tmp_path):
     disk.mkdir()
     from preflight import code_files
 
-    code = sum(4096 - -path.stat().st_size // 4096 * -4096 for path in code_files().values())
+    code = sum(-(-path.stat().st_size // 4096) for path in code_files().values()) * 4096
     mount = ["mount", "-t", "tmpfs", "-o", f"size={code + 1_600_000}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")

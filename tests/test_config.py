@@ -184,8 +184,10 @@ LIBRARIES = {
     " corpus.inspection dataset tokenizer",
     "corpus.vocabulary": "config corpus.readers corpus.sources tokenizer",
     "inference.pretrained": "config tokenizer",
-    "inference.generation": "checkpoint config distributed inference.pretrained kernels model tokenizer",
-    "inference.evaluation": "config dataset distributed inference.generation job kernels model tokenizer",
+    "inference.generation": "checkpoint config distributed inference.pretrained kernels model"
+    " tokenizer",
+    "inference.evaluation": "config dataset distributed inference.generation job kernels model"
+    " tokenizer",
     "inference.sampler": "config distributed inference.generation tokenizer",
     "tools.memory": "config",
     "tools.page": "",
