@@ -1,19 +1,19 @@
 """Attempts at a run: how many in a row saved nothing new, how they ended, and what comes next.
 
 A fault that may pass (a lost rank, a signal, a deadline, a sick node) never ends a run by itself;
-train.max_attempts in a row without a new checkpoint do. What is known from one attempt to the next
-lies in attempts.json of the run. slurm/train.sh asks this file as a program:
+train.max_attempts in a row without a new checkpoint do. The run's attempts.json remembers what the
+next attempt needs to know. slurm/train.sh calls this file as a program:
 
     python attempts.py begin ATTEMPT ASKED CONFIG [overrides]
-    python attempts.py agent RUN ATTEMPT [what torchrun takes]
+    python attempts.py agent RUN ATTEMPT [arguments of torchrun]
     python attempts.py judge RUN ATTEMPT SIGNAL
     python attempts.py cancelled RUN ATTEMPT WHY
     python attempts.py opened RUN
 
-begin counts an attempt, and fails where it is one too many; agent is torchrun on one node, which
-notes how its ranks ended; judge prints what to do next, the sick nodes and why; cancelled says that
-the job does not come back after all; opened tells whether this job has written the run's
-config.toml. ATTEMPT is an id of its own. ASKED is empty unless a person asked for the attempt,
+begin counts an attempt, and fails if there were too many; agent is torchrun on one node, and notes
+how its ranks ended; judge prints what to do next, the sick nodes and why; cancelled records that
+the job does not come back after all; opened prints whether this job has written the run's
+config.toml. ATTEMPT is the attempt's id. ASKED is empty unless a person asked for the attempt,
 SIGNAL unless one came.
 """
 
@@ -43,10 +43,9 @@ from config import (
 
 Json = dict[str, Any]
 ATTEMPT = "ROCKET_ATTEMPT"  # the environment variable that holds the id of this attempt
-EXPIRY_SECONDS = 300.0  # a run without a heartbeat for so long is dead
-DEATHS_SECONDS = 24 * 3600.0  # MOST_DEATHS of ranks on a node within so long, and it is sick
-MOST_DEATHS = 2
-# Of attempts.json; what is of another type was not written by this code, and does not count.
+EXPIRY_SECONDS = 300.0  # a run without a heartbeat for this long is dead
+MOST_DEATHS, DEATHS_SECONDS = 2, 24 * 3600.0  # of ranks on one node, in this time: it is sick
+# Types in attempts.json; a value of another type was not written by this code and does not count.
 SHAPE = {"count": int, "max_attempts": int, "checkpoints": list, "deaths": dict}
 
 
@@ -58,27 +57,27 @@ class Verdict(NamedTuple):
 
 
 def main(arguments: list[str]) -> None:
-    command, *rest = arguments or ["--help"]
-    if command == "begin":
-        attempt, asked, *rest = rest
-        config, _ = load_config(rest, usage=str(__doc__), flags={ACCEPT_CHANGES: "as rocket.py's"})
-        directory = resolve_path(config.train.out_dir)
-        begin(directory, attempt, config.train.max_attempts, bool(asked))
-    elif command == "agent":
-        agent(Path(rest[0]), rest[1], rest[2:])
-    elif command == "judge":
-        directory, attempt, received = Path(rest[0]), rest[1], bool(rest[2])
-        verdict = judge(directory, attempt, received)
-        print(verdict.action, ",".join(sick_nodes(directory)), verdict.why, sep="|")
-    elif command == "cancelled":
-        correct_status(Path(rest[0]), rest[1], requeue=False, why=rest[2])
-    elif command == "opened":
-        record = _read(Path(rest[0]))
-        print("yes" if record.get("opened_by") == os.environ["SLURM_JOB_ID"] else "")
-    elif command == "--help":
-        print(__doc__)
-    else:
-        raise UserError(f"no such command: {command}; see python attempts.py --help")
+    match arguments:
+        case ["begin", attempt, asked, *rest]:
+            flags = {ACCEPT_CHANGES: "as rocket.py's"}
+            config, _ = load_config(rest, usage=str(__doc__), flags=flags)
+            directory = resolve_path(config.train.out_dir)
+            begin(directory, attempt, config.train.max_attempts, bool(asked))
+        case ["agent", run, attempt, *rest]:
+            agent(Path(run), attempt, rest)
+        case ["judge", run, attempt, received]:
+            verdict = judge(Path(run), attempt, bool(received))
+            print(verdict.action, ",".join(sick_nodes(Path(run))), verdict.why, sep="|")
+        case ["cancelled", run, attempt, why]:
+            correct_status(Path(run), attempt, requeue=False, why=why)
+        case ["opened", run]:
+            ours = _read(Path(run)).get("opened_by") == os.environ["SLURM_JOB_ID"]
+            print("yes" if ours else "")
+        case [] | ["--help"]:
+            print(__doc__)
+        case _:
+            command = " ".join(arguments)
+            raise UserError(f"no such command: {command}; see python attempts.py --help")
 
 
 def checkpoints(directory: Path) -> set[str]:
@@ -93,7 +92,7 @@ def newest_step(directory: Path) -> int:
 
 
 def begin(directory: Path, attempt: str, limit: int, asked: bool) -> None:
-    """Counts an attempt before it starts, so that one that dies without a word counts too.
+    """Counts an attempt before it starts, so that one that leaves no trace counts too.
 
     Raises:
         UserError: there were too many before it; status.json says so.
@@ -107,31 +106,30 @@ def begin(directory: Path, attempt: str, limit: int, asked: bool) -> None:
 
 
 def count(directory: Path, attempt: str, limit: int, anew: bool = False) -> None:
-    """Counts an attempt, once however often it is told; anew: those before it are forgotten."""
+    """Counts an attempt, once however often this is called; `anew` forgets those before it."""
     record = _read(directory)
     if record.get("attempt") == attempt:
         return
     before = 0 if anew or made_progress(directory) else record["count"]
     counted = {"attempt": attempt, "count": before + 1, "max_attempts": limit}
     known = {"checkpoints": sorted(checkpoints(directory)), "given_up": False}
-    _write(directory, record | counted | known)
+    _update(directory, **counted, **known)
 
 
 def note_opened(directory: Path) -> None:
-    """Writes down that this job has written the run's configuration and code."""
-    record = _read(directory)
-    _write(directory, record | {"opened_by": os.environ.get("SLURM_JOB_ID")})
+    """Records that this job has written the run's configuration and code."""
+    _update(directory, opened_by=os.environ.get("SLURM_JOB_ID"))
 
 
 def made_progress(directory: Path) -> bool:
-    """Whether there is a checkpoint that was not there when the last attempt was counted."""
+    """Whether there is a checkpoint that did not exist when the last attempt was counted."""
     record = _read(directory)
     counted = {"count", "max_attempts", "checkpoints"} <= record.keys()
     return not counted or bool(checkpoints(directory) - set(map(str, record["checkpoints"])))
 
 
 def exhausted(directory: Path) -> str:
-    """Why the run should not be tried again, if its attempts were too many; else nothing."""
+    """Why the run should not be tried again; empty unless it had too many attempts."""
     record = _read(directory)
     if made_progress(directory) or record["count"] < record["max_attempts"]:
         return ""
@@ -140,20 +138,18 @@ def exhausted(directory: Path) -> str:
 
 
 def judge(directory: Path, attempt: str, received: bool) -> Verdict:
-    """What to do after an attempt; makes status.json true where its ranks could not.
+    """What to do after an attempt; corrects status.json if its ranks could not write it.
 
     Args:
         received: a signal came, so that the job itself is about to end.
     """
     ended, status = _take_notes(directory, attempt), _read(directory, "status")
-    if status.get("attempt") != attempt:  # it did not get so far as to write one
+    if status.get("attempt") != attempt:  # it ended before it wrote one
         status = {}
     state, reason = status.get("state"), status.get("reason")
-    interrupted = reason in ("signal", "deadline")
-    if state == "finished" or (state == "stopped" and not interrupted):
+    if state == "finished" or (state == "stopped" and reason not in ("signal", "deadline")):
         return Verdict("done", f"{state}, {reason}")
-    killed = "killed" if state else "ended before training began"
-    why = status.get("why") or killed
+    why = status.get("why") or ("killed" if state else "ended before training began")
     codes = {code for of_node in ended.values() for code in of_node.values()}
     if state in ("stopped", "failed") and not status.get("requeue"):
         return give_up(directory, attempt, why)
@@ -172,16 +168,16 @@ def judge(directory: Path, attempt: str, received: bool) -> Verdict:
 
 def give_up(directory: Path, attempt: str, why: str) -> Verdict:
     """Records that the run is not tried again until a person asks for it."""
-    _write(directory, _read(directory) | {"given_up": True})
+    _update(directory, given_up=True)
     correct_status(directory, attempt, requeue=False, why=why)
     return Verdict("failed", why)
 
 
 def correct_status(directory: Path, attempt: str, *, requeue: bool, why: str) -> None:
-    """Says in status.json what the ranks of an attempt could not, or said before it was known."""
+    """Writes into status.json what the ranks of an attempt could not write or did not yet know."""
     claim, job = _read(directory, "claim"), os.environ.get("SLURM_JOB_ID")
     if claim and claim.get("job_id") != job:
-        return  # another job trains the run, and says what becomes of it
+        return  # another job trains the run, and its status counts
     status = _read(directory, "status")
     if status.get("attempt") != attempt or status.get("state") not in ("stopped", "failed"):
         status = {"state": "failed", "reason": "error", "step": newest_step(directory)}
@@ -189,10 +185,8 @@ def correct_status(directory: Path, attempt: str, *, requeue: bool, why: str) ->
 
 
 def write_status(directory: Path, status: Json) -> None:
-    """Writes status.json, stamped with job and time.
-
-    Where the disk is full it goes over the one that is there: what that occupies is enough.
-    """
+    """Writes status.json, stamped with job and time; in place where the disk is full, because the
+    blocks of the old file are enough."""
     stamp = {
         "job_id": os.environ.get("SLURM_JOB_ID"),
         "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
@@ -211,28 +205,25 @@ def write_status(directory: Path, status: Json) -> None:
 
 
 def is_alive(directory: Path) -> bool:
-    """Whether a process trains the run: as its claim says on this host, or by its heartbeat."""
+    """Whether a process trains the run: known from its claim on this host, else its heartbeat."""
     path = directory / "claim.json"
     lives = holder_lives(read_json(path) or {})
     return time.time() - path.stat().st_mtime < EXPIRY_SECONDS if lives is None else lives
 
 
 def holder_lives(claim: Json) -> bool | None:
-    """Whether the process that holds a claim lives; None if it is another host's.
-
-    A claim is whole from its first moment: a torn one is of a node that has crashed.
-    """
+    """Whether the process that holds a claim lives; None if it is another host's."""
     if not {"host", "pid", "started"} <= claim.keys():
-        return False
+        return False  # claims are written whole: a torn one is of a node that has crashed
     if claim["host"] != socket.gethostname():
         return None
     return process_start(claim["pid"]) == claim["started"]
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this host started, so that a number used again is not taken for it.
+    """When a process of this host started, which tells it from a later one with the same number.
 
-    None if it is dead; "" where the system has no /proc to tell.
+    None if it is dead; "" where the system has no /proc.
     """
     try:
         os.kill(pid, 0)
@@ -249,26 +240,22 @@ def process_start(pid: int) -> str | None:
 
 def sick_nodes(directory: Path) -> list[str]:
     """The nodes that the next attempt should do without."""
-    since = time.time() - DEATHS_SECONDS
-    recent = {n: sum(at > since for at in times) for n, times in _deaths(directory).items()}
-    return sorted(node for node, number in recent.items() if number >= MOST_DEATHS)
+    since, deaths = time.time() - DEATHS_SECONDS, _deaths(directory)
+    return sorted(n for n in deaths if sum(at > since for at in deaths[n]) >= MOST_DEATHS)
 
 
 def _deaths(directory: Path) -> dict[str, list[float]]:
     """When ranks died on each node."""
-    found = _read(directory).get("deaths", {})
-    return {
-        node: [at for at in times if isinstance(at, float)]
-        for node, times in found.items()
-        if isinstance(times, list)
-    }
+    found = _read(directory).get("deaths", {}).items()
+    lists = {node: times for node, times in found if isinstance(times, list)}
+    return {node: [t for t in times if isinstance(t, float)] for node, times in lists.items()}
 
 
 def _take_notes(directory: Path, attempt: str) -> dict[str, dict[str, int]]:
     """Exit codes by node and rank of what failed in an attempt; counts the deaths among them.
 
-    A rank that made a mistake, lost another one or was told to end says nothing of its node. Nor
-    does a crash that all nodes had.
+    A node is not blamed for a rank that made a mistake, lost another rank or was asked to end, nor
+    for a crash that all nodes had.
     """
     prefix, ended = f"ended.{attempt}.", {}
     for path in sorted((directory / "logs").glob(f"{prefix}*.json")):
@@ -277,19 +264,18 @@ def _take_notes(directory: Path, attempt: str) -> dict[str, dict[str, int]]:
     innocent = {0, UserError.code, LOST_RANK, -signal.SIGTERM}
     if len(ended) > 1 and all(1 in codes.values() for codes in ended.values()):
         innocent.add(1)
-    record, now = _read(directory), time.time()
-    deaths = _deaths(directory)
+    deaths, now = _deaths(directory), time.time()
     for node, codes in ended.items():
         if SICK_NODE in codes.values():  # it said so itself
             deaths[node] = [now] * MOST_DEATHS
         elif set(codes.values()) - innocent:
             deaths[node] = [*deaths.get(node, [])[1 - MOST_DEATHS :], now]
-    _write(directory, record | {"deaths": deaths})
+    _update(directory, deaths=deaths)
     return ended
 
 
 def agent(directory: Path, attempt: str, arguments: list[str]) -> None:
-    """torchrun in this process; says in a line how a rank failed, and notes it for judge()."""
+    """torchrun in this process; prints in a line how a rank failed, and notes it for judge()."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
@@ -298,20 +284,20 @@ def agent(directory: Path, attempt: str, arguments: list[str]) -> None:
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     try:
         torchrun(arguments)
+        return
     except SignalException:
-        sys.exit(1)  # its ranks have said what they did about it
+        pass  # the ranks have printed what they did about it
     except RendezvousError as error:  # another node's agent has gone
         tell(f"{node} lost contact with the other nodes: {error}".partition("\n")[0])
-        sys.exit(1)
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         for rank, code in codes.items():
-            if code not in (UserError.code, LOST_RANK, SICK_NODE):  # those have said it themselves
+            if code not in (UserError.code, LOST_RANK, SICK_NODE):  # those have printed an error
                 tell(f"rank {rank} on {node} {_how_it_ended(code)}")
         note = directory / "logs" / f"ended.{attempt}.{node}.json"
         note.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps(codes).encode())
-        sys.exit(1)
+    sys.exit(1)
 
 
 def _how_it_ended(code: int) -> str:
@@ -323,7 +309,7 @@ def _how_it_ended(code: int) -> str:
 
 
 def read_json(path: Path) -> Json | None:
-    """A JSON object of the run; None if there is none, {} if it was torn."""
+    """A JSON object of the run; None if the file is missing, {} if it was torn."""
     try:
         found = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
@@ -338,9 +324,11 @@ def _read(directory: Path, name: str = "attempts") -> Json:
     return {key: value for key, value in found.items() if isinstance(value, SHAPE.get(key, object))}
 
 
-def _write(directory: Path, record: Json) -> None:
+def _update(directory: Path, **values: Any) -> None:
+    """Changes keys of attempts.json."""
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(directory / "attempts.json", json.dumps(record).encode() + b"\n")
+    content = json.dumps(_read(directory) | values).encode() + b"\n"
+    write_atomically(directory / "attempts.json", content)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The job that trains a run: its signals, its end, its lock on the run directory, and how all ranks
-stop or save at the same step.
+"""The job that trains a run: its signals, its time limit, its lock on the run directory, and how
+all ranks stop or save at the same step.
 
-Rank 0 alone reads clocks and shared files; votes carry what it finds to the other ranks.
+Only rank 0 reads clocks and shared files; votes carry what it finds to the other ranks.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -26,19 +27,19 @@ from torch import Tensor
 
 from attempts import EXPIRY_SECONDS, holder_lives, process_start, read_json
 from checkpoint import Saver
-from config import UserError, tell
+from config import UserError, tell, write_atomically
 from dataset import DataCheck
 from distributed import AgreedError, World, fetch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C in between is meant; an earlier one is an echo
 HEARTBEAT_SECONDS = 30.0
-OWN_SECONDS = 60.0  # that a process of this very job may take to die
-STUCK_SECONDS = 15.0  # and three steps: torchrun kills 30 s after TERM, unless it is told otherwise
+OWN_SECONDS = 60.0  # in which a process of this same job dies
+STUCK_SECONDS = 15.0  # and three steps: torchrun kills 30 s after TERM, unless set otherwise
 
 
 class Signals:
-    """Signals are noted, not died of; the loop looks and ends in order on all ranks."""
+    """Records signals instead of dying of them; the loop looks, and all ranks stop in order."""
 
     def __init__(self) -> None:
         self.received = False
@@ -46,53 +47,49 @@ class Signals:
         self._interrupted = -INSIST_SECONDS[1]
 
     def install(self) -> None:
-        """Takes over the signals that schedulers, launchers and people send.
-
-        One that is ignored stays so: nohup lets a terminal go.
-        """
+        """Handles the signals of schedulers, launchers and people, except those that are ignored:
+        nohup lets a terminal go."""
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received, now = True, time.monotonic()
         if number == signal.SIGTERM:
-            self.terminated_at = min(self.terminated_at, time.monotonic())
-        since = time.monotonic() - self._interrupted
+            self.terminated_at = min(self.terminated_at, now)
         # torchrun turns the second Ctrl-C into TERM
+        since = now - self._interrupted
         if number in (signal.SIGINT, signal.SIGTERM) and INSIST_SECONDS[0] < since:
             if since < INSIST_SECONDS[1]:
                 raise KeyboardInterrupt
             if number == signal.SIGINT:
-                self._interrupted = time.monotonic()
+                self._interrupted = now
 
 
 def job_end(max_hours: float) -> float:
     """When this job must be over, in Unix time: Slurm's end or train.max_hours; else infinity."""
-    end = time.time() + 3600 * max_hours if max_hours else float("inf")
+    end = time.time() + 3600 * max_hours if max_hours else math.inf
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return end
     if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # one of its tasks has the id of all
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    told = os.environ.get("SLURM_JOB_END_TIME", "")
-    if not told:  # older than Slurm 23.02
+    limit = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not limit:  # older than Slurm 23.02
         command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
         environment = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # told below
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=60, check=False
-            )
-            told = done.stdout.strip()
-    if told.isdigit():
-        return min(end, float(told))
-    if not told:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # warned of below
+            done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+            limit = done.stdout.decode().strip()
+    if limit.isdigit():
+        return min(end, float(limit))
+    if not limit:
         tell(f"Slurm does not tell when job {job} ends: set train.max_hours")
-    return end  # of a partition without a limit it says N/A
+    return end  # N/A in a partition without a limit
 
 
 class Votes(NamedTuple):
-    """What a rank asks for, 0 or 1 each, or their sums: what any rank asks for, all do."""
+    """What a rank asks for, or the sums over all ranks: what one rank asks for, all do."""
 
     lock_lost: float
     save_failed: float
@@ -103,34 +100,29 @@ class Votes(NamedTuple):
     save_due: float
 
 
+@dataclass
 class StopConditions:
     """Why this rank would stop or save now."""
 
+    directory: Path
+    signals: Signals
+    lock: RunLock
+    saver: Saver
+    end: float  # of the job, in Unix time
+    save_seconds: float  # estimate for the first save; later ones are measured
+    save_minutes: float  # between saves; 0: off
+    check: DataCheck | None = None
+
     FILE_SECONDS = 1.0  # between looks for the STOP file
 
-    def __init__(
-        self,
-        directory: Path,
-        signals: Signals,
-        lock: RunLock,
-        saver: Saver,
-        end: float,
-        save_seconds: float,
-        save_minutes: float,
-        check: DataCheck | None = None,
-    ) -> None:
-        """The first save is estimated at save_seconds; later ones are measured."""
-        self.directory, self.stop_file = directory, directory / "STOP"
-        self.signals, self.lock, self.saver, self.check = signals, lock, saver, check
-        self.end = end
-        self.margin = min(30.0, 0.05 * (end - time.time()))
-        self.seconds = {"step": 0.0, "evaluation": 0.0, "save": save_seconds}
-        self.save_minutes = save_minutes
+    def __post_init__(self) -> None:
+        self.margin = min(30.0, 0.05 * (self.end - time.time()))
+        self.seconds = {"step": 0.0, "evaluation": 0.0, "save": self.save_seconds}
         self.saved_at = self.stepped_at = time.monotonic()
         self.looked_at, self.stop_file_seen = -self.FILE_SECONDS, False
 
     def step_done(self) -> None:
-        """Marks the end of a step; the estimate follows a slower one at once, a faster slowly."""
+        """Marks the end of a step; the estimate rises at once to a slower one, and falls slowly."""
         now = time.monotonic()
         last, mean = now - self.stepped_at, self.seconds["step"]
         self.seconds["step"] = max(last, mean + 0.1 * (last - mean))
@@ -149,9 +141,9 @@ class StopConditions:
     def while_waiting(self, since: float) -> None:
         """DistError if the device has not answered for far too long since TERM came.
 
-        So it is when a rank has died under NCCL: torchrun sends TERM to the others, whose devices
-        wait for it. Any other wait is ended by parallel.timeout_seconds. Before the first step
-        nothing is known of how long one takes.
+        That happens when a rank dies under NCCL: torchrun sends TERM to the others, whose devices
+        wait for it. Any other wait ends by parallel.timeout_seconds. The first step may take any
+        time, for nothing is known of how long one takes.
 
         Args:
             since: when the host began to wait for the device, by time.monotonic().
@@ -162,35 +154,31 @@ class StopConditions:
             raise dist.DistError(f"{waited:.0f} s after TERM the device has not answered")
 
     def votes(self, rank: int, steps: int, evaluation: bool) -> Votes:
-        """This rank's votes.
-
-        Args:
-            steps: that come before the next chance to stop.
-            evaluation: whether one of them is evaluated.
-        """
+        """This rank's votes, given the steps before the next chance to stop, and whether one of
+        them is evaluated."""
         now = time.monotonic()
         late = save_due = False
         if rank == 0:  # one clock, and one process that asks the file system
             if now - self.looked_at >= self.FILE_SECONDS:
-                self.looked_at, self.stop_file_seen = now, self.stop_file.exists()
+                self.looked_at, self.stop_file_seen = now, (self.directory / "STOP").exists()
             save = 1.5 * max(self.seconds["save"], self.saver.seconds)
             needed = save + self.saver.busy * save + self.margin + steps * self.seconds["step"]
             needed += evaluation * self.seconds["evaluation"]
             late = self.end - time.time() < needed
             save_due = 0 < 60 * self.save_minutes <= now - self.saved_at
         return Votes(
-            lock_lost=float(self.lock.lost),
-            save_failed=float(self.saver.failed),
-            data_damaged=float(bool(self.check and self.check.wrong)),
-            stop_file=float(self.stop_file_seen),
-            signal=float(self.signals.received),
-            deadline=float(late),
-            save_due=float(save_due),
+            lock_lost=self.lock.lost,
+            save_failed=self.saver.failed,
+            data_damaged=bool(self.check and self.check.wrong),
+            stop_file=self.stop_file_seen,
+            signal=self.signals.received,
+            deadline=late,
+            save_due=save_due,
         )
 
 
 class Consensus:
-    """What all ranks do together: votes travel with each step's numbers, and all hear their sums.
+    """What all ranks do together: votes travel with each step's numbers, and all get their sums.
 
     Attributes:
         stop: why to stop; empty until a rank asks for it.
@@ -206,10 +194,10 @@ class Consensus:
         votes = self.conditions.votes(self.world.rank, steps, evaluation)
         if not any(votes):  # nearly always, and then nothing has to be copied to the device
             return torch.zeros(len(votes), device=self.world.device)
-        return torch.tensor(votes, device=self.world.device)
+        return torch.tensor(votes, dtype=torch.float32, device=self.world.device)
 
     def reason(self, sums: Iterable[float]) -> str:
-        """Why to stop by these sums of votes, or nothing.
+        """Why to stop by these sums of votes; empty if not.
 
         Raises:
             AgreedError: on every rank: the run belongs to another job, a save failed, a dataset is
@@ -217,9 +205,8 @@ class Consensus:
         """
         votes, conditions = Votes(*sums), self.conditions
         if votes.lock_lost:
-            raise AgreedError(
-                f"{conditions.directory} was taken over by another job; nothing was saved"
-            )
+            run = conditions.directory
+            raise AgreedError(f"{run} was taken over by another job; nothing was saved")
         if votes.save_failed:
             conditions.saver.wait()
         if votes.data_damaged:
@@ -242,8 +229,8 @@ class Consensus:
 class RunLock:
     """One run directory, one job: claim.json names the job that trains the run.
 
-    The lock is free if its process on this host is dead, if it is our own job's from before a
-    requeue, or if its heartbeat, the file's modification time, has stopped.
+    The lock is free if its process on this host is dead, if it is of our own job before a requeue,
+    or if its heartbeat, the file's modification time, has stopped.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -258,7 +245,7 @@ class RunLock:
         while (holder := read_json(self.path)) is not None and not self._is_free(holder):
             if not own_job or holder.get("job_id") != own_job or time.monotonic() > deadline:
                 raise self._refusal(holder)
-            time.sleep(0.5)  # of an attempt before this one, and killed with it
+            time.sleep(0.5)  # a process of the attempt before this one, which is being killed
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         job = f"job {holder['job_id']}, " if holder.get("job_id") else ""
@@ -269,7 +256,7 @@ class RunLock:
         )
 
     def verify(self) -> None:
-        """UserError if another job has taken the run; called before what must not collide."""
+        """UserError if another job has taken the run; called before each save."""
         if not self.is_ours:
             self.lost = True
             raise UserError(f"{self.path.parent} was taken over by another job; it is left alone")
@@ -287,7 +274,7 @@ class RunLock:
             self.check()
             # Renaming has one winner. Whoever finds that it took away another's fresh claim puts
             # it back and leaves.
-            aside = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.tmp")
+            aside = self._beside("tmp")
             self.path.rename(aside)
             taken = aside.stat()
             if (taken.st_ino, taken.st_mtime_ns) != (judged.st_ino, judged.st_mtime_ns):
@@ -307,7 +294,7 @@ class RunLock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
-        """Gives the run free; where that fails, this process' end does."""
+        """Frees the run; where that fails, the end of this process does."""
         self._released.set()
         try:
             if self.mine and read_json(self.path) == self.mine:
@@ -315,13 +302,15 @@ class RunLock:
         except OSError as error:
             tell(f"{self.path} stays: {error.strerror}")
 
+    def _beside(self, kind: str) -> Path:
+        """A file of this process beside the claim."""
+        return self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.{kind}")
+
     def _create(self) -> bool:
         """Makes the claim, whole from its first moment; False if there is one."""
-        fresh = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.new")
-        with open(fresh, "w") as file:
-            file.write(json.dumps(self.mine))
-            file.flush()
-            os.fsync(file.fileno())  # or it is there and empty when this node has lost its power
+        fresh = self._beside("new")
+        # durable before it is linked, or a power failure leaves an empty claim
+        write_atomically(fresh, json.dumps(self.mine).encode())
         try:
             os.link(fresh, self.path)
         except FileExistsError:
@@ -336,7 +325,7 @@ class RunLock:
         if holder.get("job_id") and holder["job_id"] == os.environ.get("SLURM_JOB_ID"):
             return True
         # Both times are the file server's, so that clocks of hosts need not agree.
-        probe = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.probe")
+        probe = self._beside("probe")
         try:
             probe.touch()
             now = probe.stat().st_mtime
