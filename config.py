@@ -287,6 +287,7 @@ class Config:
 
 
 # The keys of each section, by name. tokenizer.options is none: it holds SentencePiece's own keys.
+# Reads the fields' types, so this file has no `from __future__ import annotations`.
 KEYS = {
     section.name: {f.name: f for f in dataclasses.fields(section.type) if f.name != "options"}
     for section in dataclasses.fields(Config)
