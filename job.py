@@ -116,6 +116,7 @@ class StopConditions:
     FILE_SECONDS = 1.0  # between looks for the STOP file
 
     def __post_init__(self) -> None:
+        self.stop_file = self.directory / "STOP"
         self.margin = min(30.0, 0.05 * (self.end - time.time()))
         self.seconds = {"step": 0.0, "evaluation": 0.0, "save": self.save_seconds}
         self.saved_at = self.stepped_at = time.monotonic()
@@ -160,7 +161,7 @@ class StopConditions:
         late = save_due = False
         if rank == 0:  # one clock, and one process that asks the file system
             if now - self.looked_at >= self.FILE_SECONDS:
-                self.looked_at, self.stop_file_seen = now, (self.directory / "STOP").exists()
+                self.looked_at, self.stop_file_seen = now, self.stop_file.exists()
             save = 1.5 * max(self.seconds["save"], self.saver.seconds)
             needed = save + self.saver.busy * save + self.margin + steps * self.seconds["step"]
             needed += evaluation * self.seconds["evaluation"]
