@@ -1,7 +1,7 @@
-"""The run directory while a job trains it: state, rows, status, console, and the code that runs.
+"""The run directory while a job trains it: progress, rows, status.json, console, code snapshot.
 
-Rank 0 alone writes. Rows are durable before a checkpoint of their step is, and resuming cuts what
-lies after it, so that each step stands in the files once.
+Rank 0 alone writes. Rows are durable before the checkpoint of their step. Resuming cuts the rows
+behind its checkpoint, so the files have each step once.
 """
 
 from __future__ import annotations
@@ -16,20 +16,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import attempts
-from checkpoint import Checkpoint, Saver, checkpoint_paths, remove_leftovers
+from checkpoint import Checkpoint, Saver, checkpoint_paths, find_resumable, remove_leftovers
 from config import (
     LOST_RANK,
     PEAK_FLOPS,
@@ -46,11 +44,19 @@ from config import (
 )
 from dataset import Batches, DataCheck, Mixture
 from distributed import AgreedError, Arrived, World, compiles, cudnn_version, explain_lost_rank
-from job import Consensus, RunLock
-from model import flops_per_token
-from preflight import CODE, Inputs, code_files, not_writable
+from job import Consensus, RunLock, Signals, StopConditions
+from model import flops_per_token, parameter_count
+from preflight import CODE, Inputs, code_files, writing
 
-REPORT_SECONDS = 300.0  # that report.py may take; a million rows are read in 11
+REPORT_SECONDS = 300.0  # limit for tools/report.py; it reads a million rows in 11 s
+ENDS = {  # reason for which a job ends in order: what status.json and the console say
+    "max_steps": "finished",
+    "early_stop": "finished early, no new best",
+    "stop_at_step": "stopped as asked",
+    "stop_file": "stopped by the STOP file",
+    "signal": "stopped by a signal",
+    "deadline": "stopped before the job's time is over",
+}
 
 
 def device_peak(device: torch.device) -> float | None:
@@ -70,100 +76,43 @@ def memory_gb(device: torch.device) -> float:
 
 
 def snapshot_code(directory: Path) -> None:
-    """Copies Rocket's Python files into the run; a requeued job runs them, whatever is edited."""
-    code, fresh = directory / "code", directory / "code.tmp"
+    """Copies Rocket's Python files into the run: edits don't change what a requeued job runs."""
+    code, fresh, old = (directory / name for name in ("code", "code.tmp", "code.old.tmp"))
     now, then = (
         {name: path.read_bytes() for name, path in code_files(folder).items()}
         for folder in (CODE, code)
     )
     if now == then:
         return
-    aside = directory / "code.old.tmp"
-    for path in (fresh, aside):
+    for path in (fresh, old):
         shutil.rmtree(path, ignore_errors=True)
-    fresh.mkdir()
     for name, content in now.items():
-        (fresh / name).parent.mkdir(exist_ok=True)
+        (fresh / name).parent.mkdir(parents=True, exist_ok=True)
         (fresh / name).write_bytes(content)
     if code.exists():
-        code.rename(aside)
+        code.rename(old)
     fresh.rename(code)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def open_run(directory: Path, config: Config, lock: RunLock, seen: list[Path]) -> None:
-    """Makes the run directory ours, without leftovers, and counts the attempt.
-
-    Args:
-        seen: the checkpoints that there were when this job chose one.
-
-    Raises:
-        UserError: another job trains it, or did in the meantime; it can't be written.
-    """
-    try:
-        lock.take()
-        if checkpoint_paths(directory) != seen:
-            raise UserError(f"{directory}: another job has just trained this run; start again")
-        remove_leftovers(directory)
-        (directory / "logs").mkdir(exist_ok=True)
-        by_hand = f"{socket.gethostname()} {os.getpid()} {time.time()}"
-        attempt = os.environ.get(attempts.ATTEMPT, by_hand)
-        attempts.count(directory, attempt, config.train.max_attempts)
-    except OSError as error:
-        raise not_writable(directory, error) from None
-
-
-def record_start(directory: Path, config: Config) -> None:
-    """Writes down with which configuration, tokenizer and code the run goes on.
-
-    Raises:
-        UserError: the directory can't be written.
-    """
-    try:
-        snapshot_code(directory)
-        write_atomically(directory / "config.toml", dump_toml(config).encode())
-        tokenizer = resolve_path(config.tokenizer.path).read_bytes()
-        write_atomically(directory / "tokenizer.model", tokenizer)
-        attempts.note_opened(directory)
-    except OSError as error:
-        raise not_writable(directory, error) from None
+    shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass
 class Progress:
-    """What a run carries from step to step beside weights and optimizer; checkpoints hold it."""
+    """The state of a run beside weights and optimizer; a checkpoint's manifest holds it."""
 
     step: int = 0
     hours: float = 0.0
-    best_val_losses: list[float] = field(default_factory=list)  # ascending, as many as are kept
+    best_val_losses: list[float] = field(default_factory=list)  # ascending, one per best checkpoint
     evaluations_since_best: int = 0
-    val_loss: float | None = None  # of the evaluation at this very step, if there was one
+    val_loss: float | None = None  # of this very step, if it was evaluated
     bad_steps: int = 0  # skipped steps in a row, up to this one
-    norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # see rocket.should_skip
-    save_seconds: float = 0.0  # that the longest save so far took
-    rows: dict[str, int] = field(default_factory=dict)  # in each file of the run
+    norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # norm_ema of rocket.should_skip
+    save_seconds: float = 0.0  # duration of the longest save so far
+    rows: dict[str, int] = field(default_factory=dict)  # number of rows by file
 
     @property
     def position(self) -> tuple[int, float | None]:
         """What a checkpoint of this state is named and ranked by."""
         return self.step, self.val_loss
-
-
-class Outcome(NamedTuple):
-    """What all ranks come to know of a step, LAG steps later: global values."""
-
-    loss: float
-    skip: float
-    grad_norm: float
-
-    @property
-    def skipped(self) -> str | None:
-        """Why the step changed nothing, or None if it was a good one."""
-        if not self.skip:
-            return None
-        if self.loss == self.grad_norm == 0:  # no spike is that low
-            return "no_trained_tokens"
-        return "spike" if math.isfinite(self.loss + self.grad_norm) else "non_finite"
 
 
 class NotFiniteError(AgreedError):
@@ -175,13 +124,14 @@ class NotFiniteError(AgreedError):
 
 
 class Run:
-    """A run: its progress, and what is written and printed of it. Ranks other than 0 write nothing.
+    """A run: its progress, and what is written and printed about it, by rank 0 alone.
 
-    As a context manager it records a failure in status.json, and frees the run at the end.
+    As a context manager it records a failure in status.json, and releases the run at the end.
 
     Attributes:
-        saver, agreed, check: what saves it, what all ranks have agreed on, what verifies its
-            dataset; set when training begins.
+        saver, agreed, check: saves the run; what all ranks have agreed on; verifies the dataset.
+            start sets them.
+        saved: position of the newest checkpoint; resume sets it.
     """
 
     FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl", "jobs.jsonl")
@@ -204,24 +154,23 @@ class Run:
         self.lock, self.progress = RunLock(directory), Progress()
         self.max_steps = run_length(config, data)
         self.tokens_per_step = config.train.global_batch_size * data.seq_len
+        self.parameters = parameter_count(config.model, inputs.vocab_size)
         flops = flops_per_token(config.model, inputs.vocab_size, config.data.seq_len)
         peak = device_peak(world.device)
         self.peak_rate = peak * world.size / flops if peak else None  # tokens/s at 100% MFU
-        self.files: dict[str, Any] = {}
-        self.rows: Counter[str] = Counter()  # that each file has
-        self.boards: dict[str, Any] = {}  # TensorBoard's writers, by what their rows are of
-        self.tracker: subprocess.Popen | None = None  # follows the rows for Weights & Biases
-        self.reporter = ThreadPoolExecutor(1, "report")  # exiting Python waits for its last report
+        self.files: dict[str, BinaryIO] = {}
+        self.boards: dict[str, Any] = {}  # TensorBoard's writers, for training and evaluation
+        self.tracker: subprocess.Popen | None = None  # hands the rows to Weights & Biases
+        self.reporter = ThreadPoolExecutor(1, "report")  # Python waits for its last report at exit
         self.next_report: Future[None] = Future()
         self.bar = tqdm(disable=True)
-        self.failed_before = self._failed_before() if self.enabled else None
+        known = attempts.read_json(directory / "status.json") if self.enabled else None
+        self.status_before = known or {}  # of the job before this one
 
     def __enter__(self) -> Run:
         return self
 
-    def __exit__(
-        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error:
                 if self.saver and isinstance(error, AgreedError):  # all ranks are here
@@ -230,23 +179,30 @@ class Run:
                     self._failed(error)
         finally:
             self.lock.release()
-            self._close()
+            self.bar.close()
+            for file in (*self.files.values(), *self.boards.values()):
+                file.close()
+            if self.tracker:
+                self.tracker.stdin.close()
+                self.tracker.wait()
+
+    # ---- what is due at this step
 
     def evaluation_due(self) -> bool:
-        """Whether this step is to be evaluated and has not been."""
-        step, interval = self.progress.step, self.config.train.eval_interval
-        now = step > 0 and (step == self.max_steps or due(step, interval))
-        return now and self.val_data is not None and self.progress.val_loss is None
+        """Whether this step has to be evaluated and has not been."""
+        progress = self.progress
+        pending = self.val_data is not None and progress.val_loss is None
+        return pending and progress.step > 0 and self._is_evaluated(progress.step)
 
     def evaluation_near(self) -> bool:
-        """Whether one of the next two steps is to be evaluated."""
-        after = (self.progress.step + 1, self.progress.step + 2)
-        return self.max_steps in after or any(
-            due(step, self.config.train.eval_interval) for step in after
-        )
+        """Whether one of the next two steps has to be evaluated."""
+        return any(self._is_evaluated(self.progress.step + ahead) for ahead in (1, 2))
+
+    def _is_evaluated(self, step: int) -> bool:
+        return step == self.max_steps or due(step, self.config.train.eval_interval)
 
     def over(self) -> str:
-        """Why the run ends at this step, or nothing."""
+        """Why the run ends at this step; empty if it goes on."""
         step, train = self.progress.step, self.config.train
         if self.evaluation_due():
             return ""
@@ -254,268 +210,116 @@ class Run:
             return "max_steps"
         if 0 < train.patience <= self.progress.evaluations_since_best:
             return "early_stop"
-        if 0 < train.stop_at_step <= step:
-            return "stop_at_step"
-        return ""
+        return "stop_at_step" if 0 < train.stop_at_step <= step else ""
 
     def save_due(self) -> bool:
-        """Whether this step is to be saved, whatever else happens at it."""
+        """Whether checkpoint.interval asks for a checkpoint of this step."""
         return due(self.progress.step, self.config.checkpoint.interval)
 
-    def start(self) -> None:
-        """Opens the files, cut to what the resumed checkpoint knows, and starts the clocks."""
-        step, rows = self.progress.step, self.progress.rows
-        evaluated = self.progress.val_loss is not None
-        self.saved = self.progress.position
-        self.origin = self.world.once(self._provenance)
+    # ---- start
+
+    def resume(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies, whose progress the run takes over; None if new.
+
+        Raises:
+            AgreedError: another job trains the run; it has checkpoints, but none that verifies.
+        """
+        self.world.once(self.lock.check)
+        self.seen = self.world.once(lambda: checkpoint_paths(self.directory))
+        checkpoint = find_resumable(self.directory, self.world)
+        if checkpoint:
+            self.progress = Progress(**checkpoint.state)
+        self.resumed_at = self.saved = self.progress.position
+        return checkpoint
+
+    def open(self) -> None:
+        """Takes the run for this job on rank 0: lock, no leftovers, attempt, status, configuration.
+
+        Raises:
+            UserError: another job trains it, or did since resume(); it can't be written.
+        """
+        with writing(self.directory, "set train.out_dir"):
+            self.lock.take()
+            if checkpoint_paths(self.directory) != self.seen:
+                raise UserError(
+                    f"{self.directory}: another job has just trained this run; start again"
+                )
+            remove_leftovers(self.directory)
+            (self.directory / "logs").mkdir(exist_ok=True)
+            by_hand = f"{socket.gethostname()} {os.getpid()} {time.time()}"
+            attempt = os.environ.get(attempts.ATTEMPT, by_hand)
+            attempts.count(self.directory, attempt, self.config.train.max_attempts)
+        self.status("running", None, self.progress.step)
+        if not self.inputs.model_changed:  # else once the new model has been checked
+            self.record_start()
+
+    def record_start(self) -> None:
+        """Writes code, configuration and tokenizer with which the run goes on; on rank 0."""
+        with writing(self.directory, "set train.out_dir"):
+            snapshot_code(self.directory)
+            write_atomically(self.directory / "config.toml", dump_toml(self.config).encode())
+            tokenizer = resolve_path(self.config.tokenizer.path).read_bytes()
+            write_atomically(self.directory / "tokenizer.model", tokenizer)
+            attempts.note_opened(self.directory)
+
+    def start(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, signals: Signals, end: float
+    ) -> None:
+        """Opens the files, starts the clocks, and sets up saving and stopping.
+
+        Args:
+            end: when this job must be over, in Unix time.
+        """
+        config, world = self.config, self.world
+        self.origin = world.once(self._provenance)
         self.started = time.monotonic() - 3600 * self.progress.hours
         self.restart_clock()
-        if self.enabled:
-            for name in self.FILES:
-                known = math.inf if name == "jobs.jsonl" else step  # what came to nothing was a job
-                self.rows[name] = kept = cut_rows(self.directory / name, known, evaluated)
-                if missing := max(0, rows.get(name, 0) - kept):
-                    self.say(
-                        f"{self.directory / name}: {missing} of the {rows[name]} rows up to step"
-                        f" {step} are missing; it was changed or deleted since that was saved"
-                    )
-                self.files[name] = open(self.directory / name, "ab", buffering=0)  # noqa: SIM115
-            if sys.stderr.isatty():
-                self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
-            if self.config.log.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                for kind, first in (("train", step + 1), ("val", step + evaluated)):
-                    folder = str(self.directory / "tensorboard" / kind)
-                    self.boards[kind] = SummaryWriter(folder, purge_step=first)
-            if self.config.log.wandb:
-                self._track()
-
-    def describe(self, model: nn.Module, batches: Batches, checkpoint: Checkpoint | None) -> None:
-        """Says what is about to run, and what of it the user may not expect."""
-        config, data, val_data, world = self.config, self.data, self.val_data, self.world
-        batch_size = config.train.global_batch_size
-        micro_batches, size = batches.shape
-        on_gpu = world.device.type == "cuda"
-        self.say(
-            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters,"
-            f" {config.parallel.strategy} on {world.size} × {world.device.type},"
-            f" compute in {str(world.dtype).removeprefix('torch.')}"
-            + (" with TF32 products" if world.dtype == torch.float32 and on_gpu else "")
-            + (", compiled" if compiles(config.train.compile, world.device) else "")
-            + (", deterministic" if config.train.deterministic else "")
-            + (f", cuDNN {cudnn_version()}" if on_gpu else "")
+        world.once(self._open_files)
+        self.saver = Saver(
+            self.directory, model, optimizer, config.checkpoint, self.lock.verify, world
         )
-        self.say(
-            f"{data.tokens:,} tokens in {data.windows:,} windows of {data.seq_len}"
-            f" ({data.unused_tokens} tokens at the end unused);"
-            f" {batch_size * data.seq_len:,} tokens a step in {micro_batches} micro-batches"
-            f" of {size}"
+        self.check = DataCheck(self.inputs.manifests, config.data.verify, world)
+        size = 12 * self.parameters  # bytes of a checkpoint: weights and two moments in float32
+        save_seconds = self.progress.save_seconds or 1 + max(size / world.size / 100e6, size / 2e9)
+        minutes = config.checkpoint.interval_minutes
+        conditions = StopConditions(
+            self.directory, signals, self.lock, self.saver, end, save_seconds, minutes, self.check
         )
-        if len(data.names) > 1:
-            epochs = data.epochs(self.max_steps * batch_size)
-            for name, part in zip(data.names, data.shares, strict=True):
+        self.agreed = Consensus(conditions, world)
+
+    def _open_files(self) -> None:
+        """Opens the files of rows, cut to the resumed step, and starts what else shows progress."""
+        step, rows = self.progress.step, self.progress.rows
+        evaluated = self.progress.val_loss is not None
+        for name in self.FILES:
+            path, saved = self.directory / name, rows.get(name, 0)
+            last = math.inf if name == "jobs.jsonl" else step  # a job took its time all the same
+            rows[name] = cut_rows(path, last, evaluated)
+            if missing := max(0, saved - rows[name]):
                 self.say(
-                    f"{name}: {100 * part:.2f}% of the sequences, {epochs[name]:.2f} epochs of it"
+                    f"{path}: {missing} of the {saved} rows up to step {step} are missing; it was"
+                    " changed or deleted since that was saved"
                 )
-        without = [name for name in data.names if val_data and name not in val_data.names]
-        if without:
-            self.say(f"no validation split, so not in the validation loss: {', '.join(without)}")
-        if config.data.document_mask:
-            self.say("attention stays within a document")
-        slots = micro_batches * size * world.size
-        if fillers := slots - batch_size:
-            self.say(
-                f"global batch {batch_size} does not divide: {fillers} filler sequences a step"
-                f" ({100 * fillers / slots:.0f}% of the work is wasted)"
-            )
-        if checkpoint:
-            self.say(f"resuming from step {checkpoint.step}: {checkpoint.path}")
+            self.files[name] = open(path, "ab", buffering=0)  # noqa: SIM115
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.max_steps, initial=step, unit="step")
+        if self.config.log.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
-    def job_row(self, parameters: int) -> None:
-        """Writes the row of the job that begins now."""
-        row = self._place(self.progress.step) | {
-            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "host": socket.gethostname(),
-            "job_id": os.environ.get("SLURM_JOB_ID"),
-            "device": self.world.device.type,
-            "parameters": parameters,
-            "ranks": self.world.size,
-            "max_steps": self.max_steps,
-            "commit": self.origin["commit"],
-            "versions": self.origin["versions"],
-        }
-        self.row(row, "jobs.jsonl")
-
-    @property
-    def hours(self) -> float:
-        """Hours of training, added up over the jobs of the run."""
-        return (time.monotonic() - self.started) / 3600
-
-    def restart_clock(self) -> None:
-        """Leaves what came before (logging, evaluation, saving) out of the throughput."""
-        self.mark, self.steps = time.monotonic(), 0
-
-    def record(self, arrived: list[Arrived[tuple[int, float]]]) -> None:
-        """Takes in the steps that are known by now: rows, skipped steps, what ranks agreed on.
-
-        Raises:
-            AgreedError: a rank has failed, or too many steps in a row were skipped.
-        """
-        for (step, lr), values, done_at in arrived:
-            loss, *votes, skip, grad_norm = values
-            outcome = Outcome(loss, skip, grad_norm)
-            self.steps += 1
-            self.done_at = done_at
-            self.bar.update()
-            if step == self.max_steps or due(step, self.config.train.log_interval):
-                self._training_row(step, lr, outcome)
-            self._note_skipped(step, outcome)
-            self.agreed.hear(votes)
-
-    def save(self, norm_ema: Tensor) -> None:
-        """Saves a checkpoint of this step, or adds its validation loss to one that is there.
-
-        Raises:
-            AgreedError: it could not be written, or the run belongs to another job.
-        """
-        progress, step = self.progress, self.progress.step
-        progress.hours, progress.rows, progress.norms = self.hours, {**self.rows}, norm_ema.tolist()
-        progress.save_seconds = max(progress.save_seconds, self.saver.seconds)
-        self._sync()
-        with self.agreed.conditions.timed("save"):
-            if step == self.saved[0]:
-                self.saver.amend(step, asdict(progress))
-            else:
-                self.saver.save(step, {**self.origin, "state": asdict(progress)})
-        self.check.remember()
-        self.saved, self.agreed.save_due = progress.position, False
-        self.world.once(lambda: self.status("running", None, step))
-        self.restart_clock()
-
-    def _training_row(self, step: int, lr: float, outcome: Outcome) -> None:
-        """Writes and prints the row of a training step."""
-        loss, grad_norm, elapsed = outcome.loss, outcome.grad_norm, self.done_at - self.mark
-        row = self._place(step) | {
-            "loss": finite(loss),
-            "learning_rate": lr,
-            "grad_norm": finite(grad_norm),
-            "tokens_per_second": self.steps * self.tokens_per_step / elapsed,
-        }
-        if outcome.skipped:
-            row["skipped"] = outcome.skipped
-        if self.peak_rate:
-            row["mfu"] = row["tokens_per_second"] / self.peak_rate
-        row["memory_gb"] = memory_gb(self.world.device)
-        self.row(row)
-        self._board("train", step, row)
-        self.say(
-            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e}"
-            f" | grad norm {grad_norm:.2f} | {row['tokens_per_second']:,.0f} tok/s"
-            + (f" | MFU {100 * row['mfu']:.1f}%" if "mfu" in row else "")
-            + f" | {row['memory_gb']:.2f} GB"
-            f" | {describe_seconds(elapsed / self.steps * (self.max_steps - step))} left"
-        )
-        self.mark, self.steps = self.done_at, 0
-
-    def _note_skipped(self, step: int, outcome: Outcome) -> None:
-        """Counts skipped steps in a row, and writes down exactly which windows they had.
-
-        Raises:
-            NotFiniteError: there were train.max_bad_steps of them.
-        """
-        progress, train = self.progress, self.config.train
-        if not outcome.skip:
-            progress.bad_steps = 0
-            return
-        progress.bad_steps += outcome.skipped != "no_trained_tokens"
-        windows = self.data.step_windows(train.seed, step - 1, train.global_batch_size).tolist()
-        row = {
-            "step": step,
-            "reason": outcome.skipped,
-            "loss": finite(outcome.loss),
-            "grad_norm": finite(outcome.grad_norm),
-            "windows": [self.data.place(window) for window in windows],
-        }
-        self.row(row, "bad_steps.jsonl")
-        why = f"loss {outcome.loss}, gradient norm {outcome.grad_norm}"
-        self.say(f"step {step} skipped ({outcome.skipped}): {why}")
-        if progress.bad_steps >= train.max_bad_steps:
-            raise NotFiniteError(
-                step,
-                f"{progress.bad_steps} steps in a row were skipped, this one for {why}; they"
-                " changed nothing, and what was saved is good; lower optimizer.learning_rate or"
-                " look at the data: python prepare.py"
-                f" {self.directory / 'config.toml'} --bad-steps",
-            )
-
-    def record_evaluation(self, scores: dict[str, Any], samples: list[dict[str, str]]) -> bool:
-        """Writes the rows of an evaluation; True if these weights are among the best to keep.
-
-        Raises:
-            NotFiniteError: the validation loss is not finite.
-        """
-        progress, loss = self.progress, scores["val_loss"]
-        progress.val_loss = loss
-        self._evaluation_row(progress.step, scores)
-        for row in samples:
-            self.row({"step": progress.step, **row}, "samples.jsonl")
-        self.report()
-        self.restart_clock()
-        best = progress.best_val_losses
-        is_best = not best or loss < best[0]
-        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
-        kept = self.config.checkpoint.keep_best
-        progress.best_val_losses = sorted([*best, loss])[: max(1, kept)]
-        return kept > 0 and loss in progress.best_val_losses
-
-    def _evaluation_row(self, step: int, scores: dict[str, Any]) -> None:
-        """Writes and prints the row of an evaluation."""
-        self.row(self._place(step) | scores)
-        self._board("val", step, scores)
-        self.say(
-            f"step {step}/{self.max_steps} | val loss {{val_loss:.4f}} | perplexity"
-            " {val_perplexity:.2f} | {val_bits_per_byte:.4f} bits/byte".format(**scores)
-        )
-        if len(losses := scores.get("val_losses", {})) > 1:  # of a mixture
-            names = [Path(name).name for name in losses]
-            names = names if len({*names}) == len(names) else [*losses]
-            told = (f"{n} {loss:.4f}" for n, loss in zip(names, losses.values(), strict=True))
-            self.say(f"  val loss of each dataset: {', '.join(told)}")
-
-    def _place(self, step: int) -> dict[str, Any]:
-        return {"step": step, "tokens": step * self.tokens_per_step, "hours": self.hours}
-
-    def row(self, row: dict[str, Any], file: str = "metrics.jsonl") -> None:
-        """Appends a row to one of the run's files."""
-        if self.enabled:
-            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-            self._guarded(lambda: self.files[file].write(line.encode()))
-            self.rows[file] += 1
-
-    def _board(self, kind: str, step: int, row: dict[str, Any]) -> None:
-        """Passes a row's numbers on to TensorBoard, if it is to know."""
-        if kind in self.boards:
-            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
-            for name, value in numbers.items():
-                self.boards[kind].add_scalar(name.removeprefix("val_"), value, step)
-
-    def _track(self) -> None:
-        """Has Weights & Biases fed by a process beside training, which can't hold it up or end it;
-        its standard input ends with this process, and signals to this one are not for it."""
-        command = [
-            sys.executable,
-            str(CODE / "tools" / "track.py"),
-            str(self.directory),
-            "--follow",
-        ]
-        try:
-            self.tracker = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-        except OSError as error:
-            self.say(f"no W&B run: {error}")
+            for kind, first in (("train", step + 1), ("val", step + evaluated)):
+                folder = str(self.directory / "tensorboard" / kind)
+                self.boards[kind] = SummaryWriter(folder, purge_step=first)
+        if self.config.log.wandb:
+            # A process beside training can't delay or end it. It ends when its standard input does,
+            # which is when this process ends; signals to this one must not reach it.
+            options = {"stdin": subprocess.PIPE, "start_new_session": True}
+            try:
+                self.tracker = subprocess.Popen([*self._tool("track.py"), "--follow"], **options)
+            except OSError as error:
+                self.say(f"no W&B run: {error}")
 
     def _provenance(self) -> dict[str, Any]:
-        """What a checkpoint records of where it comes from."""
+        """What a checkpoint records of its origin: configuration, data, versions and commit."""
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         if self.world.device.type == "cuda":
             versions |= {"cuda": torch.version.cuda, "cudnn": cudnn_version()}
@@ -533,23 +337,213 @@ class Run:
             "commit": commit or None,
         }
 
-    def report(self) -> None:
-        """Has report.html written by a process of low priority beside training, one at a time."""
-        if self.files and self.config.log.report:
-            self.next_report.cancel()  # if it still waits for the one before
-            self.next_report = self.reporter.submit(self._report)
+    def describe(self, batches: Batches, checkpoint: Checkpoint | None) -> None:
+        """Prints what is about to run, and what of it the user may not expect."""
+        config, data, val_data, world = self.config, self.data, self.val_data, self.world
+        batch_size, on_gpu = config.train.global_batch_size, world.device.type == "cuda"
+        micro_batches, size = batches.shape
+        self.say(
+            f"{self.parameters / 1e6:.1f}M parameters,"
+            f" {config.parallel.strategy} on {world.size} × {world.device.type},"
+            f" compute in {str(world.dtype).removeprefix('torch.')}"
+            + (" with TF32 products" if world.dtype == torch.float32 and on_gpu else "")
+            + (", compiled" if compiles(config.train.compile, world.device) else "")
+            + (", deterministic" if config.train.deterministic else "")
+            + (f", cuDNN {cudnn_version()}" if on_gpu else "")
+        )
+        self.say(
+            f"{data.tokens:,} tokens in {data.windows:,} windows of {data.seq_len}"
+            f" ({data.unused_tokens} tokens at the end unused); {self.tokens_per_step:,} tokens per"
+            f" step in {micro_batches} micro-batches of {size}"
+        )
+        if len(data.names) > 1:
+            epochs = data.epochs(self.max_steps * batch_size)
+            for name, share in zip(data.names, data.shares, strict=True):
+                self.say(f"{name}: {share:.2%} of the sequences, {epochs[name]:.2f} epochs of it")
+        without = [name for name in data.names if val_data and name not in val_data.names]
+        if without:
+            self.say(f"no validation split, so not in the validation loss: {', '.join(without)}")
+        if config.data.document_mask:
+            self.say("attention stays within a document")
+        slots = micro_batches * size * world.size
+        if fillers := slots - batch_size:
+            self.say(
+                f"global batch {batch_size} does not divide evenly: {fillers} filler sequences per"
+                f" step ({fillers / slots:.0%} of the work) don't count"
+            )
+        if checkpoint:
+            self.say(f"resuming from step {checkpoint.step}: {checkpoint.path}")
 
-    def _report(self) -> None:
-        command = ["nice", sys.executable, str(CODE / "tools" / "report.py"), str(self.directory)]
-        options = {"capture_output": True, "text": True, "timeout": REPORT_SECONDS}
-        try:  # in a session of its own: Ctrl-C at the terminal is meant for training
-            done = subprocess.run(command, **options, start_new_session=True)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            self.say(f"no report.html: {error}")
-            return
-        if done.returncode:
-            last = done.stderr.strip().rpartition("\n")[2]
-            self.say(f"no report.html: {last or f'exit code {done.returncode}'}")
+    # ---- steps, evaluations, checkpoints
+
+    @property
+    def hours(self) -> float:
+        """Hours of training, added up over the jobs of the run."""
+        return (time.monotonic() - self.started) / 3600
+
+    def restart_clock(self) -> None:
+        """Leaves the time before this out of the throughput: logging, evaluation, saving."""
+        self.mark, self.steps = time.monotonic(), 0
+
+    def record(self, arrived: list[Arrived[tuple[int, float]]]) -> None:
+        """Takes in the steps whose numbers have arrived: rows, skipped steps, votes.
+
+        Raises:
+            AgreedError: a rank has failed, or too many steps in a row were skipped.
+        """
+        for (step, lr), (loss, *votes, skip, grad_norm), done_at in arrived:
+            skipped = skip_reason(loss, grad_norm) if skip else ""
+            self.steps += 1
+            self.bar.update()
+            if step == self.max_steps or due(step, self.config.train.log_interval):
+                self._record_step(step, lr, loss, grad_norm, skipped, done_at)
+            if skipped:
+                self._record_skipped(step, loss, grad_norm, skipped)
+            else:
+                self.progress.bad_steps = 0
+            self.agreed.hear(votes)
+
+    def _record_step(
+        self, step: int, lr: float, loss: float, grad_norm: float, skipped: str, done_at: float
+    ) -> None:
+        """Writes and prints the row of a training step."""
+        elapsed = done_at - self.mark
+        rate = self.steps * self.tokens_per_step / elapsed
+        left = describe_seconds(elapsed / self.steps * (self.max_steps - step))
+        self.mark, self.steps = done_at, 0
+        row = self._place(step) | {
+            "loss": finite(loss),
+            "learning_rate": lr,
+            "grad_norm": finite(grad_norm),
+            "tokens_per_second": rate,
+        }
+        mfu = ""
+        if skipped:
+            row["skipped"] = skipped
+        if self.peak_rate:
+            row["mfu"] = rate / self.peak_rate
+            mfu = f" | MFU {row['mfu']:.1%}"
+        row["memory_gb"] = memory_gb(self.world.device)
+        self.row(row)
+        self._board("train", step, row)
+        self.say(
+            f"step {step}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e}"
+            f" | grad norm {grad_norm:.2f} | {rate:,.0f} tok/s{mfu}"
+            f" | {row['memory_gb']:.2f} GB | {left} left"
+        )
+
+    def _record_skipped(self, step: int, loss: float, grad_norm: float, reason: str) -> None:
+        """Counts a skipped step, and records which windows it had.
+
+        Raises:
+            NotFiniteError: train.max_bad_steps were skipped in a row.
+        """
+        progress, train = self.progress, self.config.train
+        progress.bad_steps += reason != "no_trained_tokens"
+        windows = self.data.step_windows(train.seed, step - 1, train.global_batch_size).tolist()
+        row = {
+            "step": step,
+            "reason": reason,
+            "loss": finite(loss),
+            "grad_norm": finite(grad_norm),
+            "windows": [self.data.place(window) for window in windows],
+        }
+        self.row(row, "bad_steps.jsonl")
+        why = f"loss {loss}, gradient norm {grad_norm}"
+        self.say(f"step {step} skipped ({reason}): {why}")
+        if progress.bad_steps >= train.max_bad_steps:
+            raise NotFiniteError(
+                step,
+                f"{progress.bad_steps} steps in a row were skipped, this one for {why}; they"
+                " changed nothing, and what was saved is good; lower optimizer.learning_rate or"
+                " look at the data: python prepare.py"
+                f" {self.directory / 'config.toml'} --bad-steps",
+            )
+
+    def record_evaluation(self, scores: dict[str, Any], samples: list[dict[str, str]]) -> bool:
+        """Writes and prints an evaluation; True if these weights are among the best to keep."""
+        progress, loss, kept = self.progress, scores["val_loss"], self.config.checkpoint.keep_best
+        self.row(self._place(progress.step) | scores)
+        self._board("val", progress.step, scores)
+        self.say(
+            f"step {progress.step}/{self.max_steps} | val loss {loss:.4f}"
+            f" | perplexity {scores['val_perplexity']:.2f}"
+            f" | {scores['val_bits_per_byte']:.4f} bits/byte"
+        )
+        if len(losses := scores.get("val_losses", {})) > 1:  # of a mixture
+            names = [Path(name).name for name in losses]
+            names = names if len({*names}) == len(names) else [*losses]
+            parts = (f"{n} {loss:.4f}" for n, loss in zip(names, losses.values(), strict=True))
+            self.say(f"  val loss of each dataset: {', '.join(parts)}")
+        for sample in samples:
+            self.row({"step": progress.step, **sample}, "samples.jsonl")
+        self.report()
+        best = progress.best_val_losses
+        is_best = not best or loss < best[0]
+        progress.val_loss = loss
+        progress.evaluations_since_best = 0 if is_best else progress.evaluations_since_best + 1
+        progress.best_val_losses = sorted([*best, loss])[: max(1, kept)]
+        self.restart_clock()
+        return kept > 0 and loss in progress.best_val_losses
+
+    def save(self, norm_ema: Tensor) -> None:
+        """Saves a checkpoint of this step, or adds its validation loss to the one that exists.
+
+        Raises:
+            AgreedError: it could not be written, or the run belongs to another job.
+        """
+        progress, step = self.progress, self.progress.step
+        progress.hours, progress.norms = self.hours, norm_ema.tolist()
+        progress.save_seconds = max(progress.save_seconds, self.saver.seconds)
+        with writing(self.directory):  # rows first: they are durable before their checkpoint
+            for file in self.files.values():
+                os.fsync(file.fileno())
+            for board in self.boards.values():
+                board.flush()
+        with self.agreed.conditions.timed("save"):
+            if step == self.saved[0]:
+                self.saver.amend(step, asdict(progress))
+            else:
+                self.saver.save(step, {**self.origin, "state": asdict(progress)})
+        self.check.remember()
+        self.saved, self.agreed.save_due = progress.position, False
+        self.world.once(lambda: self.status("running", None, step))
+        self.restart_clock()
+
+    # ---- rows, console, report
+
+    def job_row(self) -> None:
+        """Writes the row of the job that begins now."""
+        row = self._place(self.progress.step) | {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(),
+            "job_id": os.environ.get("SLURM_JOB_ID"),
+            "device": self.world.device.type,
+            "parameters": self.parameters,
+            "ranks": self.world.size,
+            "max_steps": self.max_steps,
+            "commit": self.origin["commit"],
+            "versions": self.origin["versions"],
+        }
+        self.row(row, "jobs.jsonl")
+
+    def _place(self, step: int) -> dict[str, Any]:
+        return {"step": step, "tokens": step * self.tokens_per_step, "hours": self.hours}
+
+    def row(self, row: dict[str, Any], file: str = "metrics.jsonl") -> None:
+        """Appends a row to one of the run's files."""
+        if self.enabled:
+            line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+            with writing(self.directory):
+                self.files[file].write(line.encode())
+            self.progress.rows[file] += 1
+
+    def _board(self, kind: str, step: int, row: dict[str, Any]) -> None:
+        """Writes a row's numbers for TensorBoard, with log.tensorboard."""
+        if kind in self.boards:
+            numbers = {name: value for name, value in row.items() if isinstance(value, float)}
+            for name, value in numbers.items():
+                self.boards[kind].add_scalar(name.removeprefix("val_"), value, step)
 
     def say(self, text: str) -> None:
         """Prints a line, above the progress bar if there is one."""
@@ -557,18 +551,27 @@ class Run:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def _sync(self) -> None:
-        """Makes all rows so far durable."""
-        for file in self.files.values():
-            self._guarded(lambda file=file: os.fsync(file.fileno()))
-        for board in self.boards.values():
-            self._guarded(board.flush)
+    def report(self) -> None:
+        """Writes report.html in a low-priority process beside training, one at a time."""
+        if self.files and self.config.log.report:
+            self.next_report.cancel()  # if it still waits for the one before
+            self.next_report = self.reporter.submit(self._report)
 
-    def _guarded(self, write: Callable[[], Any]) -> None:
-        try:
-            write()
-        except OSError as error:
-            raise UserError(f"{self.directory} can't be written: {error.strerror}") from None
+    def _report(self) -> None:
+        options = {"capture_output": True, "text": True, "timeout": REPORT_SECONDS}
+        command = ["nice", *self._tool("report.py")]
+        try:  # in a session of its own: Ctrl-C at the terminal is meant for training
+            subprocess.run(command, check=True, start_new_session=True, **options)
+        except subprocess.CalledProcessError as error:
+            self.say(f"no report.html: {error.stderr.strip().rpartition(chr(10))[2] or error}")
+        except (OSError, subprocess.TimeoutExpired) as error:
+            self.say(f"no report.html: {error}")
+
+    def _tool(self, name: str) -> list[str]:
+        """The command that runs a tool on this run."""
+        return [sys.executable, str(CODE / "tools" / name), str(self.directory)]
+
+    # ---- status.json
 
     def status(
         self, state: str, reason: str | None, step: int, requeue: bool = False, why: str = ""
@@ -579,7 +582,7 @@ class Run:
             state: running, finished, stopped or failed.
             reason: why it ended: deadline, signal, stop_file, stop_at_step, early_stop, non_finite
                 or error; else None.
-            requeue: whether the same job should come back; not once its attempts were too many.
+            requeue: whether the same job should come back; false after train.max_attempts.
             why: the reason in words.
         """
         if not self.enabled:
@@ -587,53 +590,34 @@ class Run:
         if requeue and (too_many := attempts.exhausted(self.directory)):
             requeue, why = False, f"{too_many}; the last one: {why or reason}"
             self.say(f"does not come back: {too_many}")
-        attempt = os.environ.get(attempts.ATTEMPT)
         status = {"state": state, "reason": reason, "step": step, "requeue": requeue}
-        status |= {"why": why, "attempt": attempt}
-        self._guarded(lambda: attempts.write_status(self.directory, status))
-
-    def _failed_before(self) -> tuple[int, str] | None:
-        """Where the job before this one failed, and why, if it did."""
-        status = attempts.read_json(self.directory / "status.json") or {}
-        if status.get("state") != "failed":
-            return None
-        return status.get("step", 0), status.get("why", "")
+        status |= {"why": why, "attempt": os.environ.get(attempts.ATTEMPT)}
+        with writing(self.directory):
+            attempts.write_status(self.directory, status)
 
     def _failed(self, error: BaseException) -> None:
-        """Records a failure; where even that fails, says so and leaves the first error in view."""
+        """Records a failure. If that fails too, prints why and lets the first error pass."""
         step = self.progress.step if self.saver else attempts.newest_step(self.directory)
         try:
-            self.status("failed", *explain_failure(error, step, self.failed_before))
+            self.status("failed", *explain_failure(error, step, self.status_before))
         except UserError as why:
             tell(f"no status.json: {why}")
         self.report()
 
-    def end(self, reason: str, advanced: bool) -> None:
-        """Records and says that the run ended in order; advanced: it got further than it was."""
-        told = {
-            "max_steps": "finished",
-            "early_stop": "finished early, no new best",
-            "stop_at_step": "stopped as asked",
-            "stop_file": "stopped by the STOP file",
-            "signal": "stopped by a signal",
-            "deadline": "stopped before the job's time is over",
-        }[reason]
-        if reason == "deadline" and not advanced:
-            told += " (too short for any progress: give it more)"
+    def end(self, reason: str) -> None:
+        """Waits for the last save, and records and prints why the run, or this job, is over."""
+        if self.saver:  # else there was nothing to train
+            self.saver.wait()
+            self.check.remember()
+            self.world.once(lambda: self.agreed.conditions.stop_file.unlink(missing_ok=True))
+        why = ENDS[reason]
+        if reason == "deadline" and self.progress.position == self.resumed_at:
+            why += " (too short for any progress: give it more)"
         requeue = reason in ("signal", "deadline")
         shown = None if reason == "max_steps" else reason
-        self.status(told.split()[0], shown, self.progress.step, requeue, told)
+        self.status(why.split()[0], shown, self.progress.step, requeue, why)
         self.report()
-        self.say(f"{told} at step {self.progress.step}: {self.directory}")
-
-    def _close(self) -> None:
-        """Closes the files and the progress bar."""
-        self.bar.close()
-        for file in (*self.files.values(), *self.boards.values()):
-            file.close()
-        if self.tracker:
-            self.tracker.stdin.close()
-            self.tracker.wait()
+        self.say(f"{why} at step {self.progress.step}: {self.directory}")
 
 
 def run_length(config: Config, data: Mixture) -> int:
@@ -649,67 +633,67 @@ def run_length(config: Config, data: Mixture) -> int:
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether something that happens every interval steps happens now; never if interval is 0."""
+    """Whether what happens every interval steps happens at this one; never if interval is 0."""
     return interval > 0 and step % interval == 0
 
 
+def skip_reason(loss: float, grad_norm: float) -> str:
+    """Why a step with this loss and gradient norm was skipped."""
+    if loss == grad_norm == 0:  # no spike is that low
+        return "no_trained_tokens"
+    return "spike" if math.isfinite(loss + grad_norm) else "non_finite"
+
+
 def finite(number: float) -> float | None:
-    """The number, or None for what JSON can't say."""
+    """The number, or None where JSON has none for it."""
     return number if math.isfinite(number) else None
 
 
 def cut_rows(path: Path, step: float, evaluated: bool) -> int:
-    """Cuts a file of rows behind the last whole one up to a step; how many it keeps.
+    """Cuts a file of rows behind the last whole row of a step; returns how many rows are left.
 
-    If that step was not evaluated yet, rows of an evaluation that a job before began are cut too.
+    If that step was not evaluated yet, evaluation rows of it, from an earlier job, are cut too.
     """
+
+    def belongs(line: bytes) -> bool:
+        try:
+            row = json.loads(line)
+            return line.endswith(b"\n") and row["step"] < step + (evaluated or "loss" in row)
+        except (ValueError, KeyError, TypeError):  # torn by a crash
+            return False
+
     if not path.exists():
         return 0
-    keep = rows = 0
-    whole, torn = [], False
     with open(path, "rb+") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                known = evaluated or "loss" in row
-                inside = line.endswith(b"\n") and row["step"] < step + known
-            except (ValueError, KeyError, TypeError):  # torn by a crash
-                inside = False
-            if not inside:
-                torn = True
-                continue
-            rows += 1
-            if torn:  # rows behind a line that somebody has changed
-                whole.append(line)
-            else:
-                keep += len(line)
-        if whole:
+        head = [len(line) for line in takewhile(belongs, file)]
+        rest = [line for line in file if belongs(line)]  # behind a line that somebody has changed
+        if rest:
             file.seek(0)
-            write_atomically(path, file.read(keep) + b"".join(whole))
+            write_atomically(path, file.read(sum(head)) + b"".join(rest))
         else:
-            file.truncate(keep)
-    return rows
+            file.truncate(sum(head))
+    return len(head) + len(rest)
 
 
 def describe_seconds(seconds: float) -> str:
     """A duration as 45s, 3m10s or 5h02m."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02d}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes:02d}m"
+    return f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 def explain_failure(
-    error: BaseException, step: int, before: tuple[int, str] | None
+    error: BaseException, step: int, before: dict[str, Any]
 ) -> tuple[str, int, bool, str]:
-    """Of a failure, for status.json: reason, step, whether another try may succeed, and why.
+    """What status.json says of a failure: reason, step, whether to try again, and why.
 
-    A lost rank or a sick node may always pass. What fails alike at the same step again does not.
+    Another try may always succeed after a lost rank or on another node. After any other failure it
+    is made once: not if the job before failed at the same step for the same reason.
 
     Args:
-        before: step and reason of the failure of the job before this one.
+        before: status.json as the job before left it.
     """
     lost = explain_lost_rank(error)
     why = str(lost or error).partition("\n")[0] or type(error).__name__
@@ -717,6 +701,8 @@ def explain_failure(
         return "signal", step, False, why
     if lost or getattr(error, "code", None) in (LOST_RANK, SICK_NODE):
         return "error", step, True, why
-    if isinstance(error, NotFiniteError):
-        return "non_finite", error.step, before != (error.step, why), why
-    return "error", step, not isinstance(error, UserError) and before != (step, why), why
+    not_finite = isinstance(error, NotFiniteError)
+    step = error.step if not_finite else step
+    repeated = [before.get(key) for key in ("state", "step", "why")] == ["failed", step, why]
+    again = not repeated and (not_finite or not isinstance(error, UserError))
+    return "non_finite" if not_finite else "error", step, again, why
