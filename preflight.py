@@ -158,7 +158,7 @@ def _check_resumed(
         )
     if found["consent"] and not accept_changes:
         raise ConfigError(
-            f"this run was started otherwise: {'; '.join(found['consent'])};"
+            f"this run was started with other values: {'; '.join(found['consent'])};"
             f" to go on with the new values add {ACCEPT_CHANGES}"
         )
     for change in found["consent"]:
@@ -254,7 +254,7 @@ def _look(
 
 
 def _first_difference(seen_by: list[dict[str, str]]) -> tuple[int, str] | None:
-    """The first rank that sees something else than most ranks, and what; of two ranks, rank 1."""
+    """The first rank that differs from most ranks, and in what; of two ranks, rank 1."""
     for name in [name for name in seen_by[0] if name != "host"]:
         values = {rank: seen[name] for rank, seen in enumerate(seen_by) if name in seen}
         common = Counter(values.values()).most_common(1)[0][0]
@@ -303,7 +303,7 @@ def _check_memory(config: Config, parameters: int, world: World) -> None:
             f"the model does not fit: its {parameters / 1e9:.3g}B parameters, their gradients and"
             f" the optimizer's state are {needed / 1e9:,.0f} GB a rank, and {what} has"
             f" {memory / 1e9:,.0f} GB; set a smaller model.dim or model.n_layers, or"
-            " parallel.strategy=fsdp and more ranks (python tools/plan.py CONFIG tells how many)"
+            " parallel.strategy=fsdp and more ranks (python tools/plan.py CONFIG says how many)"
         )
 
 

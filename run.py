@@ -101,7 +101,7 @@ class Progress:
 
     step: int = 0
     hours: float = 0.0
-    best_val_losses: list[float] = field(default_factory=list)  # ascending, one per best checkpoint
+    best_val_losses: list[float] = field(default_factory=list)  # ascending, as many as are kept
     evaluations_since_best: int = 0
     val_loss: float | None = None  # of this very step, if it was evaluated
     bad_steps: int = 0  # skipped steps in a row, up to this one
@@ -129,9 +129,10 @@ class Run:
     As a context manager it records a failure in status.json, and releases the run at the end.
 
     Attributes:
-        saver, agreed, check: saves the run; what all ranks have agreed on; verifies the dataset.
-            start sets them.
-        saved: position of the newest checkpoint; resume sets it.
+        saved: position of the newest checkpoint; from resume() on.
+        saver: saves checkpoints; from start() on, as the next two.
+        agreed: what all ranks have agreed on: to stop, to save.
+        check: compares the bytes of the dataset with its digests.
     """
 
     FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl", "jobs.jsonl")
@@ -233,10 +234,10 @@ class Run:
         return checkpoint
 
     def open(self) -> None:
-        """Takes the run for this job on rank 0: lock, no leftovers, attempt, status, configuration.
+        """On rank 0: locks the run for this job, cleans it up, counts the attempt, says it runs.
 
         Raises:
-            UserError: another job trains it, or did since resume(); it can't be written.
+            UserError: another job trains it, or has since resume(); it can't be written.
         """
         with writing(self.directory, "set train.out_dir"):
             self.lock.take()
@@ -288,12 +289,12 @@ class Run:
         self.agreed = Consensus(conditions, world)
 
     def _open_files(self) -> None:
-        """Opens the files of rows, cut to the resumed step, and starts what else shows progress."""
+        """Opens the files of rows, cut to the resumed step; starts bar, TensorBoard and W&B."""
         step, rows = self.progress.step, self.progress.rows
         evaluated = self.progress.val_loss is not None
         for name in self.FILES:
             path, saved = self.directory / name, rows.get(name, 0)
-            last = math.inf if name == "jobs.jsonl" else step  # a job took its time all the same
+            last = math.inf if name == "jobs.jsonl" else step  # jobs whose steps are lost stay
             rows[name] = cut_rows(path, last, evaluated)
             if missing := max(0, saved - rows[name]):
                 self.say(
@@ -382,7 +383,7 @@ class Run:
         return (time.monotonic() - self.started) / 3600
 
     def restart_clock(self) -> None:
-        """Leaves the time before this out of the throughput: logging, evaluation, saving."""
+        """Measures throughput from now on, so that evaluation and saving don't count."""
         self.mark, self.steps = time.monotonic(), 0
 
     def record(self, arrived: list[Arrived[tuple[int, float]]]) -> None:
@@ -650,9 +651,9 @@ def finite(number: float) -> float | None:
 
 
 def cut_rows(path: Path, step: float, evaluated: bool) -> int:
-    """Cuts a file of rows behind the last whole row of a step; returns how many rows are left.
+    """Removes torn rows and those after a step from a file; returns how many rows are left.
 
-    If that step was not evaluated yet, evaluation rows of it, from an earlier job, are cut too.
+    Unless the step was evaluated, its evaluation rows go too: an earlier job was interrupted there.
     """
 
     def belongs(line: bytes) -> bool:
@@ -689,8 +690,8 @@ def explain_failure(
 ) -> tuple[str, int, bool, str]:
     """What status.json says of a failure: reason, step, whether to try again, and why.
 
-    Another try may always succeed after a lost rank or on another node. After any other failure it
-    is made once: not if the job before failed at the same step for the same reason.
+    After a lost rank or on a sick node, another try may always succeed. Any other failure is tried
+    again unless the user has to act, or the job before failed at the same step for the same reason.
 
     Args:
         before: status.json as the job before left it.

@@ -84,7 +84,7 @@ def run_many(
 
 
 def launcher(ranks: int, restarts: int = 0) -> list[str]:
-    """What starts a program on so many ranks."""
+    """The command that starts a program on this many ranks."""
     if ranks == 1:
         return [sys.executable]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
