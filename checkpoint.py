@@ -1,17 +1,20 @@
-"""Checkpoints that never lie: written aside, synced, checksummed, renamed; verified before use.
+"""Checkpoints: written under a temporary name, synced, checksummed, renamed; verified before use.
 
-A checkpoint is a directory of raw little-endian float32 arrays beside one manifest.json:
+A checkpoint is a directory of raw little-endian float32 arrays and one manifest.json:
 
-    step_00001000/manifest.json        what there is and where, every file's digest and its own
-    step_00001000/model-00003.bin      the rows of the weights that rank 3 held
-    step_00001000/optimizer-00003.bin  the same of the optimizer state
+    step_00001000/manifest.json        run state, tensors, files and their sha256; its own sha256
+    step_00001000/model-00003.bin      the rows of the weights that rank 3 saved
+    step_00001000/optimizer-00003.bin  the rows of the optimizer state that rank 3 saved
 
-Loading never executes anything, needs no process group, and cuts the rows for any other sharding.
+Loading executes no code and needs no process group. Each rank reads only the rows that it needs, so
+a run can resume on another number of ranks and with another sharding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -43,12 +46,21 @@ from distributed import AgreedError, World, local_part, writes
 
 FORMAT_VERSION = 1
 GROUPS = ("model", "optimizer")
-# The manifest begins {"digest": "<64 hex digits>", and the digest covers every other byte of it.
+# A manifest begins {"digest": "<64 hex digits>"; the digest covers all of its other bytes.
 DIGEST_AT, UNSEALED = slice(12, 76), b"0" * 64
 
 
+class Piece(NamedTuple):
+    """Consecutive rows of one tensor, which one rank saves."""
+
+    group: str
+    index: int  # of the tensor in its group
+    start: int  # number of the first row
+    rows: Tensor
+
+
 class Checkpoint:
-    """A checkpoint on disk: the manifest is read and checked, tensors are mapped on demand.
+    """A checkpoint on disk: opening it checks the manifest; tensors are mapped when they are read.
 
     Raises:
         UserError: the manifest is missing, damaged or of another format.
@@ -60,6 +72,7 @@ class Checkpoint:
         self.step: int = self.manifest["step"]
         self.state: dict[str, Any] = self.manifest["state"]
         self.has_optimizer = "optimizer" in self.manifest["tensors"]
+        # where each tensor's rows lie: file, offset in bytes, first row, number of rows
         self._pieces: dict[tuple[str, str], list[tuple[str, int, int, int]]] = {}
         for file in self.manifest["files"]:
             tensors, offset = self.manifest["tensors"][file["group"]], 0
@@ -71,16 +84,16 @@ class Checkpoint:
 
     @property
     def config(self) -> Config:
-        """The configuration that the run had when it saved this."""
+        """The run's configuration when it saved this checkpoint."""
         return build_config(self.manifest["config"])
 
     @property
     def val_loss(self) -> float:
-        """Validation loss in nats a token at this step; infinite if it was not evaluated."""
+        """Validation loss in nats per token; infinite if this step was not evaluated."""
         return math.inf if self.state["val_loss"] is None else self.state["val_loss"]
 
     def verify(self, rank: int = 0, ranks: int = 1, groups: tuple[str, ...] = GROUPS) -> None:
-        """Hashes this rank's share of the groups' files; UserError names one that is damaged."""
+        """UserError if one of this rank's share of the groups' files is missing or damaged."""
         files = [file for file in self.manifest["files"] if file["group"] in groups]
         for file in files[rank::ranks]:
             path = self.path / file["name"]
@@ -92,13 +105,13 @@ class Checkpoint:
                 raise UserError(f"{path}: does not match its checksum")
 
     def shapes(self, group: str) -> dict[str, list[int]]:
-        """Name to shape of the tensors of a group, "model" or "optimizer"."""
+        """Name to shape of each tensor of a group, "model" or "optimizer"."""
         return dict(self.manifest["tensors"][group])
 
     def tensor(self, group: str, name: str, start: int = 0, rows: int | None = None) -> Tensor:
-        """Rows start … start + rows of a float32 tensor; all rows by default.
+        """The given number of rows of a float32 tensor, from row start on; by default all rows.
 
-        Mapped from its file, copy-on-write, where one file holds all of them; else put together.
+        The result is a copy-on-write memory map if one file holds all these rows, else a copy.
         """
         shape = self.shapes(group)[name]
         length = shape[0] if shape else 1
@@ -109,9 +122,7 @@ class Checkpoint:
             if low < high:
                 offset += 4 * (low - first) * math.prod(shape[1:])
                 size = (high - low, *shape[1:])
-                parts.append(
-                    np.memmap(self.path / file, "<f4", mode="c", offset=offset, shape=size)
-                )
+                parts.append(np.memmap(self.path / file, "<f4", "c", offset, size))
         if not parts:
             return torch.empty(0, *shape[1:])
         whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -127,25 +138,33 @@ def checkpoint_paths(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
 
-def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
-    """The "best" or "last" checkpoint of a run directory, or the one at path; its weights verified.
+def readable_checkpoints(
+    run: Path, warn: Callable[[str], None] = lambda why: tell(f"checkpoint skipped: {why}")
+) -> Iterator[Checkpoint]:
+    """A run's checkpoints with an intact manifest, newest first; their files are not verified."""
+    for path in checkpoint_paths(run):
+        try:
+            yield Checkpoint(path)
+        except UserError as error:
+            warn(str(error))
 
-    Best is the lowest validation loss. One that does not verify is passed over, aloud.
+
+def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
+    """The "best" or "last" checkpoint of a run directory, or the checkpoint at path.
+
+    The best has the lowest validation loss. Only the weights are verified; a damaged checkpoint of
+    the run directory is skipped with a warning.
 
     Raises:
-        UserError: there is none, or none that verifies.
+        UserError: there is no checkpoint, or none that verifies.
     """
     path = path.resolve()
     if re.fullmatch(r"step_\d{8}", path.name) and not (path / "checkpoints").exists():
         checkpoint = Checkpoint(path)
         checkpoint.verify(groups=("model",))
         return checkpoint
-    found, damaged = [], []
-    for candidate in checkpoint_paths(path):
-        try:
-            found.append(Checkpoint(candidate))
-        except UserError as error:
-            damaged.append(str(error))
+    damaged: list[str] = []
+    found = [*readable_checkpoints(path, damaged.append)]
     if which == "best":
         found.sort(key=lambda checkpoint: checkpoint.val_loss)
     for checkpoint in found:
@@ -154,8 +173,8 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
         except UserError as error:
             damaged.append(str(error))
             continue
-        for message in damaged:
-            tell(f"passed over: {message}")
+        for why in damaged:
+            tell(f"checkpoint skipped: {why}")
         return checkpoint
     if damaged:
         raise UserError(f"{path}: no checkpoint verifies: {'; '.join(damaged)}")
@@ -163,12 +182,12 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
 
 
 def find_resumable(run: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint that verifies and holds the optimizer; None if the run has none yet.
+    """The newest checkpoint that verifies and has the optimizer state; None if the run has none.
 
-    One rank reads each manifest and hands it on; all share the hashing.
+    Rank 0 reads each manifest and sends it to the other ranks; all ranks share the hashing.
 
     Raises:
-        UserError: there are checkpoints and none can be resumed. Never a silent start from 0.
+        UserError: there are checkpoints, but training can resume from none of them.
     """
     paths = world.once(lambda: checkpoint_paths(run))
     for path in paths:
@@ -177,11 +196,10 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
             if not checkpoint.has_optimizer:
                 continue
             world.each(lambda found=checkpoint: found.verify(world.rank, world.size))
+            return checkpoint
         except AgreedError as error:
             if world.rank == 0:
-                tell(f"passed over: {error}")
-        else:
-            return checkpoint
+                tell(f"checkpoint skipped: {error}")
     if paths:
         raise AgreedError(
             f"{run}: no checkpoint verifies with its optimizer state, and training does not restart"
@@ -191,10 +209,10 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
 
 
 class Saver:
-    """Saves a run's checkpoints, in the background if configured, one at a time.
+    """Saves a run's checkpoints one at a time, in the background if checkpoint.asynchronous is set.
 
-    It has a process group of its own, so that its ranks may agree while training goes on, and the
-    slowest disk has more time than a collective of training.
+    Its collectives run in a process group of their own: they must not mix with training's, and they
+    wait longer, because ranks wait for the slowest disk.
     """
 
     def __init__(
@@ -206,11 +224,10 @@ class Saver:
         still_ours: Callable[[], None],
         world: World,
     ) -> None:
-        """still_ours raises a UserError when the run belongs to another job by now."""
+        """still_ours raises a UserError if another job has taken over the run."""
         self.run, self.model, self.optimizer, self.config = run, model, optimizer, config
         self.still_ours, self.world = still_ours, world.aside()
-        self.saved_step = -1
-        self.seconds = 0.0  # that the last save took, from copies to commit
+        self.seconds = 0.0  # duration of the last save, without the copies
         self._buffer: Tensor | None = None  # see _copied
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -222,65 +239,60 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the save in the background failed; wait() raises why."""
+        """Whether a save in the background has failed; wait() raises its error."""
         return self._error is not None
 
     def save(self, step: int, record: dict[str, Any]) -> None:
-        """Saves a checkpoint; it exists only once all of it is durable. Every rank must call this.
+        """Saves a checkpoint, which exists only once all of it is durable; every rank calls this.
 
-        In the background it returns as soon as the tensors are copied; a save before it is waited
-        for.
+        It waits for the save before it. If saving in the background, it returns after the copies.
 
         Args:
-            record: what the manifest holds beside the tensors: state, config, versions, …
+            record: entries of the manifest besides the tensors: state, config, versions, …
 
         Raises:
-            UserError: on every rank, if one could not write this or the save before; what existed
-                before is intact.
+            UserError: on every rank, if a rank could not write this checkpoint or the one before.
+                Older checkpoints are intact.
         """
         self.wait()
-        tensors = {
+        groups = {
             "model": model_tensors(self.model),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
         shapes = {
             group: [[name, list(tensor.shape)] for name, tensor in named.items()]
-            for group, named in tensors.items()
-        }
-        background = self.config.asynchronous
-        pieces = {
-            group: _own_pieces(list(named.values()), self.world) for group, named in tensors.items()
+            for group, named in groups.items()
         }
         manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": shapes}
-        if not background:
-            self._work(manifest, pieces)
+        pieces = [piece for group in groups.items() for piece in _own_pieces(*group, self.world)]
+        if not self.config.asynchronous:
+            self._write(manifest, pieces)
             return
-        pieces = self._copied(pieces)
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()  # the copies are on their way
-        # daemon: when training fails, this must not keep the process from ending
+        arguments = manifest, self._copied(pieces)
+        # daemon: if training fails, the thread must not keep the process from ending
         self._thread = threading.Thread(
-            target=self._work_aside, args=(manifest, pieces), daemon=True
+            None, self._write_in_background, args=arguments, daemon=True
         )
         self._thread.start()
 
-    def _copied(self, pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
-        """The pieces in host memory, on their way: in one buffer, which each save uses again."""
-        rows = [piece.rows for of_group in pieces.values() for piece in of_group]
+    def _copied(self, pieces: list[Piece]) -> list[Piece]:
+        """Copies of the pieces in host memory, in one buffer that all saves share."""
+        on_gpu = self.world.device.type == "cuda"
+        sizes = [piece.rows.numel() for piece in pieces]
         if self._buffer is None:
-            self._buffer = torch.empty(sum(map(torch.numel, rows)))
-            if self.world.device.type == "cuda" and rows:
+            self._buffer = torch.empty(sum(sizes))
+            if on_gpu and pieces:
                 weakref.finalize(self, _pin(self._buffer))
-        copies = iter(self._buffer.split([one.numel() for one in rows]))
-
-        def copied(piece: Piece) -> Piece:
-            copy = next(copies).view(piece.rows.shape).copy_(piece.rows, non_blocking=True)
-            return piece._replace(rows=copy)
-
-        return {group: [copied(piece) for piece in of_group] for group, of_group in pieces.items()}
+        copies = []
+        for piece, copy in zip(pieces, self._buffer.split(sizes), strict=True):
+            copy = copy.view(piece.rows.shape).copy_(piece.rows, non_blocking=True)
+            copies.append(piece._replace(rows=copy))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
 
     def wait(self) -> None:
-        """Waits for a save in the background; raises its error, on every rank."""
+        """Waits for the save in the background; raises its error, on every rank."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -289,7 +301,7 @@ class Saver:
             raise error
 
     def finish(self) -> None:
-        """Waits for a save in the background when training has failed; says if that failed too."""
+        """Waits for the save in the background after training has failed; prints its error."""
         try:
             self.wait()
         except UserError as error:
@@ -297,127 +309,100 @@ class Saver:
                 tell(str(error))
 
     def amend(self, step: int, state: dict[str, Any]) -> None:
-        """Replaces the state that the newest checkpoint holds: its step was evaluated later."""
+        """Replaces the newest checkpoint's state, if its step was evaluated after it was saved."""
         self.wait()
-
-        def rewrite() -> None:
-            checkpoint = Checkpoint(_step_path(self.run, step))
-            checkpoint.manifest["state"] = state
-            self.still_ours()
-            _write_manifest(checkpoint.path / "manifest.json", checkpoint.manifest)
-
         path = _step_path(self.run, step)
-        self.world.once(lambda: _explained(rewrite, path, 0))
 
-    def _work_aside(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
+        @_explain_os_errors(path, 0)
+        def rewrite() -> None:
+            manifest = Checkpoint(path).manifest | {"state": state}
+            self.still_ours()
+            _write_manifest(path / "manifest.json", manifest)
+
+        self.world.once(rewrite)
+
+    def _write_in_background(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
         try:
-            self._work(manifest, pieces)
+            self._write(manifest, pieces)
         except BaseException as error:
             self._error = error
 
-    def _work(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
+    def _write(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
         start = time.monotonic()
-        _write_checkpoint(self.run, manifest, pieces, self.still_ours, self.world)
-        self.saved_step, self.seconds = manifest["step"], time.monotonic() - start
+        self._write_checkpoint(manifest, pieces)
+        self.seconds = time.monotonic() - start
+        self.world.once(lambda: prune_checkpoints(self.run, manifest["step"], self.config))
 
-        def prune() -> None:
-            try:
-                prune_checkpoints(self.run, manifest["step"], self.config)
-            except OSError as error:
-                raise UserError(
-                    f"{error.filename or self.run}: old checkpoints can't be removed:"
-                    f" {error.strerror}. What was saved is intact"
-                ) from None
+    def _write_checkpoint(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
+        """The commit protocol: all ranks write to a temporary directory; rank 0 renames it once
+        everything in it is durable."""
+        final = _step_path(self.run, manifest["step"])
+        temporary = final.with_suffix(".tmp")
+        shapes = [shape for group in manifest["tensors"].values() for _, shape in group]
+        explained = _explain_os_errors(final, 4 * sum(map(math.prod, shapes)))
 
-        self.world.once(prune)
+        @explained
+        def begin() -> None:
+            self.still_ours()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
 
+        @explained
+        def write() -> list[dict[str, Any]]:
+            groups = itertools.groupby(pieces, key=lambda piece: piece.group)
+            return [_write_group(temporary, *group, self.world.rank) for group in groups]
 
-class Piece(NamedTuple):
-    """Rows of a tensor that this rank saves."""
+        @explained
+        def commit() -> None:
+            self.still_ours()
+            manifest["files"] = [file for of_rank in files for file in of_rank]
+            _write_manifest(temporary / "manifest.json", manifest)
+            replaced = final.exists()  # damaged, or without optimizer: skipped when the run resumed
+            if replaced:
+                final.replace(_aside(final))
+            temporary.replace(final)
+            sync_directory(final.parent)
+            if replaced:
+                remove_leftovers(self.run)
 
-    index: int  # of the tensor in its group
-    start: int  # number of the first row
-    rows: Tensor
+        try:
+            self.world.once(begin)
+            files = self.world.each(write)
+            self.world.once(commit)
+        except AgreedError:
+            self.world.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise
 
 
 def _pin(buffer: Tensor) -> Callable[[], Any]:
-    """Pins host memory, so that a GPU copies into it beside its work; returns what undoes it.
+    """Pins host memory, so that a GPU copies into it at full speed; returns what unpins it.
 
-    torch's own pinned memory comes in powers of two: up to twice a checkpoint would be held. Where
-    the system does not let it be pinned, copies take longer, and nothing else changes.
+    torch's own pinned memory comes in powers of two, which can be twice the size of a checkpoint.
+    If the system refuses to pin, copies take longer; nothing else changes.
     """
     cuda, start = torch.cuda.cudart(), buffer.data_ptr()
     status = cuda.cudaHostRegister(start, buffer.nbytes, 0)
     if status != cuda.cudaError.success:
-        why = cuda.cudaGetErrorString(status)
-        tell(
-            f"{buffer.nbytes / 1e9:.1f} GB can't be pinned ({why}): saves stop training for longer"
-        )
+        size, why = buffer.nbytes / 1e9, cuda.cudaGetErrorString(status)
+        tell(f"{size:.1f} GB can't be pinned ({why}): each save stops training for longer")
         return lambda: None
     return partial(cuda.cudaHostUnregister, start)
 
 
-def _own_pieces(tensors: list[Tensor], world: World) -> list[Piece]:
-    """What this rank saves of a group, by reference."""
-    pieces = []
-    for index, tensor in enumerate(tensors):
+def _own_pieces(group: str, named: dict[str, Tensor], world: World) -> Iterator[Piece]:
+    """The rows that this rank saves of a group's tensors, by reference."""
+    for index, tensor in enumerate(named.values()):
         rows, start = local_part(tensor.detach())
-        if not writes(tensor, index, world) or not rows.numel():
-            continue
-        assert rows.dtype == torch.float32, "master weights and optimizer state are float32"
-        pieces.append(Piece(index, start, rows))
-    return pieces
+        if writes(tensor, index, world) and rows.numel():
+            assert rows.dtype == torch.float32, "master weights and optimizer state are float32"
+            yield Piece(group, index, start, rows)
 
 
-def _write_checkpoint(
-    run: Path,
-    manifest: dict[str, Any],
-    pieces: dict[str, list[Piece]],
-    still_ours: Callable[[], None],
-    world: World,
-) -> None:
-    """The commit protocol: written aside by all ranks, and renamed once everything is durable."""
-    final = _step_path(run, manifest["step"])
-    temporary = final.with_suffix(".tmp")
-
-    def begin() -> None:
-        still_ours()
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def write() -> list[dict[str, Any]]:
-        return [
-            _write_group(temporary, group, of_group, world.rank)
-            for group, of_group in pieces.items()
-            if of_group
-        ]
-
-    def commit() -> None:
-        still_ours()
-        manifest["files"] = [file for of_rank in files for file in of_rank]
-        _write_manifest(temporary / "manifest.json", manifest)
-        replaced = final.exists()  # did not verify, or weights alone: this run passed it over
-        if replaced:
-            final.replace(_aside(final))
-        temporary.replace(final)
-        sync_directory(final.parent)
-        if replaced:
-            remove_leftovers(run)
-
-    shapes = [shape for group in manifest["tensors"].values() for _, shape in group]
-    size = 4 * sum(map(math.prod, shapes))
+@contextlib.contextmanager
+def _explain_os_errors(path: Path, size: int) -> Iterator[None]:
+    """Turns an OSError into a UserError that names the checkpoint and the space that it needs."""
     try:
-        world.once(lambda: _explained(begin, final, size))
-        files = world.each(lambda: _explained(write, final, size))
-        world.once(lambda: _explained(commit, final, size))
-    except AgreedError:
-        world.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise
-
-
-def _explained(function: Any, path: Path, size: int) -> Any:
-    try:
-        return function()
+        yield
     except OSError as error:
         try:
             free = f"{shutil.disk_usage(path.parent).free / 1e9:.3f} GB are free"
@@ -432,13 +417,13 @@ def _explained(function: Any, path: Path, size: int) -> Any:
 def write_weights(
     path: Path, record: dict[str, Any], weights: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Writes a checkpoint of weights alone, without a process group, a tensor at a time in memory.
+    """Writes a checkpoint without optimizer state, with one tensor in memory at a time.
 
-    It does not replace one: the caller renames the directory around it once all is there.
+    It is not atomic: callers write into a temporary directory, which they rename.
 
     Args:
-        path: the checkpoint, such as run/checkpoints/step_00000000.
-        record: what the manifest holds beside the tensors: step, state, config, …
+        path: the checkpoint, such as run.tmp/checkpoints/step_00000000.
+        record: entries of the manifest besides the tensors: step, state, config, …
         weights: name and float32 tensor of each parameter, tied ones once.
     """
     shapes = []
@@ -447,7 +432,7 @@ def write_weights(
         for index, (name, tensor) in enumerate(weights):
             assert tensor.dtype == torch.float32, "checkpoints are float32"
             shapes.append([name, list(tensor.shape)])
-            yield Piece(index, 0, tensor)
+            yield Piece("model", index, 0, tensor)
 
     path.mkdir(parents=True)
     files = [_write_group(path, "model", pieces(), 0)]
@@ -456,11 +441,11 @@ def write_weights(
 
 
 def _write_group(directory: Path, group: str, pieces: Iterable[Piece], rank: int) -> dict[str, Any]:
-    """Writes the rows that this rank saves of a group into one file, hashed on the way."""
+    """Writes this rank's pieces of a group into one file; returns its entry of the manifest."""
     name = f"{group}-{rank:05d}.bin"
     written, digest = [], hashlib.sha256()
     with open(directory / name, "wb") as file:
-        for index, start, rows in pieces:
+        for _, index, start, rows in pieces:
             rows = rows.cpu().contiguous().reshape(rows.shape or (1,))
             content = memoryview(rows.numpy()).cast("B")
             file.write(content)
@@ -472,31 +457,31 @@ def _write_group(directory: Path, group: str, pieces: Iterable[Piece], rank: int
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name to parameter; tied ones once."""
+    """Name to tensor of each parameter, tied ones once."""
     return dict(model.named_parameters())
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`parameter/state` to tensor, in the order of the parameters, all of which have some."""
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == {n for n, p in parameters.items() if p in optimizer.state}
+    """`parameter/state` to tensor of the optimizer state, in the order of the parameters."""
+    assert all(parameter in optimizer.state for parameter in model.parameters())
     return {
         f"{name}/{key}": value
-        for name, parameter in parameters.items()
+        for name, parameter in model.named_parameters()
         for key, value in sorted(optimizer.state[parameter].items())
     }
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = None) -> None:
-    """Copies the weights into a model, each rank reading only the rows that it holds.
+    """Copies the weights into a model; each rank reads only the rows that it holds.
 
     Args:
-        known: tokens that both know, where one of them has more rows: others of the checkpoint are
-            left, others of the model start as the mean of the known ones. None: they have the same.
+        known: size of the shared vocabulary, if model and checkpoint differ in vocabulary size. The
+            checkpoint's other rows are dropped; the model's other rows start as the mean of the
+            shared ones. None: the sizes are equal.
 
     Raises:
-        UserError: a parameter is missing, left over or of another shape.
+        UserError: the two differ in a parameter's name or shape.
     """
     shapes = checkpoint.shapes("model")
     for name, parameter in model.named_parameters():
@@ -519,55 +504,52 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = N
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
 ) -> None:
-    """Restores the optimizer's state, each rank reading only the rows that it holds.
+    """Restores the optimizer state; each rank reads only the rows that it holds.
 
     Raises:
-        UserError: the state of a parameter is missing.
+        UserError: model and checkpoint don't have the same parameters.
     """
-    parameters = dict(model.named_parameters())
-    saved = {name.rpartition("/")[0] for name in checkpoint.shapes("optimizer")}
-    if missing := parameters.keys() ^ saved:
-        raise UserError(f"{checkpoint.path}: no optimizer state fits {min(missing)}")
-    for name, shape in checkpoint.shapes("optimizer").items():
+    parameters, shapes = dict(model.named_parameters()), checkpoint.shapes("optimizer")
+    if differing := parameters.keys() ^ {name.rpartition("/")[0] for name in shapes}:
+        raise UserError(f"{checkpoint.path}: no optimizer state fits {min(differing)}")
+    for name, shape in shapes.items():
         owner, _, key = name.rpartition("/")
         parameter = parameters[owner]
-        sharded_alike = shape == list(parameter.shape)
-        value = (
-            torch.zeros_like(parameter, requires_grad=False)
-            if sharded_alike
-            else torch.zeros(shape, device=parameter.device)
-        )
+        if shape == list(parameter.shape):  # sharded as the parameter is
+            value = torch.zeros_like(parameter, requires_grad=False)
+        else:
+            value = torch.zeros(shape, device=parameter.device)
         rows, start = local_part(value)
         rows.copy_(checkpoint.tensor("optimizer", name, start, len(rows) if shape else 1))
         optimizer.state[parameter][key] = value
 
 
 def prune_checkpoints(run: Path, newest: int, config: CheckpointConfig) -> None:
-    """Keeps the last checkpoints up to step newest whole and the best ones' weights.
+    """Keeps the last checkpoints up to step newest, and of the best ones the weights.
 
-    Steps beyond newest are those that resuming passed over: they don't count, and stay.
+    Checkpoints beyond that step were skipped when the run resumed: they don't count, and stay.
+
+    Raises:
+        UserError: a checkpoint can't be removed.
     """
     found = [c for c in readable_checkpoints(run) if c.step <= newest]
     evaluated = sorted((c for c in found if c.val_loss < math.inf), key=lambda c: c.val_loss)
     best = {checkpoint.path for checkpoint in evaluated[: config.keep_best]}
-    for checkpoint in found[config.keep_last :]:
-        if checkpoint.path not in best:
-            shutil.rmtree(checkpoint.path.replace(_aside(checkpoint.path)))
-        elif checkpoint.has_optimizer:
-            _drop_optimizer(checkpoint)
-
-
-def readable_checkpoints(run: Path) -> Iterator[Checkpoint]:
-    """A run's checkpoints whose manifests are whole, newest first; their files are not hashed."""
-    for path in checkpoint_paths(run):
-        try:
-            yield Checkpoint(path)
-        except UserError as error:
-            tell(f"passed over: {error}")
+    try:
+        for checkpoint in found[config.keep_last :]:
+            if checkpoint.path not in best:
+                shutil.rmtree(checkpoint.path.replace(_aside(checkpoint.path)))
+            elif checkpoint.has_optimizer:
+                _drop_optimizer(checkpoint)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or run}: old checkpoints can't be removed: {error.strerror}."
+            " What was saved is intact"
+        ) from None
 
 
 def remove_leftovers(run: Path) -> None:
-    """Removes what a killed save or pruning left behind."""
+    """Removes the temporary directories of a save or pruning that was killed."""
     for path in (run / "checkpoints").glob("step_*.tmp"):
         shutil.rmtree(path)
 
@@ -583,13 +565,14 @@ def _drop_optimizer(checkpoint: Checkpoint) -> None:
 
 
 def _aside(path: Path) -> Path:
-    """A name under which a directory is no checkpoint any more, whatever happens next."""
+    """A temporary name: once a checkpoint is renamed to it, it no longer counts as one."""
     aside = path.with_suffix(".old.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     return aside
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest with its own digest: that of its bytes with zeros in the digest's place."""
     manifest = {"digest": UNSEALED.decode(), **{k: v for k, v in manifest.items() if k != "digest"}}
     content = bytearray(json.dumps(manifest).encode())
     content[DIGEST_AT] = hashlib.sha256(content).hexdigest().encode()
