@@ -1,7 +1,7 @@
-"""From token bins to batches: packed datasets, mixtures, and the order in which a run sees them.
+"""From token bins to batches: windows of datasets, their mixtures, and the order of training.
 
-The order is a pure function of the configuration and the step, so that a run resumes from the step
-number alone on any number of ranks.
+The order is a pure function of configuration and step: a run resumes from its step number alone, on
+any number of ranks. Slot n of a run is the n-th sequence that it trains on, counted from 0.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import functools
 import hashlib
 import json
 import math
-import mmap
 import os
 import socket
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from fractions import Fraction
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from attempts import read_json
@@ -42,16 +41,17 @@ from kernels import IGNORE
 
 Json = dict[str, Any]
 
-OPEN_FILES = 64  # memory maps kept open: a thousand would exhaust the usual `ulimit -n 1024`
-WEIGHT_SUM = 2**20  # most that the whole-number weights of a mixture add up to
+OPEN_FILES = 64  # memory maps kept open; a thousand would exhaust the usual `ulimit -n 1024`
+WEIGHT_SUM = 2**20  # largest sum of a mixture's whole-number weights
 INSTRUCT_KEYS = ("format", "seq_len", "template", "train_on", "too_long")  # they decide the masks
 
 
-def read_manifest(directory: Path, tokenizer_sha256: str) -> dict[str, Any]:
-    """The manifest of a prepared dataset, checked against its files' sizes and the tokenizer.
+def read_manifest(directory: Path, tokenizer_sha256: str) -> Json:
+    """The manifest of a prepared dataset, checked against the tokenizer and the sizes of its files.
 
     Raises:
-        UserError: no dataset, another version or tokenizer, a shard or mask that is missing or cut.
+        UserError: there is no dataset; its version or tokenizer is another one; a file is missing
+            or has another size.
     """
     path = directory / "manifest.json"
     try:
@@ -76,8 +76,8 @@ def read_manifest(directory: Path, tokenizer_sha256: str) -> dict[str, Any]:
             f"{path}: the dataset was made with another tokenizer (sha256 {tokenizer[:12]}…, not"
             f" {tokenizer_sha256[:12]}…); set tokenizer.path to it, or run prepare.py with --force"
         )
-    # A network file system sends the sizes along with a listing; asked for one by one, ten thousand
-    # shards take as many round trips.
+    # A network file system sends sizes with a directory listing. Asking for each size would take a
+    # round trip per shard, of which there may be ten thousand.
     with os.scandir(directory) as entries:
         found = {e.name: e.stat().st_size for e in entries if e.name in sizes and e.is_file()}
     for name, expected in sizes.items():
@@ -88,22 +88,20 @@ def read_manifest(directory: Path, tokenizer_sha256: str) -> dict[str, Any]:
 
 
 def mask_name(shard: str) -> str:
-    """The file beside a shard of instruct data that says which of its tokens are trained on."""
+    """The name of the file that says which tokens of a shard of instruct data are trained on."""
     return shard.removesuffix(".bin") + ".mask"
 
 
-def fingerprint(manifest: dict[str, Any]) -> str:
-    """The identity of a dataset's content: a digest of its shards' digests and its tokenizer.
-
-    For instruct data also of the masks' digests and of the keys that decided them.
-    """
+def fingerprint(manifest: Json) -> str:
+    """The identity of a dataset: a digest of its files' digests, its tokenizer and, for instruct
+    data, the keys that decide the masks."""
     content = {"splits": manifest["splits"], "tokenizer": manifest["tokenizer"]}
     content |= {name: manifest[name] for name in INSTRUCT_KEYS if name in manifest}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def mixture_fingerprint(manifests: dict[str, dict[str, Any]], weights: dict[str, int]) -> str:
-    """The identity of what a run trains on: content, order and weights; of one dataset, its own."""
+def mixture_fingerprint(manifests: dict[str, Json], weights: dict[str, int]) -> str:
+    """The identity of a run's datasets, with order and weights; of one dataset, its fingerprint."""
     parts = [(fingerprint(manifest), weights[name]) for name, manifest in manifests.items()]
     if len(parts) == 1:
         return parts[0][0]
@@ -111,18 +109,17 @@ def mixture_fingerprint(manifests: dict[str, dict[str, Any]], weights: dict[str,
 
 
 def mixture_weights(data: DataConfig) -> dict[str, int]:
-    """Directory to weight, in whole numbers: those of data.mixture, else data.dir alone.
+    """Directory to whole-number weight of each dataset in data.mixture, else of data.dir alone.
 
-    They stand in the proportion that is written, 0.7 to 0.3 as 7 to 3. Where that takes a sum above
+    The weights keep the given proportions: 0.7 and 0.3 become 7 and 3. If their sum would exceed
     WEIGHT_SUM, shares are rounded to multiples of 1 / WEIGHT_SUM, largest remainders up.
 
     Raises:
-        ConfigError: a share that is rounded to nothing; a dataset that is named twice.
+        ConfigError: a share is rounded to zero, or a dataset is named twice.
     """
-    paths = [os.path.realpath(resolve_path(name)) for name in data.mixture]
-    if twice := [
-        name for name, path in zip(data.mixture, paths, strict=True) if paths.count(path) > 1
-    ]:
+    paths = {name: os.path.realpath(resolve_path(name)) for name in data.mixture}
+    times = Counter(paths.values())
+    if twice := [name for name, path in paths.items() if times[path] > 1]:
         raise ConfigError(f"data.mixture: {' and '.join(twice)} are one dataset; name it once")
     given = {name: Fraction(str(weight)) for name, weight in data.mixture.items()}
     given = given or {data.dir: Fraction(1)}
@@ -141,70 +138,57 @@ def mixture_weights(data: DataConfig) -> dict[str, int]:
     return weights
 
 
-class MappedFile:
-    """A shard or mask as a memory map."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.path = path
-        with open(path, "rb") as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self.array = np.frombuffer(self.map, dtype)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """The entries from start to stop.
-
-        Raises:
-            UserError: the file was cut since it was opened. To read the map there would be the end
-                of the process by SIGBUS, which names nothing.
-        """
-        if self.map.size() < self.array.nbytes:  # of the file, as it is now
-            raise UserError(
-                f"{self.path} was cut while it was in use; restore it, or run prepare.py with"
-                " --force"
-            )
-        return self.array[start:stop]
-
-
 @functools.lru_cache(maxsize=OPEN_FILES)  # one limit for all datasets of the process
-def open_file(path: Path, dtype: str) -> MappedFile:
-    """A shard or mask, which opens when it is first read."""
-    return MappedFile(path, dtype)
+def open_file(path: Path, dtype: str) -> np.memmap:
+    """A shard or mask as a memory map."""
+    return np.memmap(path, dtype, mode="r")
 
 
-def digests(manifest: dict[str, Any]) -> dict[str, str]:
+def read_file(path: Path, dtype: str, start: int, stop: int) -> np.ndarray:
+    """The entries of a shard or mask from start to stop.
+
+    Raises:
+        UserError: the file was truncated since it was opened. Reading the map beyond the file's end
+            would kill the process with SIGBUS, without a message.
+    """
+    array = open_file(path, dtype)
+    if array.base.size() < array.nbytes:  # mmap.size() is the file's size now
+        raise UserError(
+            f"{path} was cut while it was in use; restore it, or run prepare.py with --force"
+        )
+    return array[start:stop]
+
+
+def digests(manifest: Json) -> dict[str, str]:
     """The sha256 of each shard and mask of a dataset, by file name."""
-    found = {}
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
-            found[shard["file"]] = shard["sha256"]
-            if "mask_sha256" in shard:
-                found[mask_name(shard["file"])] = shard["mask_sha256"]
-    return found
+    shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+    masks = {mask_name(s["file"]): s["mask_sha256"] for s in shards if "mask_sha256" in s}
+    return {shard["file"]: shard["sha256"] for shard in shards} | masks
 
 
 class TokenDataset:
-    """The windows of one split.
+    """The windows of one split; memory is O(shards).
 
-    Of a text dataset, window i is seq_len + 1 tokens from i · seq_len on. Of an instruct dataset it
-    is seq_len tokens that hold whole conversations: the token after them would begin another one.
-    Memory is O(shards).
+    Window i of a text dataset is seq_len + 1 tokens, from token i · seq_len on. That of an instruct
+    dataset is seq_len tokens of whole conversations: the token after it begins another one.
 
     Raises:
-        ConfigError: the split is missing, shorter than one window of data.seq_len, packed for
-            another seq_len, or has no token to train on.
+        ConfigError: the split is missing, is shorter than one window, has no token to train on, or
+            was packed for another seq_len.
     """
 
-    def __init__(self, directory: Path, manifest: dict[str, Any], split: str, seq_len: int) -> None:
+    def __init__(self, directory: Path, manifest: Json, split: str, seq_len: int) -> None:
         shards = manifest["splits"].get(split, {"shards": []})["shards"]
         self.files = [directory / shard["file"] for shard in shards]
+        self.masks = [directory / mask_name(shard["file"]) for shard in shards]
         self.starts = np.cumsum([0, *(shard["tokens"] for shard in shards)])
         self.seq_len = seq_len
         self.packed = "seq_len" in manifest
         self.tokens = int(self.starts[-1])
-        last = 0 if self.packed else 1  # tokens of a window beyond its stride
-        self.windows = max(0, self.tokens - last) // seq_len
-        self.unused_tokens = self.tokens - self.windows * seq_len - last
-        self.window_tokens = seq_len + last
+        extra = 0 if self.packed else 1  # tokens of a window beyond its stride
+        self.windows = max(0, self.tokens - extra) // seq_len
+        self.unused_tokens = self.tokens - self.windows * seq_len - extra
+        self.window_tokens = seq_len + extra
         if self.packed and manifest["seq_len"] != seq_len:
             raise ConfigError(
                 f"{directory}: conversations were packed into windows of {manifest['seq_len']}"
@@ -214,7 +198,7 @@ class TokenDataset:
         if not self.windows:
             raise ConfigError(
                 f"{directory}: the {split} split has {self.tokens} tokens, less than one window of"
-                f" data.seq_len{' + 1' * last} = {self.window_tokens}"
+                f" data.seq_len{' + 1' * extra} = {self.window_tokens}"
             )
         if self.packed and not any(shard["trained"] for shard in shards):
             raise ConfigError(
@@ -223,24 +207,23 @@ class TokenDataset:
             )
 
     def window(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The token ids of a window, uint16, and where they are training targets, boolean."""
-        pieces = [(self.files[i], start, stop) for i, start, stop in self._pieces(index)]
-        ids = np.concatenate([open_file(file, "<u2").read(*span) for file, *span in pieces])
+        """A window's token ids, uint16, and which of them are training targets, bool."""
+        pieces = [*self._pieces(index)]
+        ids = np.concatenate([read_file(self.files[i], "<u2", *span) for i, *span in pieces])
         if not self.packed:
             return ids, np.ones(len(ids), dtype=bool)
-        masks = [(file.with_name(mask_name(file.name)), *piece) for file, *piece in pieces]
-        mask = np.concatenate([open_file(file, "u1").read(*span) for file, *span in masks])
+        mask = np.concatenate([read_file(self.masks[i], "u1", *span) for i, *span in pieces])
         return ids, mask != 0
 
-    def places(self, index: int) -> list[dict[str, Any]]:
-        """Where a window lies: file name, first token and number of tokens of each piece."""
+    def places(self, index: int) -> list[Json]:
+        """The pieces of a window: file name, first token and number of tokens of each."""
         return [
             {"shard": self.files[i].name, "offset": start, "tokens": stop - start}
             for i, start, stop in self._pieces(index)
         ]
 
     def _pieces(self, index: int) -> Iterator[tuple[int, int, int]]:
-        """The pieces of a window as (shard, start, stop), in tokens from the shard's beginning."""
+        """The pieces of a window as (shard, start, stop), counted in tokens of the shard."""
         start = index * self.seq_len
         stop = start + self.window_tokens
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -250,23 +233,23 @@ class TokenDataset:
             start, shard = end, shard + 1
 
     def order(self, seed: int, positions: np.ndarray) -> np.ndarray:
-        """The windows at positions of the endless order: each epoch is a permutation of its own."""
-        epochs, places = np.divmod(positions, self.windows)
+        """The windows at these positions of the endless order: a new permutation in each epoch."""
+        epochs, offsets = np.divmod(positions, self.windows)
         order = np.empty_like(positions)
         for epoch in np.unique(epochs):  # a batch may straddle epochs
             inside = epochs == epoch
-            order[inside] = permute(seed, int(epoch), places[inside], self.windows)
+            order[inside] = permute(seed, int(epoch), offsets[inside], self.windows)
         return order
 
 
 class Mixture:
-    """The splits that a run reads, in proportion to their weights; one dataset is a mixture of one.
+    """The datasets that a run reads, in proportion to their weights; a lone one is a mixture too.
 
-    Windows are numbered through: those of the first dataset, then those of the second, and so on.
+    Windows are numbered consecutively: those of the first dataset, those of the second, and so on.
     """
 
     def __init__(self, datasets: dict[str, TokenDataset], weights: dict[str, int]) -> None:
-        """Of datasets by their directory, with weights for all of them (see mixture_weights)."""
+        """Takes datasets by directory, and weights that mixture_weights has computed."""
         self.names, self.datasets = list(datasets), list(datasets.values())
         self.weights = [weights[name] for name in self.names]
         self.shares = [weight / sum(self.weights) for weight in self.weights]
@@ -277,30 +260,26 @@ class Mixture:
         self.seq_len = self.datasets[0].seq_len
 
     def step_windows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """The windows (batch_size,) of a step: slots step · B … (step + 1) · B - 1 of the run.
+        """The windows (batch_size,) of a step: slots step · batch_size and on.
 
-        Each dataset's windows come once an epoch of that dataset.
+        In each epoch of a dataset, each of its windows comes once.
         """
         slots = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
         which, positions = interleave(slots, self.weights)
         order = np.empty_like(slots)
         for index in np.unique(which):
             mine = which == index
-            windows = self.datasets[index].order(seed, positions[mine])
-            order[mine] = self.starts[index] + windows
+            order[mine] = self.starts[index] + self.datasets[index].order(seed, positions[mine])
         return order
 
     def epochs(self, slots: int) -> dict[str, float]:
-        """Epochs of each dataset that the first slots of a run hold."""
+        """How many epochs of each dataset the first slots of a run make."""
         counts = slot_counts(slots, self.weights)
         each = zip(self.names, counts, self.datasets, strict=True)
         return {name: count / data.windows for name, count, data in each}
 
     def evenly_spaced(self, count: int) -> list[np.ndarray]:
-        """Window numbers of each dataset, spread over it: its share of count, but at least one.
-
-        All of its windows for 0.
-        """
+        """Windows spread evenly over each dataset: its share of count, at least one; all for 0."""
         found = []
         for data, share, start in zip(self.datasets, self.shares, self.starts[:-1], strict=True):
             own = max(1, round(count * share)) if count else 0
@@ -308,13 +287,13 @@ class Mixture:
         return found
 
     def mean(self, values: dict[str, float]) -> float:
-        """The mean of a number of each dataset, by weight."""
+        """The mean over datasets of a number, by weight."""
         return sum(
             share * values[name] for name, share in zip(self.names, self.shares, strict=True)
         )
 
-    def place(self, window: int) -> dict[str, Any]:
-        """Where a window lies: its dataset, its number there, and the pieces of it."""
+    def place(self, window: int) -> Json:
+        """Where a window lies: its dataset, its number in that, and its pieces."""
         index, own = self._find(window)
         pieces = self.datasets[index].places(own)
         return {"dataset": self.names[index], "window": own, "pieces": pieces}
@@ -322,8 +301,8 @@ class Mixture:
     def batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens and targets (B, seq_len), int64, of window numbers (B,).
 
-        Targets are IGNORE where there is nothing to train on. A window of -1 is a filler: token 0,
-        and no target.
+        Targets are IGNORE where there is nothing to train on. Window -1 is a filler sequence: token
+        0 everywhere and no targets.
         """
         ids = np.zeros((len(windows), self.seq_len + 1), dtype=np.int64)
         trained = np.zeros(ids.shape, dtype=bool)
@@ -342,7 +321,7 @@ class Mixture:
 
 
 class Batch(NamedTuple):
-    """What the model takes, on the device, (B, T) each."""
+    """The model's inputs (B, T), on the device."""
 
     tokens: Tensor
     targets: Tensor
@@ -350,17 +329,17 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """This rank's micro-batches, on the device; those of the next step are read meanwhile.
+    """This rank's micro-batches, on the device; a thread reads those of the next step ahead.
 
     Attributes:
-        shape: micro-batches of a step and the sequences of each, equal on all ranks.
+        shape: micro-batches per step and sequences per micro-batch, equal on all ranks.
     """
 
     def __init__(self, data: Mixture, config: Config, bos_id: int, world: World) -> None:
         self.data, self.config, self.bos_id, self.world = data, config, bos_id, world
         windows = np.arange(config.train.global_batch_size)
         self.shape = rank_share(windows, config.train.micro_batch_size, 0, world.size).shape
-        # A thread begins on GPU 0, which would be every rank's.
+        # The current device of a new thread is GPU 0, on every rank.
         on_gpu = world.device.type == "cuda"
         start = (torch.cuda.set_device, (world.device,)) if on_gpu else (None, ())
         self._reader = ThreadPoolExecutor(1, "data", *start)
@@ -381,14 +360,14 @@ class Batches:
         return [self.on_device(*batch) for batch in read]
 
     def of_windows(self, data: Mixture, windows: np.ndarray) -> Iterator[Batch]:
-        """Windows of a split, shared by all ranks, in batches of the size of a step's: each shape
-        is compiled."""
+        """This rank's share of a split's windows, in batches of the shape of training's, because
+        another shape would be compiled anew."""
         size = self.shape[1]
         for batch in self._read(data, filled_up(windows, size * self.world.size), size):
             yield self.on_device(*batch)
 
     def on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
-        """A batch for the model; with data.document_mask, a document begins at each BOS."""
+        """A batch on the device; with data.document_mask, a document begins at each BOS."""
         tokens, targets = (
             ids.to(self.world.device, non_blocking=True) for ids in (tokens, targets)
         )
@@ -403,10 +382,10 @@ class Batches:
     def _read(
         self, data: Mixture, windows: np.ndarray, size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens and targets of this rank's micro-batches, of at most size rows, on the host."""
+        """Tokens and targets of this rank's micro-batches of at most size rows, on the host."""
         for share in rank_share(windows, size, self.world.rank, self.world.size):
             tokens, targets = data.batch(share)
-            if self.world.device.type == "cuda":  # a copy from pageable memory waits for the device
+            if self.world.device.type == "cuda":  # copies from pageable memory are synchronous
                 tokens, targets = tokens.pin_memory(), targets.pin_memory()
             yield tokens, targets
 
@@ -424,18 +403,19 @@ def open_split(
 
 
 def interleave(slots: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which dataset each slot of a run reads, and which of that dataset's own slots it is.
+    """Which dataset each slot of a run reads, and how many earlier slots read that dataset.
 
-    A balanced binary tree of the datasets: where the left half weighs l of t, slot n goes left if
-    that raises floor(n · l / t), the number of slots that went left before it.
+    The datasets are the leaves of a balanced binary tree. At a node whose left half weighs l of t,
+    slot n goes left if floor((n + 1) · l / t) is above floor(n · l / t), which is the number of
+    slots before it that went left.
 
-    Of the first n slots, the number that read dataset d differs from n · w_d / t by less than the
-    depth of its leaf, at most ceil(log2 k) for k datasets. Proof: the root gets its due n exactly.
-    If a node gets c slots and misses its due by m, its left child gets floor(c · l / t); that
-    misses c · l / t by less than 1, which misses the child's due by m · l / t: together less than
-    m + 1. The right child gets the rest, and misses c · r / t by just as much.
+    Of the first n slots, the number that read dataset d differs from its due, n · w_d / t, by less
+    than the depth of its leaf, at most ceil(log2 k) for k datasets. Proof: the root gets its due n
+    exactly. If a node gets c slots and misses its due by m, its left child gets floor(c · l / t).
+    That misses c · l / t by less than 1, and c · l / t misses the child's due by m · l / t: together
+    less than m + 1. The right child gets the rest, and misses c · r / t by just as much.
 
-    Products stay in 64 bits for slots below 2^43, as weights add up to 2^20 at most.
+    Products stay within 64 bits for slots below 2^43, because weights add up to 2^20 at most.
     """
     if len(weights) == 1:
         return np.zeros_like(slots), slots
@@ -454,7 +434,7 @@ def interleave(slots: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.nd
 
 
 def slot_counts(slots: int, weights: list[int]) -> list[int]:
-    """How many of the first slots of a run read each dataset, by interleave."""
+    """How many of the first slots of a run read each dataset, in the order of interleave."""
     if len(weights) == 1:
         return [slots]
     half = len(weights) // 2
@@ -463,10 +443,10 @@ def slot_counts(slots: int, weights: list[int]) -> list[int]:
 
 
 def permute(seed: int, epoch: int, positions: np.ndarray, size: int) -> np.ndarray:
-    """Where a keyed permutation of range(size) sends positions; O(1) memory whatever the size.
+    """A permutation of range(size), keyed by seed and epoch, at these positions; in O(1) memory.
 
-    A Feistel network over the next power of four, whose outputs above size walk on until they fall
-    inside (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    A Feistel network permutes the next power of four; an output of size or more is permuted again
+    until it is below (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -491,15 +471,15 @@ def _scramble(x: np.ndarray) -> np.ndarray:
 
 
 def evenly_spaced(count: int, windows: int) -> np.ndarray:
-    """Up to count window numbers spread over a split, the same at every call; all of them for 0."""
+    """Up to count windows spread evenly over a split, the same at every call; all for 0."""
     count = min(count, windows) or windows
     return np.arange(count, dtype=np.int64) * windows // count
 
 
 def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int) -> np.ndarray:
-    """A rank's share of a global batch as (micro-batches, sequences), -1 for fillers.
+    """A rank's share of a global batch as (micro-batches, sequences), with -1 for filler sequences.
 
-    Every rank gets the same shape, so that all run equal collectives, whatever the sizes.
+    Every rank gets the same shape, so that all ranks run the same collectives.
     """
     share = -(-len(windows) // ranks)
     micro_batches = -(-share // micro_batch_size)
@@ -511,44 +491,41 @@ def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int
 
 
 def filled_up(windows: np.ndarray, multiple: int) -> np.ndarray:
-    """Windows with fillers behind them, so that they divide into equal batches."""
+    """Windows, padded with -1 (filler sequences) to a multiple of this length."""
     return np.pad(windows, (0, -len(windows) % multiple), constant_values=-1)
 
 
 class DataCheck:
-    """Compares the datasets' bytes with their digests, beside training and once.
+    """Compares each file of the datasets with its checksum once, while training goes on.
 
-    A flipped bit trains as well as a right one, so every shard is hashed: each rank takes its
-    share, in a thread of the lowest priority. What was right is remembered beside the manifest, in
-    verified.json, by size, time and inode, and is not hashed again.
+    A flipped bit would be trained on without an error. Each rank hashes a share of the files, in a
+    thread of the lowest priority. verified.json beside the manifest keeps size, time and inode of
+    each intact file, which is not hashed again while these are the same.
     """
 
     FILE = "verified.json"
 
-    def __init__(self, manifests: dict[str, dict[str, Any]], enabled: bool, world: World) -> None:
-        """Every rank must call this. Hosts whose datasets lie on disks of their own hash all."""
+    def __init__(self, manifests: dict[str, Json], enabled: bool, world: World) -> None:
+        """Every rank must call this. A host with its own copy of the datasets hashes all of it."""
         self.world, self.wrong = world, ""
         self.paths = {resolve_path(name): digests(found) for name, found in manifests.items()}
         self.checked: dict[Path, dict[str, list[int]]] = {path: {} for path in self.paths}
         self.finished = not enabled
         if self.finished:
             return
-        # Only a file system that ranks share shows them the same file, changed at the same moment.
-        found = [(path / "manifest.json").stat() for path in self.paths]
-        mine = [(stat.st_ino, stat.st_ctime_ns) for stat in found]
-        disks: list[Any] = [None] * world.size
-        dist.all_gather_object(disks, mine)
-        self.sharers = [rank for rank, disk in enumerate(disks) if disk == mine]
-        lists: list[Any] = [None] * world.size
+        # Ranks that see the same inodes, changed at the same moment, share a file system.
+        stats = [(path / "manifest.json").stat() for path in self.paths]
+        disks = world.gather([(stat.st_ino, stat.st_ctime_ns) for stat in stats])
+        self.sharers = [rank for rank, disk in enumerate(disks) if disk == disks[world.rank]]
         leads = world.rank == self.sharers[0]
-        dist.all_gather_object(lists, self._not_verified() if leads else None)
+        lists = world.gather(self._not_verified() if leads else None)
         todo = lists[self.sharers[0]]
         self.share = todo[self.sharers.index(world.rank) :: len(self.sharers)]
         self.finished = not any(lists)
         threading.Thread(target=self._hash, daemon=True).start()
 
     def tell(self) -> None:
-        """AgreedError on every rank if one of them has found a file that is wrong."""
+        """AgreedError on every rank if one of them has found a damaged file."""
 
         def name() -> None:
             if self.wrong:
@@ -557,12 +534,11 @@ class DataCheck:
         self.world.each(name)
 
     def remember(self) -> None:
-        """Writes down what is right by now, until all of it is; every rank must call this."""
+        """Writes verified.json anew, until all files are in it; every rank must call this."""
         if self.finished:
             return
         self.tell()
-        lists: list[Any] = [None] * self.world.size
-        dist.all_gather_object(lists, (self.checked, not self.share))
+        lists = self.world.gather((self.checked, not self.share))
         self.finished = all(done for _, done in lists)
         if self.world.rank != self.sharers[0]:
             return
@@ -575,13 +551,13 @@ class DataCheck:
                 temporary.write_text(json.dumps(known))
                 temporary.chmod(0o666 & (path / "manifest.json").stat().st_mode)
                 temporary.replace(path / self.FILE)
-            except OSError as error:  # others' data, say: they are right all the same
+            except OSError as error:  # another user's dataset, for example: it is intact
                 tell(f"{path / self.FILE} can't be written: {error.strerror}; hashed in each job")
 
     def _known(self, path: Path) -> dict[str, list[int]]:
         try:
             return read_json(path / self.FILE) or {}
-        except OSError:  # another user's: hash again
+        except OSError:  # not readable by this user: hash again
             return {}
 
     def _not_verified(self) -> list[tuple[Path, str]]:
@@ -598,22 +574,22 @@ class DataCheck:
         return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
     def _hash(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own
+        if sys.platform == "linux":  # where each thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while self.share:
             directory, name = self.share[-1]
-            path = directory / name
+            path, expected = directory / name, self.paths[directory][name]
             try:
                 stamp = self._stamp(path.stat())
                 digest = file_sha256(path)
             except OSError as error:
                 self.wrong = f"{path} can't be read: {error.strerror}"
                 return
-            if digest != self.paths[directory][name]:
+            if digest != expected:
                 self.wrong = (
-                    f"{path} is damaged: its sha256 is {digest[:12]}…, not"
-                    f" {self.paths[directory][name][:12]}… as in manifest.json; restore it, or run"
-                    " prepare.py with --force. Steps of this job may have read it"
+                    f"{path} is damaged: its sha256 is {digest[:12]}…, not {expected[:12]}… as in"
+                    " manifest.json; restore it, or run prepare.py with --force. Steps of this job"
+                    " may have read it"
                 )
                 return
             self.checked[directory][name] = stamp

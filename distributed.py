@@ -126,16 +126,20 @@ class World:
             result = function()
         except (UserError, OSError) as error:
             failure = str(error), getattr(error, "code", UserError.code)
-        failures: list[tuple[str, int] | None] = [None] * self.size
-        dist.all_gather_object(failures, failure, group=self.group)
-        for rank, failure in enumerate(failures):
-            if failure is not None:
-                message, code = failure
+        for rank, failed in enumerate(self.gather(failure)):
+            if failed is not None:
+                message, code = failed
                 message += f" (rank {rank})" if self.size > 1 else ""
                 raise AgreedError.about(rank, message, code, self)
         results = [None] * self.size if self.rank == 0 else None
         dist.gather_object(result, results, group=self.group)
         return results
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, by rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all ranks, in place and on the device."""
