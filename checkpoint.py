@@ -24,7 +24,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -265,15 +264,13 @@ class Saver:
         }
         manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": shapes}
         pieces = [piece for group in groups.items() for piece in _own_pieces(*group, self.world)]
-        if not self.config.asynchronous:
+        if self.config.asynchronous:
+            work, arguments = self._write_in_background, (manifest, self._copied(pieces))
+            # daemon: if training fails, the thread must not keep the process from ending
+            self._thread = threading.Thread(target=work, args=arguments, daemon=True)
+            self._thread.start()
+        else:
             self._write(manifest, pieces)
-            return
-        arguments = manifest, self._copied(pieces)
-        # daemon: if training fails, the thread must not keep the process from ending
-        self._thread = threading.Thread(
-            None, self._write_in_background, args=arguments, daemon=True
-        )
-        self._thread.start()
 
     def _copied(self, pieces: list[Piece]) -> list[Piece]:
         """Copies of the pieces in host memory, in one buffer that all saves share."""
@@ -382,11 +379,11 @@ def _pin(buffer: Tensor) -> Callable[[], Any]:
     """
     cuda, start = torch.cuda.cudart(), buffer.data_ptr()
     status = cuda.cudaHostRegister(start, buffer.nbytes, 0)
-    if status != cuda.cudaError.success:
-        size, why = buffer.nbytes / 1e9, cuda.cudaGetErrorString(status)
-        tell(f"{size:.1f} GB can't be pinned ({why}): each save stops training for longer")
-        return lambda: None
-    return partial(cuda.cudaHostUnregister, start)
+    if status == cuda.cudaError.success:
+        return lambda: cuda.cudaHostUnregister(start)
+    size, why = buffer.nbytes / 1e9, cuda.cudaGetErrorString(status)
+    tell(f"{size:.1f} GB can't be pinned ({why}): each save stops training for longer")
+    return lambda: None
 
 
 def _own_pieces(group: str, named: dict[str, Tensor], world: World) -> Iterator[Piece]:

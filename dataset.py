@@ -412,8 +412,8 @@ def interleave(slots: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.nd
     Of the first n slots, the number that read dataset d differs from its due, n · w_d / t, by less
     than the depth of its leaf, at most ceil(log2 k) for k datasets. Proof: the root gets its due n
     exactly. If a node gets c slots and misses its due by m, its left child gets floor(c · l / t).
-    That misses c · l / t by less than 1, and c · l / t misses the child's due by m · l / t: together
-    less than m + 1. The right child gets the rest, and misses c · r / t by just as much.
+    That misses c · l / t by less than 1, and c · l / t misses the child's due by m · l / t: by less
+    than m + 1 together. The right child gets the rest, and misses c · r / t by just as much.
 
     Products stay within 64 bits for slots below 2^43, because weights add up to 2^20 at most.
     """
