@@ -343,7 +343,7 @@ class Batches:
         on_gpu = world.device.type == "cuda"
         start = (torch.cuda.set_device, (world.device,)) if on_gpu else (None, ())
         self._reader = ThreadPoolExecutor(1, "data", *start)
-        self._ahead: tuple[int, Future[list[tuple[Tensor, Tensor]]]] | None = None
+        self._ahead: dict[int, Future[list[tuple[Tensor, Tensor]]]] = {}  # by step
 
     def __enter__(self) -> Batches:
         return self
@@ -353,10 +353,9 @@ class Batches:
 
     def of_step(self, step: int) -> list[Batch]:
         """The micro-batches of a step."""
-        if self._ahead is None or self._ahead[0] != step:
-            self._ahead = step, self._reader.submit(self._read_step, step)
-        read = self._ahead[1].result()
-        self._ahead = step + 1, self._reader.submit(self._read_step, step + 1)
+        future = self._ahead.get(step) or self._reader.submit(self._read_step, step)
+        read = future.result()
+        self._ahead = {step + 1: self._reader.submit(self._read_step, step + 1)}
         return [self.on_device(*batch) for batch in read]
 
     def of_windows(self, data: Mixture, windows: np.ndarray) -> Iterator[Batch]:
@@ -484,10 +483,9 @@ def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int
     share = -(-len(windows) // ranks)
     micro_batches = -(-share // micro_batch_size)
     size = -(-share // micro_batches)
-    padded = np.full(micro_batches * size, -1, dtype=np.int64)
     mine = windows[rank * share : (rank + 1) * share]
-    padded[: len(mine)] = mine
-    return padded.reshape(micro_batches, size)
+    missing = micro_batches * size - len(mine)
+    return np.pad(mine, (0, missing), constant_values=-1).reshape(micro_batches, size)
 
 
 def filled_up(windows: np.ndarray, multiple: int) -> np.ndarray:

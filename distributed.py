@@ -48,7 +48,7 @@ STARTUP_TIMEOUT = timedelta(minutes=30)  # ranks wait while one hashes, reads or
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest disk
 MOST_FILES = 10_240  # open files per process that macOS allows at most
 POLL_SECONDS = 0.0005
-LAG = 1  # steps until the host reads a step's numbers: meanwhile the device has the next to work on
+LAG = 1  # steps until the host reads a step's numbers, so that the device has its next step by then
 
 
 class AgreedError(UserError):
@@ -90,7 +90,7 @@ class World:
         return replace(self, group=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
 
     def once(self, function: Callable[[], T]) -> T:
-        """The result of a function that rank 0 alone runs, on every rank.
+        """Runs a function on rank 0 alone, and returns its result on every rank.
 
         Shared files are read in this way: 512 ranks that read one manifest overload the file
         system. If the function raises a UserError or OSError, all ranks raise an AgreedError.
@@ -107,7 +107,7 @@ class World:
         return box[0]
 
     def each(self, function: Callable[[], T]) -> list[T] | None:
-        """Runs a function on all ranks; rank 0 gets the results, by rank, the others None.
+        """Runs a function on all ranks; rank 0 gets the results, by rank, other ranks get None.
 
         If it raises a UserError or OSError on one rank, all ranks raise an AgreedError.
         """
@@ -119,8 +119,8 @@ class World:
         for rank, failed in enumerate(self.gather(failure)):
             if failed is not None:
                 message, code = failed
-                # All ranks of a sick node exit with its code, as torchrun may see only the first
-                # that exits. It numbers the ranks of a node in a row.
+                # All ranks of a sick node exit with its code, because torchrun may see only the
+                # first that exits. torchrun numbers the ranks of a node consecutively.
                 first = self.rank - self.local_rank
                 if code == SICK_NODE and not first <= rank < first + self.local_size:
                     code = LOST_RANK

@@ -144,7 +144,9 @@ class Victim:
             self.problem("lost", f"went on from step {since}, but step {self.saved} was saved")
         if steps != [since + 1 + index for index in range(len(steps))]:
             self.problem("steps", f"not each once after step {since}: {steps}")
-        wrong = re.findall(r"^.*(?:: error: |checkpoint skipped|Traceback).*$", output[:printed], re.M)
+        wrong = re.findall(
+            r"^.*(?:: error: |checkpoint skipped|Traceback).*$", output[:printed], re.M
+        )
         if printed is not None:  # the worker that was not killed says in one line why it ends
             after = re.findall(r"^.*(?:: error: |rocket\.py\", line).*$", output[printed:], re.M)
             wrong += [line for line in after if "lost contact" not in line]
