@@ -59,11 +59,8 @@ class Piece(NamedTuple):
 
 
 class Checkpoint:
-    """A checkpoint on disk: opening it checks the manifest; tensors are mapped when they are read.
-
-    Raises:
-        UserError: the manifest is missing, damaged or of another format.
-    """
+    """A checkpoint on disk. Opening it checks the manifest (UserError if that is missing, damaged
+    or of another format); tensors are mapped when they are read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -108,10 +105,8 @@ class Checkpoint:
         return dict(self.manifest["tensors"][group])
 
     def tensor(self, group: str, name: str, start: int = 0, rows: int | None = None) -> Tensor:
-        """The given number of rows of a float32 tensor, from row start on; by default all rows.
-
-        The result is a copy-on-write memory map if one file holds all these rows, else a copy.
-        """
+        """This many rows of a float32 tensor from row start on, by default all: a copy-on-write
+        memory map if one file holds all of them, else a copy."""
         shape = self.shapes(group)[name]
         length = shape[0] if shape else 1
         stop = length if rows is None else start + rows
@@ -151,11 +146,8 @@ def readable_checkpoints(
 def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
     """The "best" or "last" checkpoint of a run directory, or the checkpoint at path.
 
-    The best has the lowest validation loss. Only the weights are verified; a damaged checkpoint of
-    the run directory is skipped with a warning.
-
-    Raises:
-        UserError: there is no checkpoint, or none that verifies.
+    The best has the lowest validation loss. Only the weights are verified. Damaged checkpoints of a
+    run directory are skipped with a warning; UserError if there is no other.
     """
     path = path.resolve()
     if re.fullmatch(r"step_\d{8}", path.name) and not (path / "checkpoints").exists():
@@ -181,12 +173,10 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
 
 
 def find_resumable(run: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint that verifies and has the optimizer state; None if the run has none.
+    """The newest checkpoint that verifies and has the optimizer state; None if the run has no
+    checkpoint; UserError if it has some, but training can't resume from any of them.
 
     Rank 0 reads each manifest and sends it to the other ranks; all ranks share the hashing.
-
-    Raises:
-        UserError: there are checkpoints, but training can resume from none of them.
     """
     paths = world.once(lambda: checkpoint_paths(run))
     for path in paths:
@@ -226,7 +216,7 @@ class Saver:
         """still_ours raises a UserError if another job has taken over the run."""
         self.run, self.model, self.optimizer, self.config = run, model, optimizer, config
         self.still_ours, self.world = still_ours, world.aside()
-        self.seconds = 0.0  # duration of the last save, without the copies
+        self.seconds = 0.0  # duration of the last save, without copying
         self._buffer: Tensor | None = None  # see _copied
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -244,14 +234,11 @@ class Saver:
     def save(self, step: int, record: dict[str, Any]) -> None:
         """Saves a checkpoint, which exists only once all of it is durable; every rank calls this.
 
-        It waits for the save before it. If saving in the background, it returns after the copies.
+        It waits for the save before it; in the background, it returns once tensors are copied. If a
+        rank can't write this checkpoint or the one before, every rank raises a UserError.
 
         Args:
             record: entries of the manifest besides the tensors: state, config, versions, …
-
-        Raises:
-            UserError: on every rank, if a rank could not write this checkpoint or the one before.
-                Older checkpoints are intact.
         """
         self.wait()
         groups = {
@@ -270,7 +257,7 @@ class Saver:
             self._thread = threading.Thread(target=work, args=arguments, daemon=True)
             self._thread.start()
         else:
-            self._write(manifest, pieces)
+            self._write_checkpoint(manifest, pieces)
 
     def _copied(self, pieces: list[Piece]) -> list[Piece]:
         """Copies of the pieces in host memory, in one buffer that all saves share."""
@@ -320,19 +307,14 @@ class Saver:
 
     def _write_in_background(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
         try:
-            self._write(manifest, pieces)
+            self._write_checkpoint(manifest, pieces)
         except BaseException as error:
             self._error = error
 
-    def _write(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
-        start = time.monotonic()
-        self._write_checkpoint(manifest, pieces)
-        self.seconds = time.monotonic() - start
-        self.world.once(lambda: prune_checkpoints(self.run, manifest["step"], self.config))
-
     def _write_checkpoint(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
-        """The commit protocol: all ranks write to a temporary directory; rank 0 renames it once
-        everything in it is durable."""
+        """The commit protocol: all ranks write into a temporary directory, and rank 0 renames it
+        when everything in it is durable. Then old checkpoints are pruned."""
+        began = time.monotonic()
         final = _step_path(self.run, manifest["step"])
         temporary = final.with_suffix(".tmp")
         shapes = [shape for group in manifest["tensors"].values() for _, shape in group]
@@ -369,6 +351,8 @@ class Saver:
         except AgreedError:
             self.world.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
             raise
+        self.seconds = time.monotonic() - began
+        self.world.once(lambda: prune_checkpoints(self.run, manifest["step"], self.config))
 
 
 def _pin(buffer: Tensor) -> Callable[[], Any]:
@@ -470,15 +454,13 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = None) -> None:
-    """Copies the weights into a model; each rank reads only the rows that it holds.
+    """Copies the weights into a model; each rank reads only the rows that it holds. UserError if
+    they differ in a parameter's name or shape.
 
     Args:
-        known: size of the shared vocabulary, if model and checkpoint differ in vocabulary size. The
+        known: size of the shared vocabulary, if the two have vocabularies of different size. The
             checkpoint's other rows are dropped; the model's other rows start as the mean of the
-            shared ones. None: the sizes are equal.
-
-    Raises:
-        UserError: the two differ in a parameter's name or shape.
+            shared ones.
     """
     shapes = checkpoint.shapes("model")
     for name, parameter in model.named_parameters():
@@ -501,11 +483,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = N
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
 ) -> None:
-    """Restores the optimizer state; each rank reads only the rows that it holds.
-
-    Raises:
-        UserError: model and checkpoint don't have the same parameters.
-    """
+    """Restores the optimizer state; each rank reads only the rows that it holds. UserError if model
+    and checkpoint differ in their parameters."""
     parameters, shapes = dict(model.named_parameters()), checkpoint.shapes("optimizer")
     if differing := parameters.keys() ^ {name.rpartition("/")[0] for name in shapes}:
         raise UserError(f"{checkpoint.path}: no optimizer state fits {min(differing)}")
@@ -522,13 +501,9 @@ def load_optimizer(
 
 
 def prune_checkpoints(run: Path, newest: int, config: CheckpointConfig) -> None:
-    """Keeps the last checkpoints up to step newest, and of the best ones the weights.
-
-    Checkpoints beyond that step were skipped when the run resumed: they don't count, and stay.
-
-    Raises:
-        UserError: a checkpoint can't be removed.
-    """
+    """Keeps the last checkpoints up to step newest, and of the best ones the weights; UserError if
+    another one can't be removed. Checkpoints beyond that step were skipped when the run resumed:
+    they don't count, and stay."""
     found = [c for c in readable_checkpoints(run) if c.step <= newest]
     evaluated = sorted((c for c in found if c.val_loss < math.inf), key=lambda c: c.val_loss)
     best = {checkpoint.path for checkpoint in evaluated[: config.keep_best]}

@@ -47,12 +47,8 @@ INSTRUCT_KEYS = ("format", "seq_len", "template", "train_on", "too_long")  # the
 
 
 def read_manifest(directory: Path, tokenizer_sha256: str) -> Json:
-    """The manifest of a prepared dataset, checked against the tokenizer and the sizes of its files.
-
-    Raises:
-        UserError: there is no dataset; its version or tokenizer is another one; a file is missing
-            or has another size.
-    """
+    """The manifest of a prepared dataset; UserError if there is none, if it has another version or
+    tokenizer, or if a file is missing or has another size."""
     path = directory / "manifest.json"
     try:
         manifest = json.loads(path.read_bytes())
@@ -113,9 +109,7 @@ def mixture_weights(data: DataConfig) -> dict[str, int]:
 
     The weights keep the given proportions: 0.7 and 0.3 become 7 and 3. If their sum would exceed
     WEIGHT_SUM, shares are rounded to multiples of 1 / WEIGHT_SUM, largest remainders up.
-
-    Raises:
-        ConfigError: a share is rounded to zero, or a dataset is named twice.
+    ConfigError if a share is rounded to zero, or a dataset is named twice.
     """
     paths = {name: os.path.realpath(resolve_path(name)) for name in data.mixture}
     times = Counter(paths.values())
@@ -145,12 +139,8 @@ def open_file(path: Path, dtype: str) -> np.memmap:
 
 
 def read_file(path: Path, dtype: str, start: int, stop: int) -> np.ndarray:
-    """The entries of a shard or mask from start to stop.
-
-    Raises:
-        UserError: the file was truncated since it was opened. Reading the map beyond the file's end
-            would kill the process with SIGBUS, without a message.
-    """
+    """The entries of a shard or mask from start to stop; UserError if the file was truncated since
+    it was opened: reading beyond its end would kill the process by SIGBUS, without a message."""
     array = open_file(path, dtype)
     if array.base.size() < array.nbytes:  # mmap.size() is the file's size now
         raise UserError(
@@ -167,17 +157,16 @@ def digests(manifest: Json) -> dict[str, str]:
 
 
 class TokenDataset:
-    """The windows of one split; memory is O(shards).
+    """The windows of one split, in memory of O(shards).
 
     Window i of a text dataset is seq_len + 1 tokens, from token i · seq_len on. That of an instruct
     dataset is seq_len tokens of whole conversations: the token after it begins another one.
 
-    Raises:
-        ConfigError: the split is missing, is shorter than one window, has no token to train on, or
-            was packed for another seq_len.
     """
 
     def __init__(self, directory: Path, manifest: Json, split: str, seq_len: int) -> None:
+        """ConfigError if the split is missing, is shorter than one window, has no token to train on
+        or was packed for another seq_len."""
         shards = manifest["splits"].get(split, {"shards": []})["shards"]
         self.files = [directory / shard["file"] for shard in shards]
         self.masks = [directory / mask_name(shard["file"]) for shard in shards]
@@ -260,10 +249,8 @@ class Mixture:
         self.seq_len = self.datasets[0].seq_len
 
     def step_windows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """The windows (batch_size,) of a step: slots step · batch_size and on.
-
-        In each epoch of a dataset, each of its windows comes once.
-        """
+        """The windows (batch_size,) of a step: those of the slots from step · batch_size on. Each
+        window of a dataset comes once per epoch of that dataset."""
         slots = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
         which, positions = interleave(slots, self.weights)
         order = np.empty_like(slots)
@@ -299,11 +286,8 @@ class Mixture:
         return {"dataset": self.names[index], "window": own, "pieces": pieces}
 
     def batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (B, seq_len), int64, of window numbers (B,).
-
-        Targets are IGNORE where there is nothing to train on. Window -1 is a filler sequence: token
-        0 everywhere and no targets.
-        """
+        """Tokens and targets (B, seq_len), int64, of window numbers (B,). Targets are IGNORE where
+        there is nothing to train on. Window -1 is a filler sequence: tokens 0, without targets."""
         ids = np.zeros((len(windows), self.seq_len + 1), dtype=np.int64)
         trained = np.zeros(ids.shape, dtype=bool)
         for row, window in enumerate(windows):
@@ -476,10 +460,8 @@ def evenly_spaced(count: int, windows: int) -> np.ndarray:
 
 
 def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int) -> np.ndarray:
-    """A rank's share of a global batch as (micro-batches, sequences), with -1 for filler sequences.
-
-    Every rank gets the same shape, so that all ranks run the same collectives.
-    """
+    """A rank's share of a global batch as (micro-batches, sequences), with -1 for filler sequences:
+    all ranks get the same shape, so that they run the same collectives."""
     share = -(-len(windows) // ranks)
     micro_batches = -(-share // micro_batch_size)
     size = -(-share // micro_batches)
@@ -516,9 +498,8 @@ class DataCheck:
         disks = world.gather([(stat.st_ino, stat.st_ctime_ns) for stat in stats])
         self.sharers = [rank for rank, disk in enumerate(disks) if disk == disks[world.rank]]
         leads = world.rank == self.sharers[0]
-        lists = world.gather(self._not_verified() if leads else None)
-        todo = lists[self.sharers[0]]
-        self.share = todo[self.sharers.index(world.rank) :: len(self.sharers)]
+        lists = world.gather(self._to_hash() if leads else None)
+        self.todo = lists[self.sharers[0]][self.sharers.index(world.rank) :: len(self.sharers)]
         self.finished = not any(lists)
         threading.Thread(target=self._hash, daemon=True).start()
 
@@ -536,7 +517,7 @@ class DataCheck:
         if self.finished:
             return
         self.tell()
-        lists = self.world.gather((self.checked, not self.share))
+        lists = self.world.gather((self.checked, not self.todo))
         self.finished = all(done for _, done in lists)
         if self.world.rank != self.sharers[0]:
             return
@@ -558,27 +539,26 @@ class DataCheck:
         except OSError:  # not readable by this user: hash again
             return {}
 
-    def _not_verified(self) -> list[tuple[Path, str]]:
+    def _to_hash(self) -> list[tuple[Path, str, list[int]]]:
+        """Directory, name and stamp (size, time, inode) of each file that is still to be hashed."""
         found = []
         for path, files in self.paths.items():
             known = self._known(path)
             with os.scandir(path) as entries:
-                stats = {e.name: self._stamp(e.stat()) for e in entries if e.name in files}
-            found += [(path, name) for name in files if known.get(name) != stats.get(name)]
+                stats = [(entry.name, entry.stat()) for entry in entries if entry.name in files]
+            for name, stat in stats:
+                stamp = [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+                if known.get(name) != stamp:
+                    found.append((path, name, stamp))
         return found
-
-    @staticmethod
-    def _stamp(stat: os.stat_result) -> list[int]:
-        return [stat.st_size, stat.st_mtime_ns, stat.st_ino]
 
     def _hash(self) -> None:
         if sys.platform == "linux":  # where each thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-        while self.share:
-            directory, name = self.share[-1]
+        while self.todo:
+            directory, name, stamp = self.todo[-1]
             path, expected = directory / name, self.paths[directory][name]
             try:
-                stamp = self._stamp(path.stat())
                 digest = file_sha256(path)
             except OSError as error:
                 self.wrong = f"{path} can't be read: {error.strerror}"
@@ -591,4 +571,4 @@ class DataCheck:
                 )
                 return
             self.checked[directory][name] = stamp
-            self.share.pop()
+            self.todo.pop()

@@ -200,10 +200,8 @@ def fetch(values: Tensor, while_waiting: Callable[[float], None]) -> list[Any]:
 def init_distributed(config: Config) -> World:
     """Joins the processes that torchrun started, or makes a group of one; sets device and threads.
 
-    Collectives may take STARTUP_TIMEOUT until set_timeout shortens it.
-
-    Raises:
-        UserError: there are fewer GPUs than processes, or torchrun's variables are incomplete.
+    Collectives may take STARTUP_TIMEOUT, until set_timeout shortens it. UserError if there are
+    fewer GPUs than processes, or only some of torchrun's variables are set.
     """
     _die_with_agent()
     rank, size, local_rank, local_size = _torchrun_ranks()
@@ -257,14 +255,11 @@ def init_distributed(config: Config) -> World:
 
 @contextlib.contextmanager
 def process_group(config: Config) -> Iterator[World]:
-    """The process group of a training, which its ranks leave together.
-
-    Raises:
-        LostRankError: a collective failed because another rank died or hangs.
-    """
+    """The process group of a training, which its ranks leave together; raises a LostRankError if a
+    collective fails because another rank died or hangs."""
     try:
         yield init_distributed(config)
-    except AgreedError:  # all ranks are here; after any other error some may wait for this one
+    except AgreedError:  # raised by all ranks; after any other error some may wait for this one
         shut_down()
         raise
     except (RuntimeError, dist.DistError) as error:
@@ -277,7 +272,7 @@ def process_group(config: Config) -> Iterator[World]:
 
 
 def _torchrun_ranks() -> list[int]:
-    """This rank and the number of ranks, in all and on this node; 0 of 1 without torchrun."""
+    """Rank and world size, and both within this node, as torchrun sets them; 0, 1, 0, 1 without."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = [name for name in names if name in os.environ]
     if given and len(given) < len(names):
@@ -398,10 +393,8 @@ def explain_lost_rank(error: BaseException) -> LostRankError | None:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products; auto is bfloat16 if the device has units for it.
-
-    Without them it is emulated: a CPU with AVX2 alone ran 100 times slower than in float32.
-    """
+    """The type of matrix products; auto is bfloat16 if the device has units for it. Without them it
+    is emulated, on a CPU with AVX2 alone 100 times slower than float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -440,10 +433,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
     """Shards a model on the meta device, block by block, and gives it uninitialised memory.
 
     ddp leaves it whole, fsdp shards over all ranks, hsdp shards within each node and replicates
-    across nodes. Weights, gradients and optimizer state are float32; compute uses the world's type.
-
-    Raises:
-        UserError: hsdp over nodes of unequal size.
+    across nodes (UserError if these are of unequal size). Weights, gradients and optimizer state
+    are float32; compute uses the world's type.
     """
     if config.strategy != "ddp":
         options = {
@@ -495,11 +486,11 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, last: bool, config: ParallelConfig) -> Iterator[None]:
-    """Sets which collectives run in the backward pass of a micro-batch; last is a step's last one.
+    """Sets which collectives run in the backward pass of a micro-batch, the last of a step or not.
 
-    DDP reduces gradients only at the last. FSDP2 reduces them within its shards at each, unless
-    parallel.reduce_once: until then every rank would hold the whole model's gradients in float32.
-    HSDP sums over nodes, where links are slower, only at the last.
+    DDP reduces gradients only at the last. FSDP2 reduces them within its shards at each, because
+    unreduced every rank would hold the whole model's gradients in float32; parallel.reduce_once
+    accepts that. HSDP sums over nodes, where links are slower, only at the last.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or not config.reduce_once)
@@ -533,10 +524,8 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def writes(tensor: Tensor, index: int, world: World) -> bool:
-    """Whether this rank saves its part of a tensor.
-
-    Of equal copies (DDP's ranks, HSDP's replicas) one is saved; the index spreads them over ranks.
-    """
+    """Whether this rank saves its part of a tensor. Of equal copies (DDP's ranks, HSDP's replicas)
+    one is saved; the index spreads this work over the ranks."""
     if not isinstance(tensor, DTensor):
         return index % world.size == world.rank
     mesh = tensor.device_mesh
