@@ -89,7 +89,8 @@ class Checkpoint:
         return math.inf if self.state["val_loss"] is None else self.state["val_loss"]
 
     def verify(self, rank: int = 0, ranks: int = 1, groups: tuple[str, ...] = GROUPS) -> None:
-        """UserError if one of this rank's share of the groups' files is missing or damaged."""
+        """Compares this rank's share of the groups' files with their checksums; UserError if a file
+        is missing or damaged."""
         files = [file for file in self.manifest["files"] if file["group"] in groups]
         for file in files[rank::ranks]:
             path = self.path / file["name"]
@@ -105,8 +106,8 @@ class Checkpoint:
         return dict(self.manifest["tensors"][group])
 
     def tensor(self, group: str, name: str, start: int = 0, rows: int | None = None) -> Tensor:
-        """This many rows of a float32 tensor from row start on, by default all: a copy-on-write
-        memory map if one file holds all of them, else a copy."""
+        """Rows of a float32 tensor from row start on, by default all: a copy-on-write memory map if
+        one file holds all of them, else a copy."""
         shape = self.shapes(group)[name]
         length = shape[0] if shape else 1
         stop = length if rows is None else start + rows
@@ -147,7 +148,7 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
     """The "best" or "last" checkpoint of a run directory, or the checkpoint at path.
 
     The best has the lowest validation loss. Only the weights are verified. Damaged checkpoints of a
-    run directory are skipped with a warning; UserError if there is no other.
+    run directory are skipped with a warning; UserError if none is left.
     """
     path = path.resolve()
     if re.fullmatch(r"step_\d{8}", path.name) and not (path / "checkpoints").exists():
@@ -173,10 +174,10 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
 
 
 def find_resumable(run: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint that verifies and has the optimizer state; None if the run has no
-    checkpoint; UserError if it has some, but training can't resume from any of them.
+    """The newest checkpoint that verifies and has the optimizer state; None if the run is new.
 
     Rank 0 reads each manifest and sends it to the other ranks; all ranks share the hashing.
+    UserError if there are checkpoints, but training can resume from none of them.
     """
     paths = world.once(lambda: checkpoint_paths(run))
     for path in paths:
