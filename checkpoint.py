@@ -357,10 +357,10 @@ class Saver:
 
 
 def _pin(buffer: Tensor) -> Callable[[], Any]:
-    """Pins host memory, so that a GPU copies into it at full speed; returns what unpins it.
+    """Pins host memory, so that a GPU copies into it at full speed; returns a function to unpin it.
 
-    torch's own pinned memory comes in powers of two, which can be twice the size of a checkpoint.
-    If the system refuses to pin, copies take longer; nothing else changes.
+    torch would pin a power of two of bytes, up to twice the size of a checkpoint. If the system
+    refuses to pin memory, copies take longer; nothing else changes.
     """
     cuda, start = torch.cuda.cudart(), buffer.data_ptr()
     status = cuda.cudaHostRegister(start, buffer.nbytes, 0)
