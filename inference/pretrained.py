@@ -1,14 +1,15 @@
 """A Llama as a Hugging Face directory: config.json, safetensors shards, the tokenizer.
 
-What is read comes from anywhere, so nothing of it is executed or believed: every field of the
-configuration is known, neutral or refused by name, and each tensor is where a Llama has one, with
-the shape that it has there. What is written is a plain Llama, whose arithmetic stands here once
-more, apart from model.py's, so that the two can be held against each other.
+Such a directory may come from anyone, so nothing in it is executed or trusted: a field of
+config.json is known, neutral or refused by name, and the tensors must be those of a Llama, with
+their shapes. The arithmetic of a plain Llama is written out at the end, independently of model.py,
+so that the two can be compared.
 """
 
 from __future__ import annotations
 
 import base64
+import io
 import json
 import math
 import struct
@@ -27,16 +28,17 @@ NEEDS_HF = "Hugging Face models need more packages: pip install 'rocket-llama[hf
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_JSON_BYTES = 100_000_000
 DTYPES = ("F32", "F16", "BF16")
-# Keys of config.json that become ours, and transformers' default where one may be missing.
-SIZES = {
-    "hidden_size": ("dim", None),
-    "num_hidden_layers": ("n_layers", None),
-    "num_attention_heads": ("n_heads", None),
-    "num_key_value_heads": ("n_kv_heads", 0),
-    "intermediate_size": ("ffn_dim", None),
-    "max_position_embeddings": ("max_seq_len", 2048),
+# Numbers of config.json: our key, their type, and transformers' default where one may be missing.
+NUMBERS = {
+    "hidden_size": ("dim", int, None),
+    "num_hidden_layers": ("n_layers", int, None),
+    "num_attention_heads": ("n_heads", int, None),
+    "num_key_value_heads": ("n_kv_heads", int, 0),
+    "intermediate_size": ("ffn_dim", int, None),
+    "max_position_embeddings": ("max_seq_len", int, 2048),
+    "rms_norm_eps": ("norm_eps", float, 1e-6),
+    "initializer_range": ("init_std", float, 0.02),
 }
-NUMBERS = {"rms_norm_eps": ("norm_eps", 1e-6), "initializer_range": ("init_std", 0.02)}
 # Keys that may only have these values, which are those of a plain Llama.
 NEUTRAL = {
     "model_type": ("llama",),
@@ -49,9 +51,10 @@ NEUTRAL = {
     "partial_rotary_factor": (1, None),
     "rope_interleaved": (False, None),
 }
-# Keys that say nothing of what the model computes.
+# Keys that don't change what the model computes, or that read_config looks at by name.
 HARMLESS = set(
-    "_name_or_path transformers_version use_cache bos_token_id eos_token_id pad_token_id"
+    "vocab_size tie_word_embeddings head_dim rope_theta rope_parameters rope_scaling"
+    " _name_or_path transformers_version use_cache bos_token_id eos_token_id pad_token_id"
     " unk_token_id sep_token_id dtype torch_dtype id2label label2id return_dict"
     " return_dict_in_generate chunk_size_feed_forward num_labels max_sequence_length"
     " model_max_length max_length min_length temperature top_k top_p do_sample tokenizer_class"
@@ -60,26 +63,26 @@ HARMLESS = set(
     " num_return_sequences no_repeat_ngram_size diversity_penalty typical_p output_attentions"
     " output_hidden_states problem_type task_specific_params".split()
 )
+PLAIN_ROPE = (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1))
 
 
 class Pretrained:
     """A Llama in a Hugging Face directory: config.json and safetensors shards, mapped on demand.
 
     Attributes:
-        config: the model as Rocket describes it.
+        config: the model in Rocket's terms.
         vocab_size: rows of the embedding; the tokenizer may have fewer pieces.
         tokenizer_path: its tokenizer.model.
-        template: how conversations are written, of a directory that convert.py made; else None.
+        template: how conversations are written, if convert.py made the directory; else None.
 
     Raises:
-        UserError: a file is missing or damaged, or the model is no plain Llama.
+        UserError: a file is missing or damaged, or the model is not a plain Llama.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        config_path = path / "config.json"
-        values = read_json(config_path)
-        self.config, self.vocab_size = read_config(values, config_path)
+        values = read_json(path / "config.json")
+        self.config, self.vocab_size = read_config(values, path / "config.json")
         self.tokenizer_path = path / "tokenizer.model"
         if not self.tokenizer_path.is_file():
             raise UserError(f"{path}: no tokenizer.model; Rocket reads SentencePiece models alone")
@@ -90,8 +93,8 @@ class Pretrained:
                 f" for {self.vocab_size}; it is the tokenizer of another model"
             )
         self.template = self._read_tokenizer_config(values, tokenizer)
-        self._files: dict[str, Path] = {}
-        self._shapes = self._check_tensors(read_shards(path))
+        self._stored = read_shards(path)
+        self._shapes = self._check_tensors()
 
     def shapes(self) -> dict[str, list[int]]:
         """Name to shape of the parameters; tied embeddings once."""
@@ -101,44 +104,44 @@ class Pretrained:
         """A parameter in the type that it is stored in, mapped from its file, copy-on-write."""
         from safetensors import safe_open
 
-        with safe_open(self._files[name], "pt") as file:  # one a tensor: pages go with it
+        # The file is opened for each tensor, so that its pages are freed with it.
+        with safe_open(self._stored[name].path, "pt") as file:
             return file.get_tensor(name)
 
-    def _check_tensors(self, found: dict[str, Stored]) -> dict[str, list[int]]:
+    def _check_tensors(self) -> dict[str, list[int]]:
         """The shapes of the parameters; UserError where the tensors are not those of this Llama."""
-        c, tied = self.config, self.config.tie_embeddings
-        names = set(found)
-        self._files = {name: stored.path for name, stored in found.items()}
-        if 2 + 9 * c.n_layers > len(names):
+        c, found = self.config, self._stored
+        if 2 + 9 * c.n_layers > len(found):
             raise UserError(
-                f"{self.path}: {len(names)} tensors are too few for {c.n_layers} layers; a shard is"
+                f"{self.path}: {len(found)} tensors are too few for {c.n_layers} layers; a shard is"
                 " missing, or num_hidden_layers of config.json is wrong"
             )
         shapes = llama_shapes(c, self.vocab_size)
         buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(c.n_layers)}
-        wanted = shapes | {name: [c.dim // c.n_heads // 2] for name in buffers & names}
-        if tied and HEAD in names:
+        buffers &= found.keys()
+        wanted = shapes | {name: [c.dim // c.n_heads // 2] for name in buffers}
+        copied_head = c.tie_embeddings and HEAD in found
+        if copied_head:
             wanted[HEAD] = shapes[EMBEDDING]
-        if missing := wanted.keys() - names:
+        if missing := wanted.keys() - found.keys():
             raise UserError(f"{self.path}: the tensor {min(missing)} is missing")
-        if extra := names - wanted.keys():
+        if extra := found.keys() - wanted.keys():
             raise UserError(f"{self.path}: the tensor {min(extra)!r} is none of a Llama's")
         for name, shape in wanted.items():
-            if found[name].shape != shape:
+            _, there, dtype = found[name]
+            if there != shape:
+                raise UserError(f"{self.path}: {name} has the shape {there}, not {shape}")
+            if dtype not in DTYPES:
                 raise UserError(
-                    f"{self.path}: {name} has the shape {found[name].shape}, not {shape}"
+                    f"{self.path}: {name} is of type {dtype}; Rocket reads float32, float16 and"
+                    " bfloat16"
                 )
-            if found[name].dtype not in DTYPES:
-                raise UserError(
-                    f"{self.path}: {name} is of type {found[name].dtype}; Rocket reads float32,"
-                    " float16 and bfloat16"
-                )
-        for name in buffers & names:
+        for name in buffers:
             if not torch.allclose(self.tensor(name).float(), inverse_frequencies(c), rtol=1e-2):
                 raise UserError(
                     f"{self.path}: {name} is not what rope_theta = {c.rope_theta} gives"
                 )
-        if HEAD in wanted and tied and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
+        if copied_head and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
             raise UserError(
                 f"{self.path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; it"
                 " has to be false where both count"
@@ -150,29 +153,27 @@ class Pretrained:
     ) -> dict[str, str] | None:
         """The template, if there is one; UserError for tokens that tokenizer.model does not have.
 
-        A row beyond its pieces is spare, unless the directory names a token for it.
+        Rows beyond its pieces are spare, unless the directory names a token for one.
         """
         named = {}
-        for key in ("bos_token_id", "eos_token_id"):
+        own = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        for key in own:
             ids = values.get(key)
             named |= {i: key for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
-        for key, ours in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
-            given = {i for i, name in named.items() if name == key}
-            if given and ours not in given:
+        for key, i in own.items():
+            if key in named.values() and named.get(i) != key:
                 raise UserError(
                     f"{self.path}/config.json: {key} is {values[key]}, but of tokenizer.model it is"
-                    f" {ours}; they are of different models"
+                    f" {i}; they are of different models"
                 )
-        path = self.path / "tokenizer_config.json"
-        table = read_json(path) if path.exists() else {}
-        added = table.get("added_tokens_decoder") or {}
-        if isinstance(added, dict):
-            named |= {int(i): "an added token" for i in added if i.isdecimal() and len(i) < 10}
-        path = self.path / "added_tokens.json"
-        if path.exists():
-            added = read_json(path).values()
-            named |= {i: "an added token" for i in added if type(i) is int}
-        for i, name in named.items():
+        table, added = (
+            read_json(path) if path.exists() else {}
+            for path in (self.path / "tokenizer_config.json", self.path / "added_tokens.json")
+        )
+        ids = [i for i in added.values() if type(i) is int]
+        if isinstance(decoder := table.get("added_tokens_decoder"), dict):
+            ids += [int(i) for i in decoder if i.isdecimal() and len(i) < 10]
+        for i, name in (named | dict.fromkeys(ids, "an added token")).items():
             if tokenizer.vocab_size <= i < self.vocab_size:
                 raise UserError(
                     f"{self.path}: {name} is id {i}, but tokenizer.model has only"
@@ -210,7 +211,7 @@ def llama_shapes(config: ModelConfig, vocab_size: int) -> dict[str, list[int]]:
 
 
 def inverse_frequencies(config: ModelConfig) -> Tensor:
-    """Radians a position of each pair of a head (E/2,), float32 (RoPE, arXiv 2104.09864)."""
+    """Radians per position of each pair of a head (E/2,), float32 (RoPE, arXiv 2104.09864)."""
     head_dim = config.dim // config.n_heads
     return config.rope_theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
 
@@ -236,7 +237,7 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
     """The model that a config.json describes, and the rows of its embedding.
 
     Raises:
-        UserError: a field is missing, of another type, or makes it another model than a Llama.
+        UserError: a field is missing, has the wrong type, or makes it another model than a Llama.
     """
 
     def refuse(key: str, why: str) -> None:
@@ -244,39 +245,28 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
 
     if "model_type" not in values:
         raise UserError(f"{path}: no model_type; it is llama in a Llama's configuration")
-    known = {"vocab_size", "tie_word_embeddings", "head_dim", "rope_theta", "rope_parameters"}
-    known |= {"rope_scaling", *SIZES, *NUMBERS, *NEUTRAL, *HARMLESS}
     for key, value in values.items():
         if key in NEUTRAL and value not in NEUTRAL[key]:
             refuse(key, f"Rocket reads plain Llamas, where it is {json.dumps(NEUTRAL[key][0])}")
-        if (
-            key not in known
-            and value is not None
-            and value is not False
-            and value not in ("", [], {})
-        ):
+        known = key in NEUTRAL or key in NUMBERS or key in HARMLESS
+        if not known and json.dumps(value) not in ("null", "false", '""', "[]", "{}"):
             refuse(key, "not supported: it may change what the model computes")
-
-    def number(key: str, default: float | None, kind: type) -> float:
+    table = {
+        "rope_theta": read_rope_theta(values, path),
+        "tie_embeddings": values.get("tie_word_embeddings", False),
+    }
+    for key, (ours, kind, default) in {**NUMBERS, "vocab_size": ("rows", int, None)}.items():
         value = default if values.get(key) is None else values[key]
         if value is None:
             raise UserError(f"{path}: no {key}")
         low = 0 if kind is float or default == 0 else 1
-        good = type(value) in {kind, int} and low <= value < 1e15
-        if not good:
+        if type(value) not in {kind, int} or not low <= value < 1e15:
             refuse(key, "not a sensible number")
-        return kind(value)
-
-    table = {ours: number(key, default, int) for key, (ours, default) in SIZES.items()}
-    table |= {ours: number(key, default, float) for key, (ours, default) in NUMBERS.items()}
-    table["rope_theta"] = read_rope_theta(values, path)
-    tied = values.get("tie_word_embeddings", False)
-    table["tie_embeddings"] = tied
-    rows = number("vocab_size", None, int)
+        table[ours] = kind(value)
+    rows = table.pop("rows")
+    data = {"seq_len": min(1024, table["max_seq_len"])}
     try:
-        config = build_config(
-            {"model": table, "data": {"seq_len": min(1024, table["max_seq_len"])}}
-        ).model
+        config = build_config({"model": table, "data": data}).model
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from None
     if values.get("head_dim") not in (None, config.dim // config.n_heads):
@@ -298,11 +288,7 @@ def read_rope_theta(values: dict[str, Any], path: Path) -> float:
         for name, value in table.items():
             if name == "rope_theta":
                 found[f"{key}.rope_theta"] = value
-            elif (name, value) not in (
-                ("rope_type", "default"),
-                ("type", "default"),
-                ("partial_rotary_factor", 1),
-            ):
+            elif (name, value) not in PLAIN_ROPE:
                 raise UserError(
                     f"{path}: {key}.{name} = {json.dumps(value)[:80]} is not supported; Rocket's"
                     " rotary embedding is the default one, not scaled"
@@ -317,7 +303,7 @@ def read_rope_theta(values: dict[str, Any], path: Path) -> float:
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what its file's header says of it."""
+    """A tensor's file, and what the file's header says about it."""
 
     path: Path
     shape: list[int]
@@ -328,17 +314,16 @@ def read_shards(path: Path) -> dict[str, Stored]:
     """The tensors of a directory's safetensors files, by their headers, which are checked.
 
     Raises:
-        UserError: no such file, one that is damaged or not named in the directory; an index that
-            does not say what the files hold.
+        UserError: there is no such file, one is damaged or lies outside the directory, or the index
+            does not match what the files hold.
     """
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError:
         raise UserError(NEEDS_HF) from None
-    single, index = path / SINGLE, path / INDEX
+    single, index, places = path / SINGLE, path / INDEX, {}
     if single.exists() and index.exists():
         raise UserError(f"{path} holds both {SINGLE} and {INDEX}; remove the one that is not meant")
-    places = None
     if index.exists():
         places = read_json(index).get("weight_map")
         if not isinstance(places, dict) or not places:
@@ -351,7 +336,7 @@ def read_shards(path: Path) -> dict[str, Stored]:
         hint = "; pickled weights (.bin) are not read, as they may execute code" if pickled else ""
         raise UserError(f"{path}: neither {SINGLE} nor {INDEX}{hint}")
     tensors: dict[str, Stored] = {}
-    for shard in sorted({path / name for name in places.values()} if places else {single}):
+    for shard in sorted({path / name for name in places.values()} or {single}):
         if not shard.is_file():
             raise UserError(f"{shard}: the shard is missing; fetch it again")
         try:
@@ -373,16 +358,15 @@ def read_shards(path: Path) -> dict[str, Stored]:
 
 
 def config_json(config: ModelConfig, vocab_size: int, tokenizer: Tokenizer, dtype: str) -> dict:
-    """The config.json of a model with so many rows."""
-    values = {theirs: getattr(config, ours) for theirs, (ours, _) in (SIZES | NUMBERS).items()}
+    """The config.json of a model whose embedding has vocab_size rows."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        **values,
+        **{theirs: getattr(config, ours) for theirs, (ours, *_) in NUMBERS.items()},
         "head_dim": config.dim // config.n_heads,
         "vocab_size": vocab_size,
         "tie_word_embeddings": config.tie_embeddings,
-        # transformers 5 reads the table, 4 the number: without it 10000, in silence
+        # transformers 5 reads the table, 4 the number: without it, it takes 10000 silently
         "rope_theta": config.rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
@@ -403,91 +387,120 @@ def config_json(config: ModelConfig, vocab_size: int, tokenizer: Tokenizer, dtyp
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
-class SentencePiece(NamedTuple):
-    """What a SentencePiece model file says, by the numbers of sentencepiece_model.proto."""
+class SentencePiece:
+    """What a SentencePiece model file says and its processor does not expose.
 
-    pieces: list[tuple[str, float, int]]  # piece, score, type
-    kind: int  # 1 unigram, 2 BPE
-    byte_fallback: bool
-    space_as_suffix: bool
-    charsmap: bytes  # the normalization, compiled; empty: none
-    dummy_prefix: bool
-    remove_spaces: bool
-    escape_spaces: bool
+    It is read by hand, with the numbers of sentencepiece_model.proto: the module that comes with
+    sentencepiece for it demands the newest protobuf package.
 
+    Attributes:
+        pieces: (piece, score, type) in the order of ids.
+        charsmap: the compiled normalization; empty: none.
+    """
 
-def read_sentencepiece(model: bytes) -> SentencePiece:
-    """The parts of a model file that SentencePiece's processor does not tell."""
-    pieces, parts = [], {2: b"", 3: b""}  # TrainerSpec and NormalizerSpec
-    for number, value in _fields(model):
-        if number == 1:
-            piece = dict(_fields(value))
-            (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
-            pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
-        elif number in parts:
-            parts[number] += value  # messages merge when their bytes are concatenated
-    trainer, normalizer = (dict(_fields(part)) for part in parts.values())
-    return SentencePiece(
-        pieces,
-        kind=trainer.get(3, 1),
-        byte_fallback=bool(trainer.get(35, 0)),
-        space_as_suffix=bool(trainer.get(24, 0)),
-        charsmap=normalizer.get(2, b""),
-        dummy_prefix=bool(normalizer.get(3, 1)),
-        remove_spaces=bool(normalizer.get(4, 1)),
-        escape_spaces=bool(normalizer.get(5, 1)),
-    )
+    def __init__(self, model: bytes) -> None:
+        self.pieces: list[tuple[str, float, int]] = []
+        parts = {2: b"", 3: b""}  # TrainerSpec and NormalizerSpec
+        for number, value in _fields(model):
+            if number == 1:
+                piece = dict(_fields(value))
+                (score,) = struct.unpack("<f", piece.get(2, bytes(4)))
+                self.pieces.append((piece[1].decode(), score, piece.get(3, NORMAL)))
+            elif number in parts:
+                parts[number] += value  # messages merge when their bytes are concatenated
+        trainer, normalizer = (dict(_fields(part)) for part in parts.values())
+        kind = trainer.get(3, 1)
+        self.is_unigram, self.is_bpe = kind == 1, kind == 2
+        self.byte_fallback = bool(trainer.get(35, 0))
+        self.space_as_suffix = bool(trainer.get(24, 0))
+        self.charsmap = normalizer.get(2, b"")
+        self.dummy_prefix = bool(normalizer.get(3, 1))
+        self.remove_spaces = bool(normalizer.get(4, 1))
+        self.escape_spaces = bool(normalizer.get(5, 1))
+
+    def names(self, *types: int) -> list[str]:
+        """The pieces of these types, in the order of their ids."""
+        return [piece for piece, _, kind in self.pieces if kind in types]
+
+    def refuse(self, name: str, tool: str, obstacles: dict[str, bool]) -> None:
+        """UserError for the first obstacle that is there; `name` is the model's file."""
+        obstacles |= {
+            "writes spaces behind words": self.space_as_suffix,
+            "leaves spaces as they are": not self.escape_spaces,
+        }
+        for obstacle in filter(obstacles.get, obstacles):
+            raise UserError(f"{name} {obstacle}, which {tool}")
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
     """Numbers and values of a protobuf message's fields: integers or bytes."""
-    at = 0
+    stream = io.BytesIO(message)
+    while stream.tell() < len(message):
+        number, kind = divmod(_varint(stream), 8)
+        value = _varint(stream) if kind in (0, 2) else {1: 8, 5: 4}[kind]
+        yield number, stream.read(value) if kind else value
 
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            value |= (byte & 127) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 128:
-                return value
 
-    while at < len(message):
-        number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-        else:
-            size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-            yield number, message[at : at + size]
-            at += size
+def _varint(stream: io.BytesIO) -> int:
+    """Protobuf's integer: seven bits a byte, the low ones first, the high bit where more follow."""
+    (byte,) = stream.read(1)
+    return byte if byte < 128 else byte - 128 + (_varint(stream) << 7)
 
 
 def tokenizer_json(model: SentencePiece, bos: str) -> dict[str, Any]:
-    """The tokenizer.json that gives a SentencePiece model's ids, BOS before them.
+    """The tokenizer.json that gives a SentencePiece model's ids, with BOS in front.
 
-    BPE without normalization is the same to the id. SentencePiece merges by the merged piece alone,
+    BPE without normalization gives the same ids. SentencePiece merges by the merged piece alone,
     `tokenizers` by pairs: where the halves of a piece overlap with themselves, as those of ababa
-    do, the cut comes first that the leftmost merge would make. A unigram model's equally likely
+    do, the cut that the leftmost merge would make comes first. A unigram model's equally likely
     segmentations, and normalization of letters with several marks, may differ.
 
     Raises:
-        UserError: the model does what tokenizer.json can't say.
+        UserError: the model does what tokenizer.json can't express.
     """
-    kinds = {kind for _, _, kind in model.pieces}
-    for reason, holds in {
-        "is neither BPE nor unigram": model.kind not in (1, 2),
-        "writes spaces behind words": model.space_as_suffix,
-        "leaves spaces as they are": not model.escape_spaces,
-        "holds unused pieces": UNUSED in kinds,
-        "holds user-defined pieces and puts a space first": USER_DEFINED in kinds
+    own = model.names(USER_DEFINED)
+    obstacles = {
+        "is neither BPE nor unigram": not (model.is_bpe or model.is_unigram),
+        "holds unused pieces": bool(model.names(UNUSED)),
+        "holds user-defined pieces and puts a space first": bool(own)
         and (model.dummy_prefix or model.remove_spaces),
-        "has a user-defined piece with a space": any(
-            SPACE in piece for piece, _, kind in model.pieces if kind == USER_DEFINED
-        ),
-    }.items():
-        if holds:
-            raise UserError(f"tokenizer.model {reason}, which transformers can't do")
+        "has a user-defined piece with a space": any(SPACE in piece for piece in own),
+    }
+    model.refuse("tokenizer.model", "transformers can't do", obstacles)
+    ids = {piece: i for i, (piece, _, _) in enumerate(model.pieces)}
+    normalizers, decoders = _text_steps(model)
+    added = [
+        {
+            "id": i,
+            "content": piece,
+            "special": kind != USER_DEFINED,
+            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+        }
+        for i, (piece, _, kind) in enumerate(model.pieces)
+        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
+    ]
+    start = {"SpecialToken": {"id": bos, "type_id": 0}}
+    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": normalizers},
+        "pre_tokenizer": None,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [start, a],
+            "pair": [start, a, start, b],
+            "special_tokens": {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}},
+        },
+        "decoder": {"type": "Sequence", "decoders": decoders},
+        "model": {**_core(model, ids), "byte_fallback": model.byte_fallback},
+    }
+
+
+def _text_steps(model: SentencePiece) -> tuple[list[dict], list[dict]]:
+    """What tokenizer.json does to a text before it is encoded, and after ids are decoded."""
 
     def replace(pattern: str, text: str, kind: str = "Regex") -> dict[str, Any]:
         return {"type": "Replace", "pattern": {kind: pattern}, "content": text}
@@ -503,57 +516,25 @@ def tokenizer_json(model: SentencePiece, bos: str) -> dict[str, Any]:
     if model.dummy_prefix or model.remove_spaces:
         most = 1_000_000 if model.remove_spaces else 1
         decoders.append({"type": "Strip", "content": " ", "start": most, "stop": 0})
+    return normalizers, decoders
 
-    unknown = next(i for i, (_, _, kind) in enumerate(model.pieces) if kind == UNKNOWN)
-    if model.kind == 1:
+
+def _core(model: SentencePiece, ids: dict[str, int]) -> dict[str, Any]:
+    """The vocabulary of tokenizer.json, and for BPE its merges, the best piece's pairs first."""
+    (unknown,) = model.names(UNKNOWN)
+    if model.is_unigram:
         no_text = (UNKNOWN, CONTROL, BYTE)  # never the likeliest
         vocab = [[piece, -1e4 if kind in no_text else s] for piece, s, kind in model.pieces]
-        core = {"type": "Unigram", "unk_id": unknown, "vocab": vocab}
-    else:
-        vocab = {piece: i for i, (piece, _, _) in enumerate(model.pieces)}
-        core = {"type": "BPE", "unk_token": model.pieces[unknown][0], "fuse_unk": True}
-        core |= {"dropout": None, "ignore_merges": False, "vocab": vocab, "merges": _merges(model)}
-        core |= dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"))
-    added = [
-        {
-            "id": i,
-            "content": piece,
-            "special": kind != USER_DEFINED,
-            **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
-        }
-        for i, (piece, _, kind) in enumerate(model.pieces)
-        if kind in (UNKNOWN, CONTROL, USER_DEFINED)
-    ]
-    start = {"SpecialToken": {"id": bos, "type_id": 0}}
-    a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    (bos_id,) = (i for i, (piece, _, _) in enumerate(model.pieces) if piece == bos)
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "Sequence", "normalizers": normalizers},
-        "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [start, a],
-            "pair": [start, a, start, b],
-            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
-        },
-        "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {**core, "byte_fallback": model.byte_fallback},
-    }
-
-
-def _merges(model: SentencePiece) -> list[str]:
-    """The pairs that make a piece, the best piece's first."""
+        return {"type": "Unigram", "unk_id": ids[unknown], "vocab": vocab}
     scores = {piece: score for piece, score, kind in model.pieces if kind == NORMAL}
     merges = []
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = [i for i in range(1, len(piece)) if piece[:i] in scores and piece[i:] in scores]
         cuts.sort(key=lambda i: (piece[i:] != piece[:-i], -i))
         merges += [f"{piece[:i]} {piece[i:]}" for i in cuts]
-    return merges
+    core = {"type": "BPE", "unk_token": unknown, "fuse_unk": True, "dropout": None}
+    core |= {"ignore_merges": False, "vocab": ids, "merges": merges}
+    return core | dict.fromkeys(("continuing_subword_prefix", "end_of_word_suffix"))
 
 
 # --- the arithmetic of a plain Llama, a part at a time ---
@@ -566,12 +547,12 @@ def llama_parts(config: ModelConfig) -> list[str]:
 
 
 def llama_part(part: str, x: Tensor, weight: Callable[[str], Tensor], c: ModelConfig) -> Tensor:
-    """What a part makes of x: ids (B, T) to the residual stream (B, T, D), at the end to logits.
+    """A part's result for x: ids (B, T) to the residual stream (B, T, D), at the end to logits.
 
-    Written out, without any of model.py (Touvron et al., arXiv 2302.13971 and 2307.09288).
+    Written without any code of model.py (Touvron et al., arXiv 2302.13971 and 2307.09288).
 
     Args:
-        weight: the part's float32 parameters, by what comes after its name.
+        weight: the part's float32 parameters, by the rest of their names.
     """
 
     def norm(x: Tensor, name: str) -> Tensor:

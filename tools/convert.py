@@ -1,13 +1,12 @@
-"""Moves models between Rocket, Hugging Face and llama.cpp; what it writes, it has proved.
+"""Converts models between Rocket, Hugging Face and llama.cpp, and proves each result.
 
     python tools/convert.py to-hf out/tiny out/tiny-hf                 (transformers, vLLM, …)
     python tools/convert.py to-gguf out/tiny out/tiny.gguf --dtype=float16  (llama.cpp, Ollama, …)
     python tools/convert.py from-hf ~/Llama-2-7b-hf out/llama-2-7b    (a directory, or a hub name)
 
-A proof is that each part of model.py, on random tokens, makes of its input what the same part of a
-plain Llama makes of it with the weights that were written, read back. One part of the model is in
-memory at a time. Where a proof fails nothing is left behind; what a killed process left, the next
-one removes.
+The written weights are read back. On random tokens, each part of model.py must then give the same
+result as that part of a plain Llama with these weights. One part of the model is in memory at a
+time. Where a proof fails nothing is left behind; what a killed process left, the next one removes.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from corpus.locks import locked
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; UserError where it is wrong."""
-    form = argparse.RawDescriptionHelpFormatter
     parser = Parser(
         prog="python tools/convert.py",
         description=__doc__,
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -37,15 +35,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         command = commands.add_parser(name, allow_abbrev=False, help=f"a run to a {output}")
         command.add_argument("run", help="run directory or checkpoint")
         command.add_argument("output", metavar=output.upper(), help=meaning)
-        command.add_argument(
-            "--dtype", choices=("float32", "float16", "bfloat16"), default="float32"
-        )
-        command.add_argument(
-            "--checkpoint", default="best", help="best, last or a checkpoint's path (best)"
-        )
-    commands.choices["to-hf"].add_argument(
-        "--shard-gb", type=positive, default=2.0, help="largest file in GB; as much memory (2)"
-    )
+        dtypes = ("float32", "float16", "bfloat16")
+        command.add_argument("--dtype", choices=dtypes, default="float32")
+        which = "best, last or a checkpoint's path (best)"
+        command.add_argument("--checkpoint", default="best", help=which)
+    size = "largest file in GB; as much memory (2)"
+    commands.choices["to-hf"].add_argument("--shard-gb", type=positive, default=2.0, help=size)
     command = commands.add_parser("from-hf", allow_abbrev=False, help="a directory to a run")
     command.add_argument("source", help="Hugging Face directory, or OWNER/NAME on the hub")
     command.add_argument("output", metavar="RUN", help="run directory to make")
@@ -69,6 +64,7 @@ if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # before torch, w
 
 import contextlib
 import json
+import math
 import platform
 import random
 import re
@@ -77,7 +73,6 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,88 +81,89 @@ from torch import Tensor, nn
 
 from checkpoint import Checkpoint, find_checkpoint, write_weights
 from config import ModelConfig, build_config, dump_toml, sync_directory, tables
+from inference import pretrained
 from inference.generation import tokenizer_of
-from inference.pretrained import (
-    CONTROL,
-    EMBEDDING,
-    HEAD,
-    INDEX,
-    NEEDS_HF,
-    SINGLE,
-    UNUSED,
-    USER_DEFINED,
-    Pretrained,
-    SentencePiece,
-    config_json,
-    llama_part,
-    llama_parts,
-    llama_shapes,
-    read_sentencepiece,
-    tokenizer_json,
-)
+from inference.pretrained import CONTROL, EMBEDDING, HEAD, Pretrained, SentencePiece
 from model import Llama
 from tokenizer import SPACE, Template, Tokenizer
 
 Weights = Callable[[str], Tensor]  # a parameter by its name
 PROOF_TOKENS = 512
+GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 FROM_HUB = (
     "config.json generation_config.json tokenizer_config.json added_tokens.json tokenizer.model"
     " model*.safetensors model.safetensors.index.json".split()
 )
+# Texts that tokenizers get wrong easily: blanks, control characters, marks, signs of several code
+# points, other scripts, names of pieces, repetitions.
 HARD_TEXTS = (
-    " ",
-    "  ",
-    " a",
-    "a ",
-    "  a   b  ",
-    "\n",
-    "\n\n x",
-    "\t",
-    "a\r\nb",
-    "\0",
-    "a\0\x01\x7f\x1b[0m",
-    "\u0085\u2028\u00a0\u3000\ufeff\ufffd\ue000\U0010ffff",
-    "e\u0301 \u0301a",
-    "\ufb01 \u2460",
-    "\U0001f999",
-    "\U0001f469\u200d\U0001f680",
-    "\U0001f1eb\U0001f1f7",
-    "\u4e2d\u6587\ud55c",
-    "\u0627\u0644\u0639\u0631",
-    "\u202eabc",
-    "<s>",
-    "</s><unk>",
-    "<0x41>",
-    "<|user|> <pad>",
-    "1234567",
-    "=" * 5,
-    "#" * 33,
-    " " * 9 + "x",
-    "-" * 300,
-    "ab" * 40 + "a",
-    "ababa aXaa aaaa",
+    *" ,  , a,a ,  a   b  ,\n,\n\n x,\t,a\r\nb,\0,a\0\x01\x7f\x1b[0m".split(","),
+    *"\u0085\u2028\u00a0\u3000\ufeff\ufffd\ue000\U0010ffff,e\u0301 \u0301a,\ufb01 \u2460".split(
+        ","
+    ),
+    *"\U0001f999,\U0001f469\u200d\U0001f680,\U0001f1eb\U0001f1f7,\u4e2d\u6587\ud55c".split(","),
+    *"\u0627\u0644\u0639\u0631,\u202eabc,<s>,</s><unk>,<0x41>,<|user|> <pad>,1234567".split(","),
+    *("=" * 5, "#" * 33, " " * 9 + "x", "-" * 300, "ab" * 40 + "a", "ababa aXaa aaaa"),
 )
 
 
-class Source(NamedTuple):
-    """A run's weights, and what belongs to them."""
+class Run(NamedTuple):
+    """What is exported: a run's weights, and what belongs to them."""
 
     checkpoint: Checkpoint
     config: ModelConfig
-    vocab_size: int
+    shapes: dict[str, list[int]]
+    dtypes: dict[str, torch.dtype]  # the type that each weight is written in
+    vocab_size: int  # rows of the embedding
     tokenizer: Tokenizer
     pieces: SentencePiece
     template: dict[str, str] | None
 
+    def weight(self, name: str) -> Tensor:
+        """A weight in the type that it is written in; UserError where that can't hold it."""
+        tensor = self.checkpoint.tensor("model", name).to(self.dtypes[name])
+        if not torch.isfinite(tensor).all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self.checkpoint.path}: {name} has values that {dtype} can't hold; export it as"
+                " bfloat16 or float32"
+            )
+        return tensor
+
 
 def main(arguments: list[str]) -> None:
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # nothing half-written is left then too
-    {"to-hf": to_hf, "to-gguf": to_gguf, "from-hf": from_hf}[options.command](options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing half-written is left
+    (from_hf if options.command == "from-hf" else export)(options)
 
 
-def read_run(options: argparse.Namespace) -> Source:
-    """What is to be exported; UserError if it is no Llama, by the names of its weights."""
+def export(options: argparse.Namespace) -> None:
+    """Exports a run to a directory for transformers or to a GGUF file for llama.cpp."""
+    write, tool, advice = {
+        "to-hf": (
+            write_hf,
+            "transformers",
+            "use split_special_tokens=True for what people write, README's chat_ids for chats",
+        ),
+        "to-gguf": (
+            write_gguf,
+            "llama.cpp's server",
+            "send it ids, or take these names out of what people write",
+        ),
+    }[options.command]
+    run, output = read_run(options), new_path(options.output)
+    with written(output) as path:
+        prove(run.config, run.vocab_size, run.weight, write(path, run, options))
+    print(f"{output}: {options.dtype}, proved to be the Llama that model.py computes")
+    names = run.pieces.names(CONTROL)
+    print(
+        f"warning: {tool} makes control ids of {', '.join(names[:9])}{' …' * (len(names) > 9)} in a"
+        " text, so that users can speak in other roles; in Rocket they stay text: " + advice
+    )
+
+
+def read_run(options: argparse.Namespace) -> Run:
+    """What is to be exported; UserError if the names or shapes of its weights are not a Llama's."""
     which, path = options.checkpoint, options.run
     if which not in ("best", "last"):
         which, path = "last", options.checkpoint
@@ -175,24 +171,27 @@ def read_run(options: argparse.Namespace) -> Source:
     tokenizer = tokenizer_of(checkpoint)
     shapes, config = checkpoint.shapes("model"), checkpoint.config.model
     rows = shapes.get(EMBEDDING, [0])[0]
-    plain = llama_shapes(config, rows)
+    plain = pretrained.llama_shapes(config, rows)
     for name in sorted(shapes.keys() | plain.keys()):
         if shapes.get(name) != plain.get(name):
             raise UserError(
                 f"{checkpoint.path} is no plain Llama: {name} is {shapes.get(name, 'missing')}, but"
                 f" there {plain.get(name, 'unknown')}; a changed model needs an export of its own"
             )
-    pieces = read_sentencepiece(tokenizer.path.read_bytes())
+    dtypes = dict.fromkeys(shapes, getattr(torch, options.dtype))
+    if options.command == "to-gguf":  # llama.cpp wants the norms in float32
+        dtypes |= {name: torch.float32 for name, shape in shapes.items() if len(shape) == 1}
+    pieces = SentencePiece(tokenizer.path.read_bytes())
     template = checkpoint.manifest.get("template")
     print(f"{checkpoint.path}: step {checkpoint.step}", file=sys.stderr)
-    return Source(checkpoint, config, rows, tokenizer, pieces, template)
+    return Run(checkpoint, config, shapes, dtypes, rows, tokenizer, pieces, template)
 
 
 def new_path(name: str) -> Path:
     """A path of the command line that is to be made; UserError if it can't be one."""
     try:
         path = Path(name).expanduser().absolute()
-    except RuntimeError as error:  # ~ of nobody
+    except RuntimeError as error:  # ~ of an unknown user
         raise UserError(f"{name}: {error}") from None
     if not path.name:
         raise UserError(f"{name}: give the name of what is to be made")
@@ -203,7 +202,7 @@ def new_path(name: str) -> Path:
 def written(path: Path) -> Iterator[Path]:
     """A path to write to, which becomes `path` if all goes well; otherwise nothing is left.
 
-    What a process that was killed left of it is removed.
+    What a killed process left there is removed.
 
     Raises:
         UserError: something is there, another process writes it, or it can't be written.
@@ -212,11 +211,6 @@ def written(path: Path) -> Iterator[Path]:
 
     def refuse(holder: str) -> None:
         raise UserError(f"{path} is being written by {holder}; wait for it, or give another name")
-
-    def check_free(*paths: Path) -> None:
-        for there in paths:
-            if there.exists() or there.is_symlink():
-                raise UserError(f"{there} exists; remove it, or give another name")
 
     try:
         check_free(path)
@@ -227,8 +221,8 @@ def written(path: Path) -> Iterator[Path]:
             elif temporary.exists():
                 remove(temporary)
                 print(f"{temporary}: removed, left by {died}, which was killed", file=sys.stderr)
+            check_free(path)  # a process that was at work may have ended just now
             try:
-                check_free(path)  # one that was at work may have ended just now
                 yield temporary
                 for made in (*temporary.rglob("*"), temporary):
                     sync_directory(made)  # a file, too
@@ -241,6 +235,12 @@ def written(path: Path) -> Iterator[Path]:
         raise UserError(f"{error.filename or path}: {reason}; nothing was written") from None
 
 
+def check_free(path: Path) -> None:
+    """UserError if something is at the path."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} exists; remove it, or give another name")
+
+
 def remove(path: Path) -> None:
     """Removes a file or a directory, if it is there."""
     if path.is_dir():
@@ -249,36 +249,24 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def rounded(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:
-    """A checkpoint's weight in another type; UserError where that can't hold it."""
-    tensor = checkpoint.tensor("model", name).to(dtype)
-    if not torch.isfinite(tensor).all():
-        raise UserError(
-            f"{checkpoint.path}: {name} has values that {str(dtype).removeprefix('torch.')} can't"
-            " hold; export it as bfloat16 or float32"
-        )
-    return tensor
-
-
 # --- the proof ---
 
 
 @torch.no_grad()
 def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) -> None:
-    """Holds model.py with one set of weights against a plain Llama with the other.
+    """Compares model.py with one set of weights and a plain Llama with the other.
 
-    The weights have to be equal to the bit. Then model.py runs as it is, and whatever goes into one
-    of its parts goes into the plain part too: errors don't add up, and a part that computes
-    something else is named. What comes out of a part has to be what goes into the next.
+    The weights must be equal to the bit. Then model.py runs as it is, and each of its parts is
+    compared with the plain part on the same input: errors don't add up, and a part that computes
+    something else is named. The output of a part must be the input of the next.
 
     Raises:
-        UserError: at which part they differ.
+        UserError: they differ; it names the part.
     """
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(
-        vocab_size, (1, min(config.max_seq_len, PROOF_TOKENS)), generator=generator
-    )
-    parts, streams = llama_parts(config), [tokens]
+    size = (1, min(config.max_seq_len, PROOF_TOKENS))
+    tokens = torch.randint(vocab_size, size, generator=generator)
+    parts, streams = pretrained.llama_parts(config), [tokens]
 
     def differs(why: str, part: str) -> UserError:
         return UserError(
@@ -286,41 +274,32 @@ def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) 
             " load this know nothing of it"
         )
 
-    def load(part: str, name: str) -> tuple[Tensor, Tensor]:
-        name = f"{part}.{name}"
-        if name == HEAD and config.tie_embeddings:
-            name = EMBEDDING
-        mine, other = ours(name), theirs(name)
-        if not torch.equal(mine, other):
-            raise UserError(f"not proved: {name} was read back with other values")
-        return mine.float(), other.float()
-
-    def checked(part: str, module: nn.Module) -> Callable[..., Tensor]:
-        forward = module.forward
-
-        def run(x: Tensor, *rest: Any, **options: Any) -> Tensor:
-            position = len(streams) - 1
-            if position == len(parts) or parts[position] != part or not torch.equal(x, streams[-1]):
-                raise differs("the residual stream is changed before", part)
-            weights = {name: load(part, name) for name, _ in module.named_parameters()}
-            module.load_state_dict({n: mine for n, (mine, _) in weights.items()}, assign=True)
-            y = forward(x, *rest, **options)
-            plain = llama_part(part, x, lambda name: weights[name][1], config)
-            added = y - x if part.startswith("model.layers.") else y
-            if not (y - plain).norm() <= 1e-4 * added.norm() + 1e-6 * y.norm():
-                raise differs("another result at", part)
-            module.to("meta")
-            streams.append(y)
-            return y
-
-        return run
+    def run(part: str, module: nn.Module, forward: Callable, x: Tensor, *rest: Any) -> Tensor:
+        if [part] != parts[len(streams) - 1 :][:1] or not torch.equal(x, streams[-1]):
+            raise differs("the residual stream is changed before", part)
+        mine, read = {}, {}
+        for name, _ in module.named_parameters():
+            full = f"{part}.{name}"
+            full = EMBEDDING if full == HEAD and config.tie_embeddings else full
+            mine[name], read[name] = ours(full), theirs(full)
+            if not torch.equal(mine[name], read[name]):
+                raise UserError(f"not proved: {full} was read back with other values")
+        module.load_state_dict({name: w.float() for name, w in mine.items()}, assign=True)
+        y = forward(x, *rest)
+        plain = pretrained.llama_part(part, x, lambda name: read[name].float(), config)
+        added = y - x if part.startswith("model.layers.") else y
+        if not (y - plain).norm() <= 1e-4 * added.norm() + 1e-6 * y.norm():
+            raise differs("another result at", part)
+        module.to("meta")
+        streams.append(y)
+        return y
 
     try:
         with torch.device("meta"):
             model = Llama(config, vocab_size).eval()
         for part in parts:
             module = model.get_submodule(part)
-            module.forward = checked(part, module)
+            module.forward = partial(run, part, module, module.forward)
         logits = model(tokens)
     except UserError:
         raise
@@ -336,63 +315,44 @@ def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) 
 # --- Hugging Face ---
 
 
-def to_hf(options: argparse.Namespace) -> None:
-    """Exports a run to a directory for transformers."""
-    run, dtype = read_run(options), getattr(torch, options.dtype)
+def write_hf(directory: Path, run: Run, options: argparse.Namespace) -> Weights:
+    """Writes a directory for transformers; returns its weights, read back."""
     config, tokenizer = run.config, run.tokenizer
-    ours = partial(rounded, run.checkpoint, dtype)
     stops = Template(run.template, tokenizer).stops()[0] if run.template else [tokenizer.eos_id]
-    silent = [*np.flatnonzero(tokenizer.byte_lengths() == 0).tolist()]
-    silent += range(tokenizer.vocab_size, run.vocab_size)  # rows without a piece
+    silent = {*np.flatnonzero(tokenizer.byte_lengths() == 0).tolist()}
+    silent |= {*range(tokenizer.vocab_size, run.vocab_size)}  # rows without a piece
     files = {
-        "config.json": config_json(config, run.vocab_size, tokenizer, options.dtype),
+        "config.json": pretrained.config_json(config, run.vocab_size, tokenizer, options.dtype),
         "generation_config.json": {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": stops if len(stops) > 1 else stops[0],
-            # as sample.py: what stands for no text is not drawn
-            "suppress_tokens": sorted({*silent} - {*stops}),
+            # as in sample.py: what stands for no text is never sampled
+            "suppress_tokens": sorted(silent - {*stops}),
         },
-        "tokenizer.json": tokenizer_json(run.pieces, piece(tokenizer, tokenizer.bos_id)),
+        "tokenizer.json": pretrained.tokenizer_json(run.pieces, piece(tokenizer, tokenizer.bos_id)),
         "tokenizer_config.json": tokenizer_config(run),
     }
-    output = new_path(options.output)
-    with written(output) as directory:
-        directory.mkdir()
-        for name, content in files.items():
-            (directory / name).write_text(json.dumps(content, ensure_ascii=False, indent=1))
-        shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-        write_shards(directory, run, ours, dtype, int(options.shard_gb * 1e9))
-        exported = Pretrained(directory)
-        if exported.config != config:
-            raise UserError(f"config.json would read back as {exported.config}, not {config}")
-        check_tokenizer(directory, run)
-        prove(config, run.vocab_size, ours, exported.tensor)
-    print(f"{output}: {options.dtype}, proved to be the Llama that model.py computes")
-    advice = "use split_special_tokens=True for what people write, README's chat_ids for chats"
-    warn_of_control_pieces(run, "transformers", advice)
+    directory.mkdir()
+    for name, content in files.items():
+        (directory / name).write_text(json.dumps(content, ensure_ascii=False, indent=1))
+    shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
+    write_shards(directory, run, int(options.shard_gb * 1e9))
+    exported = Pretrained(directory)
+    if exported.config != config:
+        raise UserError(f"config.json would read back as {exported.config}, not {config}")
+    check_tokenizer(directory, run)
+    return exported.tensor
 
 
-def warn_of_control_pieces(run: Source, tool: str, advice: str) -> None:
-    """Says that another tool finds control pieces in texts, and what to do about it."""
-    names = [name for name, _, kind in run.pieces.pieces if kind == CONTROL]
-    shown = f"{', '.join(names[:9])}{' …' * (len(names) > 9)}"
-    print(
-        f"warning: {tool} makes control ids of {shown} in a text, so that users can speak in other"
-        f" roles; in Rocket they stay text: {advice}"
-    )
-
-
-def write_shards(
-    directory: Path, run: Source, ours: Weights, dtype: torch.dtype, most: int
-) -> None:
-    """Writes the weights as safetensors, one file's in memory at a time."""
+def write_shards(directory: Path, run: Run, most: int) -> None:
+    """Writes the weights as safetensors of at most so many bytes, one file in memory at a time."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
     except ImportError:
-        raise UserError(NEEDS_HF) from None
+        raise UserError(pretrained.NEEDS_HF) from None
     shards, room = [], 0
-    sizes = {n: int(np.prod(s)) * dtype.itemsize for n, s in run.checkpoint.shapes("model").items()}
+    sizes = {n: math.prod(shape) * run.dtypes[n].itemsize for n, shape in run.shapes.items()}
     for name, size in sizes.items():
         if size > room:
             shards.append([])
@@ -401,27 +361,30 @@ def write_shards(
         room -= size
     places = {}
     for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else SINGLE
+        file = (
+            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            if shards[1:]
+            else pretrained.SINGLE
+        )
         places |= dict.fromkeys(names, file)
         try:
-            tensors = {name: ours(name).contiguous() for name in names}
+            tensors = {name: run.weight(name).contiguous() for name in names}
             save_file(tensors, directory / file, metadata={"format": "pt"})
         except SafetensorError as error:
             reason = " ".join(str(error).split())
             raise UserError(f"{directory / file}: {reason}; nothing was written") from None
     if shards[1:]:
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
-        (directory / INDEX).write_text(json.dumps(index, indent=1))
+        (directory / pretrained.INDEX).write_text(json.dumps(index, indent=1))
 
 
 def piece(tokenizer: Tokenizer, i: int) -> str:
     return tokenizer.processor.id_to_piece(i)
 
 
-def tokenizer_config(run: Source) -> dict[str, Any]:
+def tokenizer_config(run: Run) -> dict[str, Any]:
     """tokenizer_config.json: what the special pieces are for, how conversations are written."""
     tokenizer = run.tokenizer
-    control = {name for name, _, kind in run.pieces.pieces if kind == CONTROL}
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": piece(tokenizer, tokenizer.bos_id),
@@ -432,7 +395,7 @@ def tokenizer_config(run: Source) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         "model_max_length": run.config.max_seq_len,
     }
-    if "<pad>" in control:
+    if "<pad>" in run.pieces.names(CONTROL):
         values["pad_token"] = "<pad>"
     if run.template:
         values["chat_template"] = chat_template(run.template)
@@ -441,11 +404,8 @@ def tokenizer_config(run: Source) -> dict[str, Any]:
 
 
 def chat_template(template: dict[str, str]) -> str:
-    """The template in Jinja, as Template.render and Template.prompt write conversations."""
-
-    def quoted(text: str) -> str:
-        return json.dumps(text, ensure_ascii=False)
-
+    """The template in Jinja, which writes conversations as Template.render and prompt do."""
+    quoted = partial(json.dumps, ensure_ascii=False)
     text, word = "{{ bos_token }}{% for message in messages %}", "if"
     for role, form in template.items():
         before, after = map(quoted, form.split("{content}"))
@@ -458,8 +418,8 @@ def chat_template(template: dict[str, str]) -> str:
     return text + "{{ eos_token }}{% endif %}"
 
 
-def check_tokenizer(directory: Path, run: Source) -> None:
-    """Holds the tokenizer that was written against SentencePiece; says where they may differ.
+def check_tokenizer(directory: Path, run: Run) -> None:
+    """Compares the written tokenizer with SentencePiece; reports where they may differ.
 
     Raises:
         UserError: they differ where they must not.
@@ -467,41 +427,38 @@ def check_tokenizer(directory: Path, run: Source) -> None:
     try:
         import tokenizers
     except ImportError:
-        raise UserError(NEEDS_HF) from None
+        raise UserError(pretrained.NEEDS_HF) from None
     theirs, ours = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), run.tokenizer
     theirs.encode_special_tokens = True
     draw = random.Random(0)
-    texts = [name.replace(SPACE, " ") for name, *_ in run.pieces.pieces]
-    mixed = ["".join(draw.choices(texts, k=20)) for _ in range(200)]
+    words = [name.replace(SPACE, " ") for name, *_ in run.pieces.pieces]
+    texts = [*HARD_TEXTS, *("".join(draw.choices(words, k=20)) for _ in range(200))]
     differing = []
-    for text in (*HARD_TEXTS, *mixed):
+    for text in texts:
         ids = ours.encode(text).tolist()
         same = theirs.encode(text, add_special_tokens=False).ids == ids
         if not (same and (theirs.decode(ids) == ours.decode(ids) or not run.pieces.byte_fallback)):
             differing.append(text)
-    names = {kind: [] for _, _, kind in run.pieces.pieces}
-    for name, _, kind in run.pieces.pieces:
-        names[kind].append(name)
-    inner = (own in name for name in names[CONTROL] for own in names.get(USER_DEFINED, ()))
+    control, own = run.pieces.names(CONTROL), run.pieces.names(pretrained.USER_DEFINED)
     doubts = {
-        "which of several equally likely segmentations is taken": run.pieces.kind == 1,
+        "which of several equally likely segmentations is taken": run.pieces.is_unigram,
         "normalization of letters with several marks": bool(run.pieces.charsmap),
         "spaces around U+2581": run.pieces.remove_spaces,
-        "names of control pieces in which user-defined pieces stand": any(inner),
+        "names of control pieces in which user-defined pieces stand": any(
+            inner in name for name in control for inner in own
+        ),
     }
-    doubts = [doubt for doubt, there in doubts.items() if there]
-    if differing and not doubts:
-        raise UserError(f"tokenizer.json gives other ids than tokenizer.model for {differing[0]!r}")
-    if doubts:
+    if doubts := [doubt for doubt, there in doubts.items() if there]:
         print(
             f"tokenizer.json may give other ids than tokenizer.model, by {' and '.join(doubts)}:"
-            f" of {len(HARD_TEXTS) + len(mixed)} hard texts it does for {len(differing)}"
+            f" of {len(texts)} hard texts it does for {len(differing)}"
         )
+    elif differing:
+        raise UserError(f"tokenizer.json gives other ids than tokenizer.model for {differing[0]!r}")
     if run.template:
         template = Template(run.template, ours)
         sides = [*template.before.values(), *template.after.values()]
-        edges = [ids[at] for ids in sides for at in (0, -1) if len(ids)]
-        if not all(map(len, sides)) or not all(ours.processor.is_control(int(i)) for i in edges):
+        if not all(len(ids) and {ids[0], ids[-1]} <= {*template.control.values()} for ids in sides):
             print(
                 "data.template puts plain text, or nothing, beside contents: transformers encodes"
                 " it together with them, Rocket by itself, so that ids of chats may differ there"
@@ -513,47 +470,44 @@ def from_hf(options: argparse.Namespace) -> None:
     output = new_path(options.output)
     model = Pretrained(fetched(options.source, options.revision))
     tokenizer = Tokenizer(model.tokenizer_path)
-    with written(output) as directory:
-        values = {
-            "tokenizer": {"vocab_size": tokenizer.vocab_size},
+    spare = model.vocab_size - tokenizer.vocab_size
+    data = {"template": model.template} if model.template else {}
+    config = build_config(
+        {
+            "tokenizer": {
+                "vocab_size": tokenizer.vocab_size,
+                "path": str(output / "tokenizer.model"),
+            },
             "model": asdict(model.config),
-            "data": {"seq_len": min(1024, model.config.max_seq_len)},
+            "data": {"seq_len": min(1024, model.config.max_seq_len), **data},
             "train": {"out_dir": str(output)},
         }
-        values["tokenizer"]["path"] = str(output / "tokenizer.model")
-        if model.template:
-            values["data"]["template"] = model.template
-        config = build_config(values)
-        record = {
-            "step": 0,
-            "state": {"step": 0, "val_loss": None},
-            "config": tables(config),
-            "dataset": None,
-            "template": model.template,
-            "tokenizer_sha256": tokenizer.sha256,
-            "vocab_size": model.vocab_size,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "commit": None,
-        }
-        checkpoint = directory / "checkpoints" / "step_00000000"
-        write_weights(checkpoint, record, ((n, finite(model, n)) for n in model.shapes()))
+    )
+    record = {
+        "step": 0,
+        "state": {"step": 0, "val_loss": None},
+        "config": tables(config),
+        "dataset": None,
+        "template": model.template,
+        "tokenizer_sha256": tokenizer.sha256,
+        "vocab_size": model.vocab_size,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "commit": None,
+    }
+    with written(output) as directory:
+        path = directory / "checkpoints" / "step_00000000"
+        write_weights(path, record, ((name, finite(model, name)) for name in model.shapes()))
         (directory / "config.toml").write_text(dump_toml(config))
         shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
-        ours = Checkpoint(checkpoint)
-        prove(
-            model.config,
-            model.vocab_size,
-            lambda name: ours.tensor("model", name),
-            lambda name: model.tensor(name).float(),
-        )
-    spare = model.vocab_size - tokenizer.vocab_size
+        ours = partial(Checkpoint(path).tensor, "model")
+        prove(model.config, model.vocab_size, ours, lambda name: model.tensor(name).float())
     print(f"{output}: proved to be the Llama of {model.path}")
     if spare:
         print(f"{spare} rows have no piece in tokenizer.model; they are never sampled")
 
 
 def finite(model: Pretrained, name: str) -> Tensor:
-    """A parameter as float32; UserError if not all of it is numbers."""
+    """A parameter as float32; UserError if it has values that are not finite."""
     tensor = model.tensor(name).float()
     if not torch.isfinite(tensor).all():
         raise UserError(f"{model.path}: {name} holds values that are not finite")
@@ -561,7 +515,7 @@ def finite(model: Pretrained, name: str) -> Tensor:
 
 
 def fetched(source: str, revision: str | None) -> Path:
-    """The directory that is meant; a repository of the hub is downloaded to data/raw.
+    """The directory `source`, or a repository of the hub, which is downloaded to data/raw.
 
     Raises:
         UserError: there is no such directory, or the hub does not give it.
@@ -573,8 +527,10 @@ def fetched(source: str, revision: str | None) -> Path:
     try:
         from huggingface_hub import errors, snapshot_download
     except ImportError:
-        raise UserError("downloads need the package huggingface_hub: " + NEEDS_HF) from None
-    directory = resolve_path("data/raw") / f"{source}{'@' * bool(revision)}{revision or ''}"
+        raise UserError(
+            "downloads need the package huggingface_hub: " + pretrained.NEEDS_HF
+        ) from None
+    directory = resolve_path("data/raw") / (f"{source}@{revision}" if revision else source)
     try:
         snapshot_download(source, revision=revision, local_dir=directory, allow_patterns=FROM_HUB)
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.HTTPError, OSError) as error:
@@ -586,90 +542,71 @@ def fetched(source: str, revision: str | None) -> Path:
 # --- llama.cpp ---
 
 
-def to_gguf(options: argparse.Namespace) -> None:
-    """Exports a run to a GGUF file for llama.cpp."""
+def write_gguf(path: Path, run: Run, options: argparse.Namespace) -> Weights:
+    """Writes a GGUF file for llama.cpp; returns its weights, read back."""
     try:
         import gguf
     except ImportError:
         raise UserError(
             "to-gguf needs the package gguf: pip install 'rocket-llama[gguf]'"
         ) from None
-    run, dtype = read_run(options), getattr(torch, options.dtype)
-    ours = partial(rounded_for_gguf, run.checkpoint, dtype)
-    names = gguf_names(run.config)
-    output = new_path(options.output)
-    with written(output) as path:
-        writer = gguf.GGUFWriter(path, "llama")
-        describe(writer, run, dtype)
-        kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-        for name, shape in run.checkpoint.shapes("model").items():
-            kind = dtype if len(shape) > 1 else torch.float32
-            size, quantization = int(np.prod(shape)), gguf.GGMLQuantizationType[kinds[kind]]
-            writer.add_tensor_info(
-                names[name], shape, np.dtype("f4"), size * kind.itemsize, quantization
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for name in run.checkpoint.shapes("model"):
-            tensor = interleaved(name, ours(name), run.config).contiguous()
-            writer.write_tensor_data(tensor.view(torch.uint8).numpy())
-        writer.close()
-        stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, run.config.n_layers)
+    names = {name: names.get_name(name, [".weight"]) for name in run.shapes}
+    writer = gguf.GGUFWriter(path, "llama")
+    describe(writer, run)
+    for name, shape in run.shapes.items():
+        size, kind = math.prod(shape) * run.dtypes[name].itemsize, GGUF_TYPES[run.dtypes[name]]
+        kind = gguf.GGMLQuantizationType[kind]
+        writer.add_tensor_info(names[name], shape, np.dtype("f4"), size, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name in run.shapes:
+        tensor = interleaved(name, run.weight(name), run.config).contiguous()
+        writer.write_tensor_data(tensor.view(torch.uint8).numpy())
+    writer.close()
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
-        def theirs(name: str) -> Tensor:
-            tensor = stored[names[name]]
-            kind = next(kind for kind, word in kinds.items() if word == tensor.tensor_type.name)
-            offset, size = int(tensor.data_offset), int(tensor.n_bytes)
-            data = np.memmap(path, "u1", "c", offset, size)  # its own: pages go with it
-            shape = [int(n) for n in reversed(tensor.shape)]
-            return halved(name, torch.from_numpy(data).view(kind).view(shape), run.config)
+    def read(name: str) -> Tensor:
+        tensor = stored[names[name]]
+        kinds = {word: dtype for dtype, word in GGUF_TYPES.items()}
+        # The file is mapped for each tensor, so that its pages are freed with it.
+        data = np.memmap(path, "u1", "c", int(tensor.data_offset), int(tensor.n_bytes))
+        weight = torch.from_numpy(data).view(kinds[tensor.tensor_type.name])
+        shape = [int(n) for n in reversed(tensor.shape)]
+        return interleaved(name, weight.view(shape), run.config, undo=True)
 
-        prove(run.config, run.vocab_size, ours, theirs)
-    print(f"{output}: {options.dtype}, proved to be the Llama that model.py computes")
-    warn_of_control_pieces(
-        run, "llama.cpp's server", "send it ids, or take these names out of what people write"
-    )
+    return read
 
 
-def rounded_for_gguf(checkpoint: Checkpoint, dtype: torch.dtype, name: str) -> Tensor:
-    """llama.cpp wants the norms in float32."""
-    norm = len(checkpoint.shapes("model")[name]) == 1
-    return rounded(checkpoint, torch.float32 if norm else dtype, name)
-
-
-def describe(writer: Any, run: Source, dtype: torch.dtype) -> None:
-    """Everything but the tensors: sizes, the tokenizer, the chat template.
+def describe(writer: Any, run: Run) -> None:
+    """Writes everything but the tensors: sizes, the tokenizer, the chat template.
 
     Raises:
         UserError: llama.cpp's SentencePiece tokenizer can't do what this one does.
     """
     config, tokenizer, pieces = run.config, run.tokenizer, run.pieces
-    for reason, holds in {
-        "is not BPE": pieces.kind != 2,
+    obstacles = {
+        "is not BPE": not pieces.is_bpe,
         "has no byte fallback": not pieces.byte_fallback,
         "normalizes text": bool(pieces.charsmap) or pieces.remove_spaces,
-        "writes spaces behind words": pieces.space_as_suffix,
-        "leaves spaces as they are": not pieces.escape_spaces,
-    }.items():
-        if holds:
-            raise UserError(f"{tokenizer.path} {reason}, which llama.cpp can't do for a Llama")
-    head_dim = config.dim // config.n_heads
+    }
+    pieces.refuse(str(tokenizer.path), "llama.cpp can't do for a Llama", obstacles)
     writer.add_name(run.checkpoint.path.parent.parent.name)
-    writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[dtype])
+    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[GGUF_TYPES[run.dtypes[EMBEDDING]]])
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
     writer.add_feed_forward_length(config.ffn_dim)
     writer.add_head_count(config.n_heads)
     writer.add_head_count_kv(config.n_kv_heads)
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(config.dim // config.n_heads)
     writer.add_rope_freq_base(config.rope_theta)
     writer.add_layer_norm_rms_eps(config.norm_eps)
     writer.add_vocab_size(run.vocab_size)
 
     spare = run.vocab_size - tokenizer.vocab_size
-    padded = [*pieces.pieces, *((f"[PAD{i}]", -1000.0, UNUSED) for i in range(spare))]
+    padded = [*pieces.pieces, *((f"[PAD{i}]", -1000.0, pretrained.UNUSED) for i in range(spare))]
     tokens, scores, kinds = zip(*padded, strict=True)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -688,42 +625,13 @@ def describe(writer: Any, run: Source, dtype: torch.dtype) -> None:
         writer.add_chat_template(chat_template(run.template))
 
 
-def gguf_names(config: ModelConfig) -> dict[str, str]:
-    """Our name of each parameter to llama.cpp's."""
-    of_layer = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
-    names = {
-        f"model.layers.{layer}.{ours}.weight": f"blk.{layer}.{theirs}.weight"
-        for layer in range(config.n_layers)
-        for ours, theirs in of_layer.items()
-    }
-    names |= {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    return names | {HEAD: "output.weight"}
-
-
-def interleaved(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
-    """Rows of queries and keys as llama.cpp turns them: pairs (2i, 2i + 1), not (i, i + E/2)."""
+def interleaved(name: str, weight: Tensor, config: ModelConfig, undo: bool = False) -> Tensor:
+    """Rows of queries and keys in llama.cpp's order of pairs: (2i, 2i + 1), not (i, i + E/2)."""
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return weight
-    heads = weight.unflatten(0, (-1, 2, config.dim // config.n_heads // 2))
-    return heads.transpose(1, 2).flatten(0, 2)
-
-
-def halved(name: str, weight: Tensor, config: ModelConfig) -> Tensor:
-    """Undoes `interleaved`."""
-    if not name.endswith(("q_proj.weight", "k_proj.weight")):
-        return weight
-    heads = weight.unflatten(0, (-1, config.dim // config.n_heads // 2, 2))
-    return heads.transpose(1, 2).flatten(0, 2)
+    half = config.dim // config.n_heads // 2
+    pairs = (half, 2) if undo else (2, half)
+    return weight.unflatten(0, (-1, *pairs)).transpose(1, 2).flatten(0, 2)
 
 
 if __name__ == "__main__":
