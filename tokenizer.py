@@ -1,7 +1,7 @@
 """The tokenizer: a SentencePiece model file, text and conversations to uint16 ids and back.
 
-Pieces can be added to a model file without the protobuf package: messages merge when their bytes
-are concatenated, so what is added is appended.
+Control pieces are added to a model file without the protobuf package: they are appended, since
+protobuf messages merge when their bytes are concatenated.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sentencepiece import SentencePieceProcessor
 
 from config import MAX_VOCAB_SIZE, TokenizerConfig, UserError, resolve_path
 
-SPACE = "\u2581"  # SentencePiece's own sign for a space: a text that holds it decodes to a space
+SPACE = "\u2581"  # SentencePiece's sign for a space: in a text, it decodes to a space
 CONTROL = 3  # SentencePiece's type of the pieces that no text encodes to
 OPTIONS = b"rocket options: "
 LEARNT = "assistant"  # the role whose words are learnt
-MARKER = re.compile(r"<\|[^|<>]*\|>")  # what surely means a control piece
+MARKER = re.compile(r"<\|[^|<>]*\|>")  # text that can only be meant as a control piece
 
 
 class Tokenizer:
@@ -69,26 +69,29 @@ class Tokenizer:
 
         Where the model puts a space before each text (Llama 2's does), that space counts.
         """
-        lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for i, piece in enumerate(self.pieces()):
-            if self.processor.is_byte(i):
-                lengths[i] = 1
-            elif not (self.processor.is_control(i) or self.processor.is_unknown(i)):
-                lengths[i] = len(piece.replace(SPACE, " ").encode())
+        ids = list(range(self.vocab_size))
+        lengths = np.array([len(piece.replace(SPACE, " ").encode()) for piece in self.pieces()])
+        lengths[self.processor.is_byte(ids)] = 1
+        lengths[self.processor.is_control(ids)] = 0
+        lengths[self.processor.is_unknown(ids)] = 0
         return lengths
 
+    def control_pieces(self) -> dict[str, int]:
+        """Control piece to id, in the order of ids."""
+        return {p: i for i, p in enumerate(self.pieces()) if self.processor.is_control(i)}
+
     def extends(self, old: Tokenizer) -> bool:
-        """Whether each piece of `old` keeps its id here, so that weights for it serve here too."""
+        """Whether each piece of `old` has the same id here, so that weights for `old` fit here."""
         return self.pieces()[: old.vocab_size] == old.pieces()
 
 
-# Conversations as tokens. A template names control pieces of the tokenizer, such as <|user|>, and
-# they become their ids. In what people wrote the same characters stay text, so nobody can speak in
-# another's role.
+# Conversations as tokens. The control pieces that a template names, such as <|user|>, become their
+# ids. In the content of messages the same characters stay text, so nobody can speak in the role of
+# another.
 
 
 class Rendered(NamedTuple):
-    """A conversation from BOS to EOS: ids (T,) uint16, and 1 where one is learnt (T,) uint8."""
+    """A conversation from BOS to EOS: ids (T,) uint16, and a mask (T,) uint8, 1 where learnt."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -107,9 +110,7 @@ class Template:
     def __init__(self, template: dict[str, str], tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.texts = {role: text.split("{content}") for role, text in template.items()}
-        processor = tokenizer.processor
-        control = [i for i in range(tokenizer.vocab_size) if processor.is_control(i)]
-        self.control = {processor.id_to_piece(i): i for i in control}
+        self.control = tokenizer.control_pieces()
         self.before = {role: self._ids(before) for role, (before, _) in self.texts.items()}
         self.after = {role: self._ids(after) for role, (_, after) in self.texts.items()}
 
@@ -131,9 +132,10 @@ class Template:
         return [*ids.tolist(), *self.before[LEARNT].tolist()]
 
     def stops(self) -> tuple[list[int], list[str]]:
-        """What ends an answer: ids, and texts where the template marks its end in text alone.
+        """What ends an answer: ids, or texts where the template marks the end without one.
 
-        That is what comes between an answer and the next message, up to the first control piece.
+        An answer ends at the first control piece between it and the next message, else with the
+        text between the two.
         """
         ids, texts = {self.tokenizer.eos_id: None}, {}
         for before, _ in self.texts.values():
@@ -141,13 +143,13 @@ class Template:
             control = [self.control[part] for part in parts if part in self.control]
             if control:
                 ids[control[0]] = None
-            elif "".join(parts).strip():  # an answer may hold blanks
+            elif "".join(parts).strip():  # blanks alone may stand within an answer
                 texts["".join(parts)] = None
         return [*ids], [*texts]
 
     def _split(self, text: str) -> list[str]:
-        """The template's own text in parts: control pieces, and what stands between them."""
-        known = sorted(self.control, key=len, reverse=True)
+        """The template's own text, split into control pieces and the texts between them."""
+        known = sorted(self.control, key=len, reverse=True)  # of two that match, the longer
         return [*filter(None, re.split(f"({'|'.join(map(re.escape, known))})", text))]
 
     def _ids(self, text: str) -> np.ndarray:
@@ -164,7 +166,9 @@ class Template:
             else:
                 ids += self.tokenizer.encode(part).tolist()
         if self.tokenizer.bos_id in ids:
-            raise UserError("data.template holds BOS, which begins each conversation by itself")
+            raise UserError(
+                "data.template holds BOS; leave it out, each conversation begins with it"
+            )
         return np.array(ids, np.uint16)
 
 
@@ -180,7 +184,7 @@ def configured_tokenizer(config: TokenizerConfig) -> Tokenizer:
 
 
 def load_model(model: bytes, name: str) -> SentencePieceProcessor:
-    """A processor for a model file's bytes; UserError, led by `name`, if Rocket can't use it."""
+    """A processor of a model file's bytes; UserError, which starts with `name`, if unusable."""
     processor = SentencePieceProcessor()
     try:
         processor.load_from_serialized_proto(model)
@@ -188,14 +192,14 @@ def load_model(model: bytes, name: str) -> SentencePieceProcessor:
         raise UserError(f"{name}: not a SentencePiece model, or cut short") from None
     size = processor.vocab_size()
     if size > MAX_VOCAB_SIZE:
-        raise UserError(f"{name}: {size} pieces; ids are uint16, so at most {MAX_VOCAB_SIZE} go")
+        raise UserError(f"{name}: {size} pieces; ids are uint16, so at most {MAX_VOCAB_SIZE} fit")
     if processor.bos_id() < 0 or processor.eos_id() < 0:
         raise UserError(f"{name}: no BOS or no EOS piece, so documents can't be told apart")
     return processor
 
 
 def add_control_pieces(model: bytes, pieces: list[str]) -> bytes:
-    """The model with these control pieces behind its own; the ones that it has stay as they are.
+    """The model with these control pieces after its own; pieces that it has stay as they are.
 
     Field numbers are those of sentencepiece_model.proto: ModelProto.pieces = 1 (piece = 1,
     score = 2, type = 3) and ModelProto.trainer_spec = 2 (vocab_size = 4).
@@ -221,9 +225,9 @@ def add_control_pieces(model: bytes, pieces: list[str]) -> bytes:
 
 
 def check_symbol(symbol: str, name: str, control: bool) -> None:
-    """UserError, led by `name`, for a symbol that SentencePiece would not keep as it is.
+    """UserError, which starts with `name`, for a symbol that SentencePiece would not keep as it is.
 
-    Spaces of a text become U+2581 before symbols are looked for, so no symbol with one is found.
+    A symbol with a space would never be found: spaces in a text become U+2581 before the search.
     """
     if not symbol:
         raise UserError(f"{name} {symbol!r}: it is empty, leave it out")
@@ -236,7 +240,7 @@ def check_symbol(symbol: str, name: str, control: bool) -> None:
 
 
 def add_options(model: bytes, options: dict[str, Any]) -> bytes:
-    """The model with a note of its training options in TrainerSpec.model_prefix (2), idle else."""
+    """The model with its training options in TrainerSpec.model_prefix (2), otherwise unused."""
     return model + _field(2, _field(2, OPTIONS + json.dumps(options).encode()))
 
 

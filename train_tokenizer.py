@@ -11,14 +11,14 @@ from corpus.locks import locked
 
 USAGE = """python train_tokenizer.py [CONFIG] [--section.key=value ...] [--force]
 
-Learns a SentencePiece model from the training split of data.sources, proves that it gives text
-back as it was, and writes it to tokenizer.path. Beside <unk>, <s> and </s> it holds control pieces
+Trains a SentencePiece model on the training split of data.sources, checks that it gives every text
+back unchanged, and writes it to tokenizer.path. Beside <unk>, <s> and </s> it has control pieces
 for conversations, so that a model of text can be fine-tuned on them later: <pad>, <|system|>,
-<|user|>, <|assistant|> and <|end|>. data.template puts them into tokens; no text does, even one
-that spells them out. tokenizer.control_symbols names others, or none.
+<|user|>, <|assistant|> and <|end|>. Only data.template puts them into tokens; a text that spells
+them out does not. tokenizer.control_symbols names others, or none.
 
-With --add-pieces it learns nothing, but writes the tokenizer at tokenizer.path with more control
-pieces to --output."""
+With --add-pieces nothing is trained: the tokenizer at tokenizer.path is written to --output with
+more control pieces."""
 
 FLAGS = {
     "--force": "overwrite what exists, although datasets and models may have been built on it",
@@ -42,36 +42,21 @@ from config import (
     run_program,
     write_atomically,
 )
-from corpus import hub
-from corpus.vocabulary import (
-    HARD_TEXTS,
-    HELD_OUT_BYTES,
-    Sample,
-    check_encoded,
-    check_round_trip,
-    check_symbols,
-    sample_corpus,
-    symbols,
-    train,
-)
-from tokenizer import (
-    Tokenizer,
-    add_control_pieces,
-    load_model,
-    noted_options,
-)
+from corpus import hub, vocabulary
+from corpus.vocabulary import Sample, sample_corpus, train
+from tokenizer import Tokenizer, add_control_pieces, load_model, noted_options
 
 
 def main(arguments: list[str]) -> None:
     own = [a for a in arguments if a.startswith(("--add-pieces=", "--output="))]
     rest = [a for a in arguments if a not in own]
     config, flags = load_config(rest, usage=USAGE, sections=("tokenizer", "data"), flags=FLAGS)
-    path = resolve_path(config.tokenizer.path)
+    path, force = resolve_path(config.tokenizer.path), "--force" in flags
     if own:
-        add_pieces(path, dict(a.split("=", 1) for a in own), "--force" in flags)
+        add_pieces(path, dict(a.split("=", 1) for a in own), force)
         return
-    check_symbols(config.tokenizer)
-    if path.exists() and "--force" not in flags:
+    vocabulary.check_symbols(config.tokenizer)
+    if path.exists() and not force:
         check_existing(path, config.tokenizer)
         print(f"up to date: {path} (--force trains it anew)")
     elif config.data.mixture:
@@ -80,7 +65,7 @@ def main(arguments: list[str]) -> None:
         )
     else:
         config.data = hub.local_sources(config.data)
-        train_and_write(path, config, "--force" in flags)
+        train_and_write(path, config, force)
 
 
 def check_existing(path: Path, config: TokenizerConfig) -> None:
@@ -99,7 +84,7 @@ def check_existing(path: Path, config: TokenizerConfig) -> None:
 
 
 def train_and_write(path: Path, config: Config, force: bool) -> None:
-    """Samples, trains, proves the round trip, and only then writes; says what came of it."""
+    """Samples, trains, checks the round trip, and only then writes; prints the result."""
     start = time.perf_counter()
     training, held_out = sample_corpus(config)
     if not training.size:
@@ -113,23 +98,22 @@ def train_and_write(path: Path, config: Config, force: bool) -> None:
     model = train(training.texts(), config.tokenizer)
 
     processor = load_model(model, "the trained tokenizer")
-    check_encoded(processor, symbols(config.tokenizer, "user_defined_symbols"))
-    judge = held_out if held_out.size else Sample(HELD_OUT_BYTES, training.texts())
+    judge = held_out if held_out.size else Sample(vocabulary.HELD_OUT_BYTES, training.texts())
     texts = [text.decode() for text in judge.texts()]
-    for text in [*HARD_TEXTS, *texts]:
-        check_round_trip(text, processor.decode(processor.encode(text)))
+    vocabulary.check_encoded(processor, config.tokenizer)
+    vocabulary.check_round_trips(processor, texts)
     rate = judge.size / max(1, sum(map(len, processor.encode(texts))))
     if not write_model(path, model, force):
         check_existing(path, config.tokenizer)
         print(f"up to date: {path} (another process has trained it meanwhile)")
         return
+    tokenizer = Tokenizer(path)
     print(
-        f"{path}: {processor.vocab_size()} pieces, {rate:.2f} bytes per token on"
+        f"{path}: {tokenizer.vocab_size} pieces, {rate:.2f} bytes per token on"
         f" {'held-out' if held_out.size else 'training'} text, round trip exact,"
-        f" {time.perf_counter() - start:.0f} s"
+        f" {time.perf_counter() - start:.0f} s\n"
+        f"control pieces, which no text gives: {' '.join(tokenizer.control_pieces())}"
     )
-    control = filter(processor.is_control, range(processor.vocab_size()))
-    print(f"control pieces, which no text gives: {' '.join(map(processor.id_to_piece, control))}")
 
 
 def add_pieces(path: Path, options: dict[str, str], force: bool) -> None:
@@ -154,7 +138,7 @@ def write_model(path: Path, model: bytes, replace: bool) -> bool:
     """Writes the model, and beside it a .vocab to read: line i is piece i and its score.
 
     Returns:
-        Whether it did: not where a model is there by now and is not to be replaced.
+        Whether it was written: not if there is a model by now and `replace` is False.
 
     Raises:
         UserError: the directory can't be written.

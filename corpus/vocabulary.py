@@ -1,4 +1,4 @@
-"""What a tokenizer learns from, its training, and the proofs that it gives text back as it was."""
+"""The text that a tokenizer is trained on, its training, and the checks that it loses no text."""
 
 from __future__ import annotations
 
@@ -16,20 +16,12 @@ from collections.abc import Iterable, Iterator
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
-from config import (
-    Config,
-    TokenizerConfig,
-    UserError,
-)
+from config import Config, TokenizerConfig, UserError
 from corpus import readers
 from corpus.sources import Survey
-from tokenizer import (
-    SPACE,
-    add_options,
-    check_symbol,
-)
+from tokenizer import SPACE, add_options, check_symbol
 
-# As Llama 2's tokenizer, but no space goes before a text: what is encoded is what was written.
+# As Llama 2's tokenizer, but without a space before each text: exactly what was written is encoded.
 DEFAULTS = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -47,9 +39,9 @@ DEFAULTS = {
     "minloglevel": 2,  # errors only
 }
 
-CHUNK = 1000  # characters fed at a time: SentencePiece skips what is longer than 4,192 bytes
+CHUNK = 1000  # characters fed at a time: SentencePiece skips texts longer than 4,192 bytes
 HELD_OUT_BYTES = 1_000_000
-READ_FACTOR = 16  # of a larger corpus, at most this many times the sample is read
+READ_FACTOR = 16  # at most this many times the sample is read of a larger corpus
 HARD_TEXTS = (
     " one\ttab\r\nCRLF\n\n\n    indent  \t ",
     "\0\x01\x1b[0m\x7f\u0085\u2028\ufeff\ufffd\u2585",
@@ -59,10 +51,10 @@ HARD_TEXTS = (
 
 
 class Sample:
-    """At most `budget` bytes of the texts added, each with the same chance wherever it stood.
+    """At most `budget` bytes of the added texts, each chosen with the same probability.
 
-    Each text draws a random key and the lowest stay (bottom-k sampling): one pass over a stream of
-    any length, in memory for the budget alone.
+    Each text draws a random key and the lowest keys stay (bottom-k sampling), in one pass over a
+    stream of any length and in memory for the budget alone.
     """
 
     def __init__(self, budget: int, texts: Iterable[bytes] = ()):
@@ -92,14 +84,14 @@ class Sample:
 
 
 def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[Sample, Sample]:
-    """A sample of the training split, and a small one of the held-out text met on the way.
+    """A sample of the training split, and a small one of the held-out text on the way.
 
-    A corpus far above the budget is read in part, the same share of each unit of work from its
-    start; units that could not be cut small (a compressed file) are read whole. A corpus of few
-    documents is read again where prepare.py will move some, lest a split stays empty.
+    Of a corpus far above the budget, the same share of each unit of work is read, from its start;
+    units that could not be cut small (a compressed file) are read whole. A corpus of few documents
+    is read again if prepare.py will move some of them so that no split is empty.
 
     Args:
-        moved: documents that are, see readers.fill_splits.
+        moved: the documents that move, see readers.fill_splits.
     """
     training, held_out = Sample(config.tokenizer.sample_bytes), Sample(HELD_OUT_BYTES)
     splitter, whole = readers.Splitter(config.data, moved or {}), True
@@ -107,8 +99,7 @@ def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[
     if moved is None:
         for line in survey.remarks():
             print(line, flush=True)
-    parts = readers.plan(config.data, survey.sources)
-    parts = [part for part in parts if part.split != "test"]
+    parts = [p for p in readers.plan(config.data, survey.sources) if p.split != "test"]
     total = sum(part.bytes for part in parts)
     share = READ_FACTOR * training.budget / max(1, total)
     progress = tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False)
@@ -139,8 +130,8 @@ def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[
 def chunks(text: str) -> Iterator[str]:
     """The text in pieces of at most CHUNK characters, cut before line breaks, else before spaces.
 
-    Never behind a line break: SentencePiece strips those from the end of what it is fed, so it
-    would not see how lines begin.
+    Never after a line break: SentencePiece strips those from the end of a text, so it would not
+    see how lines begin.
     """
     start = 0
     while len(text) - start > CHUNK:
@@ -185,7 +176,7 @@ def explain(complaint: str, config: TokenizerConfig) -> str:
 
 
 def symbols(config: TokenizerConfig, option: str) -> list[str]:
-    """The symbols that an option gives: a list, or text with commas between them."""
+    """The symbols of an option: a list, or text with commas between them."""
     given = config.options.get(option, DEFAULTS.get(option, []))
     if isinstance(given, list):
         return [str(symbol) for symbol in given]
@@ -196,12 +187,10 @@ def symbols(config: TokenizerConfig, option: str) -> list[str]:
 
 
 def check_symbols(config: TokenizerConfig) -> None:
-    """UserError for a symbol that can't become a piece of its own, as far as its name tells."""
+    """UserError for a symbol that can't become a piece of its own, as far as its name shows."""
     taken = {"<unk>": "the unknown piece"}
-    for option, kind in (
-        ("control_symbols", "a control symbol"),
-        ("user_defined_symbols", "a user-defined one"),
-    ):
+    kinds = {"control_symbols": "a control symbol", "user_defined_symbols": "a user-defined one"}
+    for option, kind in kinds.items():
         for symbol in symbols(config, option):
             name = f"tokenizer.{option}: the symbol"
             check_symbol(symbol, name, control=option == "control_symbols")
@@ -213,9 +202,9 @@ def check_symbols(config: TokenizerConfig) -> None:
         taken |= {"<s>": "the piece BOS", "</s>": "the piece EOS"}  # control symbols in any case
 
 
-def check_encoded(processor: SentencePieceProcessor, symbols: list[str]) -> None:
-    """UserError unless each symbol is encoded to its own id and no other, in a text too."""
-    for symbol in symbols:
+def check_encoded(processor: SentencePieceProcessor, config: TokenizerConfig) -> None:
+    """UserError unless each user-defined symbol is encoded to its own id alone, in a text too."""
+    for symbol in symbols(config, "user_defined_symbols"):
         own, alone = processor.piece_to_id(symbol), processor.encode(symbol)
         within = processor.encode(f"\0{symbol}\0")
         if alone == [own] and within.count(own) == 1:
@@ -227,14 +216,15 @@ def check_encoded(processor: SentencePieceProcessor, symbols: list[str]) -> None
         )
 
 
-def check_round_trip(text: str, back: str) -> None:
-    """UserError unless decoding gave the text back; only SentencePiece's own sign may change."""
-    text = text.replace(SPACE, " ")
-    if text != back:
-        pairs = enumerate(zip(text, back, strict=False))
-        at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
-        raise UserError(
-            f"this tokenizer would lose text: {text[at : at + 20]!r} came back as"
-            f" {back[at : at + 20]!r}; look at byte_fallback, normalization_rule_name and the"
-            " whitespace options of [tokenizer]"
-        )
+def check_round_trips(processor: SentencePieceProcessor, texts: list[str]) -> None:
+    """UserError unless decoding gives these and hard texts back; only U+2581 may become a space."""
+    for text in (*HARD_TEXTS, *texts):
+        text, back = text.replace(SPACE, " "), processor.decode(processor.encode(text))
+        if text != back:
+            pairs = enumerate(zip(text, back, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+            raise UserError(
+                f"this tokenizer would lose text: {text[at : at + 20]!r} came back as"
+                f" {back[at : at + 20]!r}; look at byte_fallback, normalization_rule_name and the"
+                " whitespace options of [tokenizer]"
+            )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from config import ConfigError, ModelConfig, UserError, build_config
+from config import ConfigError, ModelConfig, UserError, build_config, installed
 from tokenizer import SPACE, Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -94,11 +94,11 @@ class Pretrained:
             )
         self.template = self._read_tokenizer_config(values, tokenizer)
         self._stored = read_shards(path)
-        self._shapes = self._check_tensors()
+        self._check_tensors()
 
     def shapes(self) -> dict[str, list[int]]:
         """Name to shape of the parameters; tied embeddings once."""
-        return dict(self._shapes)
+        return llama_shapes(self.config, self.vocab_size)
 
     def tensor(self, name: str) -> Tensor:
         """A parameter in the type that it is stored in, mapped from its file, copy-on-write."""
@@ -108,25 +108,24 @@ class Pretrained:
         with safe_open(self._stored[name].path, "pt") as file:
             return file.get_tensor(name)
 
-    def _check_tensors(self) -> dict[str, list[int]]:
-        """The shapes of the parameters; UserError where the tensors are not those of this Llama."""
+    def _check_tensors(self) -> None:
+        """UserError where the tensors are not those of the Llama in config.json."""
         c, found = self.config, self._stored
         if 2 + 9 * c.n_layers > len(found):
             raise UserError(
                 f"{self.path}: {len(found)} tensors are too few for {c.n_layers} layers; a shard is"
                 " missing, or num_hidden_layers of config.json is wrong"
             )
-        shapes = llama_shapes(c, self.vocab_size)
         buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(c.n_layers)}
         buffers &= found.keys()
-        wanted = shapes | {name: [c.dim // c.n_heads // 2] for name in buffers}
+        wanted = self.shapes() | {name: [c.dim // c.n_heads // 2] for name in buffers}
         copied_head = c.tie_embeddings and HEAD in found
         if copied_head:
-            wanted[HEAD] = shapes[EMBEDDING]
+            wanted[HEAD] = wanted[EMBEDDING]
         if missing := wanted.keys() - found.keys():
             raise UserError(f"{self.path}: the tensor {min(missing)} is missing")
         if extra := found.keys() - wanted.keys():
-            raise UserError(f"{self.path}: the tensor {min(extra)!r} is none of a Llama's")
+            raise UserError(f"{self.path}: the tensor {min(extra)!r} does not belong to a Llama")
         for name, shape in wanted.items():
             _, there, dtype = found[name]
             if there != shape:
@@ -143,10 +142,9 @@ class Pretrained:
                 )
         if copied_head and not torch.equal(self.tensor(HEAD), self.tensor(EMBEDDING)):
             raise UserError(
-                f"{self.path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING}; it"
-                " has to be false where both count"
+                f"{self.path}: tie_word_embeddings is true, but {HEAD} differs from {EMBEDDING};"
+                " set it to false if both are used"
             )
-        return shapes
 
     def _read_tokenizer_config(
         self, values: dict[str, Any], tokenizer: Tokenizer
@@ -284,7 +282,7 @@ def read_rope_theta(values: dict[str, Any], path: Path) -> float:
     for key in ("rope_parameters", "rope_scaling"):
         table = values.get(key) or {}
         if not isinstance(table, dict):
-            raise UserError(f"{path}: {key} is no table")
+            raise UserError(f"{path}: {key} is not a JSON object")
         for name, value in table.items():
             if name == "rope_theta":
                 found[f"{key}.rope_theta"] = value
@@ -298,7 +296,7 @@ def read_rope_theta(values: dict[str, Any], path: Path) -> float:
         if type(value) not in (int, float) or not 1 <= value < 1e15:
             raise UserError(f"{path}: {key} = {json.dumps(value)[:80]}: not a sensible number")
     if len(set(given.values())) > 1:
-        raise UserError(f"{path}: {' and '.join(given)} differ; which one holds?")
+        raise UserError(f"{path}: {' and '.join(given)} differ; keep the one that is right")
     return float(next(iter(given.values()), 10_000.0))
 
 
@@ -317,10 +315,10 @@ def read_shards(path: Path) -> dict[str, Stored]:
         UserError: there is no such file, one is damaged or lies outside the directory, or the index
             does not match what the files hold.
     """
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError:
-        raise UserError(NEEDS_HF) from None
+    if not installed("safetensors"):
+        raise UserError(NEEDS_HF)
+    from safetensors import SafetensorError, safe_open
+
     single, index, places = path / SINGLE, path / INDEX, {}
     if single.exists() and index.exists():
         raise UserError(f"{path} holds both {SINGLE} and {INDEX}; remove the one that is not meant")
@@ -447,7 +445,7 @@ def _varint(stream: io.BytesIO) -> int:
     return byte if byte < 128 else byte - 128 + (_varint(stream) << 7)
 
 
-def tokenizer_json(model: SentencePiece, bos: str) -> dict[str, Any]:
+def tokenizer_json(model: SentencePiece, bos_id: int) -> dict[str, Any]:
     """The tokenizer.json that gives a SentencePiece model's ids, with BOS in front.
 
     BPE without normalization gives the same ids. SentencePiece merges by the merged piece alone,
@@ -467,7 +465,6 @@ def tokenizer_json(model: SentencePiece, bos: str) -> dict[str, Any]:
         "has a user-defined piece with a space": any(SPACE in piece for piece in own),
     }
     model.refuse("tokenizer.model", "transformers can't do", obstacles)
-    ids = {piece: i for i, (piece, _, _) in enumerate(model.pieces)}
     normalizers, decoders = _text_steps(model)
     added = [
         {
@@ -479,6 +476,7 @@ def tokenizer_json(model: SentencePiece, bos: str) -> dict[str, Any]:
         for i, (piece, _, kind) in enumerate(model.pieces)
         if kind in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
+    bos = model.pieces[bos_id][0]
     start = {"SpecialToken": {"id": bos, "type_id": 0}}
     a, b = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     return {
@@ -492,10 +490,10 @@ def tokenizer_json(model: SentencePiece, bos: str) -> dict[str, Any]:
             "type": "TemplateProcessing",
             "single": [start, a],
             "pair": [start, a, start, b],
-            "special_tokens": {bos: {"id": bos, "ids": [ids[bos]], "tokens": [bos]}},
+            "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
         },
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": {**_core(model, ids), "byte_fallback": model.byte_fallback},
+        "model": {**_core(model), "byte_fallback": model.byte_fallback},
     }
 
 
@@ -519,9 +517,10 @@ def _text_steps(model: SentencePiece) -> tuple[list[dict], list[dict]]:
     return normalizers, decoders
 
 
-def _core(model: SentencePiece, ids: dict[str, int]) -> dict[str, Any]:
+def _core(model: SentencePiece) -> dict[str, Any]:
     """The vocabulary of tokenizer.json, and for BPE its merges, the best piece's pairs first."""
     (unknown,) = model.names(UNKNOWN)
+    ids = {piece: i for i, (piece, _, _) in enumerate(model.pieces)}
     if model.is_unigram:
         no_text = (UNKNOWN, CONTROL, BYTE)  # never the likeliest
         vocab = [[piece, -1e4 if kind in no_text else s] for piece, s, kind in model.pieces]

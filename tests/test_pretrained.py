@@ -272,8 +272,8 @@ def test_tensors_that_are_none_of_a_llama(directory):
         (
             "model.layers.0.self_attn.q_proj.bias",
             torch.ones(16),
-        ): "q_proj.bias' is none of a Llama's",
-        ("a\nb", torch.ones(16)): r"'a\\nb' is none of a Llama's",
+        ): "q_proj.bias' does not belong to a Llama",
+        ("a\nb", torch.ones(16)): r"'a\\nb' does not belong to a Llama",
         ("model.norm.weight", torch.ones(17)): r"has the shape \[17\], not \[16\]",
         ("model.norm.weight", torch.ones(16).double()): "is of type F64",
         ("model.norm.weight", torch.ones(16).char()): "is of type I8",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-from config import Parser, UserError, existing_path, resolve_path, run_program
+from config import Parser, UserError, existing_path, installed, resolve_path, run_program
 from corpus.locks import locked
 
 
@@ -40,7 +40,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         which = "best, last or a checkpoint's path (best)"
         command.add_argument("--checkpoint", default="best", help=which)
     size = "largest file in GB; as much memory (2)"
-    commands.choices["to-hf"].add_argument("--shard-gb", type=positive, default=2.0, help=size)
+    commands.choices["to-hf"].add_argument(
+        "--shard-gb", type=positive_number, default=2.0, help=size
+    )
     command = commands.add_parser("from-hf", allow_abbrev=False, help="a directory to a run")
     command.add_argument("source", help="Hugging Face directory, or OWNER/NAME on the hub")
     command.add_argument("output", metavar="RUN", help="run directory to make")
@@ -48,15 +50,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def positive(text: str) -> float:
-    """An argparse type: a number above 0."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0")
-    return value
+def positive_number(text: str) -> float:
+    """An argparse type: a number above 0; argparse names this function in its error."""
+    if not 0 < float(text) < 1e6:
+        raise ValueError
+    return float(text)
 
 
 if __name__ == "__main__" and {"-h", "--help"} & {*sys.argv}:  # before torch, which takes seconds
@@ -83,13 +81,14 @@ from checkpoint import Checkpoint, find_checkpoint, write_weights
 from config import ModelConfig, build_config, dump_toml, sync_directory, tables
 from inference import pretrained
 from inference.generation import tokenizer_of
-from inference.pretrained import CONTROL, EMBEDDING, HEAD, Pretrained, SentencePiece
+from inference.pretrained import EMBEDDING, HEAD, NEEDS_HF, SINGLE, Pretrained, SentencePiece
 from model import Llama
 from tokenizer import SPACE, Template, Tokenizer
 
 Weights = Callable[[str], Tensor]  # a parameter by its name
 PROOF_TOKENS = 512
-GGUF_TYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+# GGUF's name of a tensor's type, and its number for a file that consists of them
+GGUF_TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
 FROM_HUB = (
     "config.json generation_config.json tokenizer_config.json added_tokens.json tokenizer.model"
     " model*.safetensors model.safetensors.index.json".split()
@@ -97,12 +96,12 @@ FROM_HUB = (
 # Texts that tokenizers get wrong easily: blanks, control characters, marks, signs of several code
 # points, other scripts, names of pieces, repetitions.
 HARD_TEXTS = (
-    *" ,  , a,a ,  a   b  ,\n,\n\n x,\t,a\r\nb,\0,a\0\x01\x7f\x1b[0m".split(","),
-    *"\u0085\u2028\u00a0\u3000\ufeff\ufffd\ue000\U0010ffff,e\u0301 \u0301a,\ufb01 \u2460".split(
-        ","
-    ),
-    *"\U0001f999,\U0001f469\u200d\U0001f680,\U0001f1eb\U0001f1f7,\u4e2d\u6587\ud55c".split(","),
-    *"\u0627\u0644\u0639\u0631,\u202eabc,<s>,</s><unk>,<0x41>,<|user|> <pad>,1234567".split(","),
+    *(
+        " ,  , a,a ,  a   b  ,\n,\n\n x,\t,a\r\nb,\0,a\0\x01\x7f\x1b[0m"
+        ",\u0085\u2028\u00a0\u3000\ufeff\ufffd\ue000\U0010ffff,e\u0301 \u0301a,\ufb01 \u2460"
+        ",\U0001f999,\U0001f469\u200d\U0001f680,\U0001f1eb\U0001f1f7,\u4e2d\u6587\ud55c"
+        ",\u0627\u0644\u0639\u0631,\u202eabc,<s>,</s><unk>,<0x41>,<|user|> <pad>,1234567"
+    ).split(","),
     *("=" * 5, "#" * 33, " " * 9 + "x", "-" * 300, "ab" * 40 + "a", "ababa aXaa aaaa"),
 )
 
@@ -116,19 +115,22 @@ class Run(NamedTuple):
     dtypes: dict[str, torch.dtype]  # the type that each weight is written in
     vocab_size: int  # rows of the embedding
     tokenizer: Tokenizer
-    pieces: SentencePiece
+    spm: SentencePiece
     template: dict[str, str] | None
 
     def weight(self, name: str) -> Tensor:
         """A weight in the type that it is written in; UserError where that can't hold it."""
         tensor = self.checkpoint.tensor("model", name).to(self.dtypes[name])
-        if not torch.isfinite(tensor).all():
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"{self.checkpoint.path}: {name} has values that {dtype} can't hold; export it as"
-                " bfloat16 or float32"
-            )
-        return tensor
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        problem = f"has values that {dtype} can't hold; export it as bfloat16 or float32"
+        return finite(tensor, f"{self.checkpoint.path}: {name} {problem}")
+
+
+def finite(tensor: Tensor, problem: str) -> Tensor:
+    """The tensor; UserError(problem) if it has values that are not finite."""
+    if not torch.isfinite(tensor).all():
+        raise UserError(problem)
+    return tensor
 
 
 def main(arguments: list[str]) -> None:
@@ -139,23 +141,21 @@ def main(arguments: list[str]) -> None:
 
 def export(options: argparse.Namespace) -> None:
     """Exports a run to a directory for transformers or to a GGUF file for llama.cpp."""
-    write, tool, advice = {
-        "to-hf": (
-            write_hf,
-            "transformers",
-            "use split_special_tokens=True for what people write, README's chat_ids for chats",
-        ),
-        "to-gguf": (
-            write_gguf,
-            "llama.cpp's server",
-            "send it ids, or take these names out of what people write",
-        ),
-    }[options.command]
+    if options.command == "to-hf":
+        write, tool = write_hf, "transformers"
+        advice = "use split_special_tokens=True for what people write, README's chat_ids for chats"
+        if not (installed("safetensors") and installed("tokenizers")):
+            raise UserError(NEEDS_HF)
+    else:
+        write, tool = write_gguf, "llama.cpp's server"
+        advice = "send it ids, or take these names out of what people write"
+        if not installed("gguf"):
+            raise UserError("to-gguf needs the package gguf: pip install 'rocket-llama[gguf]'")
     run, output = read_run(options), new_path(options.output)
     with written(output) as path:
         prove(run.config, run.vocab_size, run.weight, write(path, run, options))
     print(f"{output}: {options.dtype}, proved to be the Llama that model.py computes")
-    names = run.pieces.names(CONTROL)
+    names = run.spm.names(pretrained.CONTROL)
     print(
         f"warning: {tool} makes control ids of {', '.join(names[:9])}{' …' * (len(names) > 9)} in a"
         " text, so that users can speak in other roles; in Rocket they stay text: " + advice
@@ -175,20 +175,20 @@ def read_run(options: argparse.Namespace) -> Run:
     for name in sorted(shapes.keys() | plain.keys()):
         if shapes.get(name) != plain.get(name):
             raise UserError(
-                f"{checkpoint.path} is no plain Llama: {name} is {shapes.get(name, 'missing')}, but"
-                f" there {plain.get(name, 'unknown')}; a changed model needs an export of its own"
+                f"{checkpoint.path} is no plain Llama: {name} is {shapes.get(name, 'missing')}, in"
+                f" a Llama {plain.get(name, 'unknown')}; a changed model needs an export of its own"
             )
     dtypes = dict.fromkeys(shapes, getattr(torch, options.dtype))
     if options.command == "to-gguf":  # llama.cpp wants the norms in float32
         dtypes |= {name: torch.float32 for name, shape in shapes.items() if len(shape) == 1}
-    pieces = SentencePiece(tokenizer.path.read_bytes())
+    spm = SentencePiece(tokenizer.path.read_bytes())
     template = checkpoint.manifest.get("template")
     print(f"{checkpoint.path}: step {checkpoint.step}", file=sys.stderr)
-    return Run(checkpoint, config, shapes, dtypes, rows, tokenizer, pieces, template)
+    return Run(checkpoint, config, shapes, dtypes, rows, tokenizer, spm, template)
 
 
 def new_path(name: str) -> Path:
-    """A path of the command line that is to be made; UserError if it can't be one."""
+    """The path of an output that the command line names; UserError if there can be none."""
     try:
         path = Path(name).expanduser().absolute()
     except RuntimeError as error:  # ~ of an unknown user
@@ -267,15 +267,16 @@ def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) 
     size = (1, min(config.max_seq_len, PROOF_TOKENS))
     tokens = torch.randint(vocab_size, size, generator=generator)
     parts, streams = pretrained.llama_parts(config), [tokens]
+    expected = iter(parts)
 
     def differs(why: str, part: str) -> UserError:
         return UserError(
-            f"not proved: {why} {part}; model.py is no plain Llama there, and the tools that would"
-            " load this know nothing of it"
+            f"not proved: {why} {part}; model.py differs from a plain Llama there, and the tools"
+            " that load an export compute a plain Llama"
         )
 
-    def run(part: str, module: nn.Module, forward: Callable, x: Tensor, *rest: Any) -> Tensor:
-        if [part] != parts[len(streams) - 1 :][:1] or not torch.equal(x, streams[-1]):
+    def run(part: str, module: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        if part != next(expected, None) or not torch.equal(x, streams[-1]):
             raise differs("the residual stream is changed before", part)
         mine, read = {}, {}
         for name, _ in module.named_parameters():
@@ -285,7 +286,7 @@ def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) 
             if not torch.equal(mine[name], read[name]):
                 raise UserError(f"not proved: {full} was read back with other values")
         module.load_state_dict({name: w.float() for name, w in mine.items()}, assign=True)
-        y = forward(x, *rest)
+        y = type(module).forward(module, x, *rest, **options)
         plain = pretrained.llama_part(part, x, lambda name: read[name].float(), config)
         added = y - x if part.startswith("model.layers.") else y
         if not (y - plain).norm() <= 1e-4 * added.norm() + 1e-6 * y.norm():
@@ -299,7 +300,7 @@ def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) 
             model = Llama(config, vocab_size).eval()
         for part in parts:
             module = model.get_submodule(part)
-            module.forward = partial(run, part, module, module.forward)
+            module.forward = partial(run, part, module)
         logits = model(tokens)
     except UserError:
         raise
@@ -329,7 +330,7 @@ def write_hf(directory: Path, run: Run, options: argparse.Namespace) -> Weights:
             # as in sample.py: what stands for no text is never sampled
             "suppress_tokens": sorted(silent - {*stops}),
         },
-        "tokenizer.json": pretrained.tokenizer_json(run.pieces, piece(tokenizer, tokenizer.bos_id)),
+        "tokenizer.json": pretrained.tokenizer_json(run.spm, tokenizer.bos_id),
         "tokenizer_config.json": tokenizer_config(run),
     }
     directory.mkdir()
@@ -344,28 +345,22 @@ def write_hf(directory: Path, run: Run, options: argparse.Namespace) -> Weights:
     return exported.tensor
 
 
-def write_shards(directory: Path, run: Run, most: int) -> None:
-    """Writes the weights as safetensors of at most so many bytes, one file in memory at a time."""
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-    except ImportError:
-        raise UserError(pretrained.NEEDS_HF) from None
+def write_shards(directory: Path, run: Run, max_bytes: int) -> None:
+    """Writes the weights as safetensors files of max_bytes at most, each in memory by itself."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     shards, room = [], 0
     sizes = {n: math.prod(shape) * run.dtypes[n].itemsize for n, shape in run.shapes.items()}
     for name, size in sizes.items():
         if size > room:
             shards.append([])
-            room = most
+            room = max_bytes
         shards[-1].append(name)
         room -= size
     places = {}
     for number, names in enumerate(shards, 1):
-        file = (
-            f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            if shards[1:]
-            else pretrained.SINGLE
-        )
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else SINGLE
         places |= dict.fromkeys(names, file)
         try:
             tensors = {name: run.weight(name).contiguous() for name in names}
@@ -378,24 +373,20 @@ def write_shards(directory: Path, run: Run, most: int) -> None:
         (directory / pretrained.INDEX).write_text(json.dumps(index, indent=1))
 
 
-def piece(tokenizer: Tokenizer, i: int) -> str:
-    return tokenizer.processor.id_to_piece(i)
-
-
 def tokenizer_config(run: Run) -> dict[str, Any]:
     """tokenizer_config.json: what the special pieces are for, how conversations are written."""
-    tokenizer = run.tokenizer
+    tokenizer, pieces = run.tokenizer, run.tokenizer.pieces()
     values = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": piece(tokenizer, tokenizer.bos_id),
-        "eos_token": piece(tokenizer, tokenizer.eos_id),
-        "unk_token": piece(tokenizer, tokenizer.processor.unk_id()),
+        "bos_token": pieces[tokenizer.bos_id],
+        "eos_token": pieces[tokenizer.eos_id],
+        "unk_token": pieces[tokenizer.processor.unk_id()],
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": run.config.max_seq_len,
     }
-    if "<pad>" in run.pieces.names(CONTROL):
+    if "<pad>" in run.spm.names(pretrained.CONTROL):
         values["pad_token"] = "<pad>"
     if run.template:
         values["chat_template"] = chat_template(run.template)
@@ -424,34 +415,30 @@ def check_tokenizer(directory: Path, run: Run) -> None:
     Raises:
         UserError: they differ where they must not.
     """
-    try:
-        import tokenizers
-    except ImportError:
-        raise UserError(pretrained.NEEDS_HF) from None
+    import tokenizers
+
     theirs, ours = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), run.tokenizer
     theirs.encode_special_tokens = True
     draw = random.Random(0)
-    words = [name.replace(SPACE, " ") for name, *_ in run.pieces.pieces]
+    words = [name.replace(SPACE, " ") for name, *_ in run.spm.pieces]
     texts = [*HARD_TEXTS, *("".join(draw.choices(words, k=20)) for _ in range(200))]
     differing = []
     for text in texts:
         ids = ours.encode(text).tolist()
         same = theirs.encode(text, add_special_tokens=False).ids == ids
-        if not (same and (theirs.decode(ids) == ours.decode(ids) or not run.pieces.byte_fallback)):
+        if not (same and (theirs.decode(ids) == ours.decode(ids) or not run.spm.byte_fallback)):
             differing.append(text)
-    control, own = run.pieces.names(CONTROL), run.pieces.names(pretrained.USER_DEFINED)
+    control, own = run.spm.names(pretrained.CONTROL), run.spm.names(pretrained.USER_DEFINED)
     doubts = {
-        "which of several equally likely segmentations is taken": run.pieces.is_unigram,
-        "normalization of letters with several marks": bool(run.pieces.charsmap),
-        "spaces around U+2581": run.pieces.remove_spaces,
-        "names of control pieces in which user-defined pieces stand": any(
-            inner in name for name in control for inner in own
-        ),
+        "the choice among equally likely segmentations": run.spm.is_unigram,
+        "normalization of letters with several marks": bool(run.spm.charsmap),
+        "spaces around U+2581": run.spm.remove_spaces,
+        "control pieces that contain user-defined ones": any(o in c for c in control for o in own),
     }
     if doubts := [doubt for doubt, there in doubts.items() if there]:
         print(
-            f"tokenizer.json may give other ids than tokenizer.model, by {' and '.join(doubts)}:"
-            f" of {len(texts)} hard texts it does for {len(differing)}"
+            f"tokenizer.json may give other ids than tokenizer.model ({', '.join(doubts)}):"
+            f" {len(differing)} of {len(texts)} hard texts have other ids"
         )
     elif differing:
         raise UserError(f"tokenizer.json gives other ids than tokenizer.model for {differing[0]!r}")
@@ -461,7 +448,7 @@ def check_tokenizer(directory: Path, run: Run) -> None:
         if not all(len(ids) and {ids[0], ids[-1]} <= {*template.control.values()} for ids in sides):
             print(
                 "data.template puts plain text, or nothing, beside contents: transformers encodes"
-                " it together with them, Rocket by itself, so that ids of chats may differ there"
+                " the two together, Rocket separately, so that ids of chats may differ there"
             )
 
 
@@ -472,17 +459,14 @@ def from_hf(options: argparse.Namespace) -> None:
     tokenizer = Tokenizer(model.tokenizer_path)
     spare = model.vocab_size - tokenizer.vocab_size
     data = {"template": model.template} if model.template else {}
-    config = build_config(
-        {
-            "tokenizer": {
-                "vocab_size": tokenizer.vocab_size,
-                "path": str(output / "tokenizer.model"),
-            },
-            "model": asdict(model.config),
-            "data": {"seq_len": min(1024, model.config.max_seq_len), **data},
-            "train": {"out_dir": str(output)},
-        }
-    )
+    path = str(output / "tokenizer.model")
+    values = {
+        "tokenizer": {"vocab_size": tokenizer.vocab_size, "path": path},
+        "model": asdict(model.config),
+        "data": {"seq_len": min(1024, model.config.max_seq_len), **data},
+        "train": {"out_dir": str(output)},
+    }
+    config = build_config(values)
     record = {
         "step": 0,
         "state": {"step": 0, "val_loss": None},
@@ -494,24 +478,21 @@ def from_hf(options: argparse.Namespace) -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": None,
     }
+
+    def theirs(name: str) -> Tensor:
+        problem = f"{model.path}: {name} holds values that are not finite"
+        return finite(model.tensor(name).float(), problem)
+
     with written(output) as directory:
         path = directory / "checkpoints" / "step_00000000"
-        write_weights(path, record, ((name, finite(model, name)) for name in model.shapes()))
+        write_weights(path, record, ((name, theirs(name)) for name in model.shapes()))
         (directory / "config.toml").write_text(dump_toml(config))
         shutil.copyfile(tokenizer.path, directory / "tokenizer.model")
         ours = partial(Checkpoint(path).tensor, "model")
-        prove(model.config, model.vocab_size, ours, lambda name: model.tensor(name).float())
+        prove(model.config, model.vocab_size, ours, theirs)
     print(f"{output}: proved to be the Llama of {model.path}")
     if spare:
         print(f"{spare} rows have no piece in tokenizer.model; they are never sampled")
-
-
-def finite(model: Pretrained, name: str) -> Tensor:
-    """A parameter as float32; UserError if it has values that are not finite."""
-    tensor = model.tensor(name).float()
-    if not torch.isfinite(tensor).all():
-        raise UserError(f"{model.path}: {name} holds values that are not finite")
-    return tensor
 
 
 def fetched(source: str, revision: str | None) -> Path:
@@ -524,12 +505,10 @@ def fetched(source: str, revision: str | None) -> Path:
         return existing_path(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise UserError(f"{source}: no such directory, and no OWNER/NAME on the hub")
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError:
-        raise UserError(
-            "downloads need the package huggingface_hub: " + pretrained.NEEDS_HF
-        ) from None
+    if not installed("huggingface_hub"):
+        raise UserError(f"downloads need the package huggingface_hub: {NEEDS_HF}")
+    from huggingface_hub import errors, snapshot_download
+
     directory = resolve_path("data/raw") / (f"{source}@{revision}" if revision else source)
     try:
         snapshot_download(source, revision=revision, local_dir=directory, allow_patterns=FROM_HUB)
@@ -544,19 +523,16 @@ def fetched(source: str, revision: str | None) -> Path:
 
 def write_gguf(path: Path, run: Run, options: argparse.Namespace) -> Weights:
     """Writes a GGUF file for llama.cpp; returns its weights, read back."""
-    try:
-        import gguf
-    except ImportError:
-        raise UserError(
-            "to-gguf needs the package gguf: pip install 'rocket-llama[gguf]'"
-        ) from None
+    import gguf
+
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, run.config.n_layers)
     names = {name: names.get_name(name, [".weight"]) for name in run.shapes}
+    kinds = {dtype: kind for dtype, (kind, _) in GGUF_TYPES.items()}
     writer = gguf.GGUFWriter(path, "llama")
     describe(writer, run)
     for name, shape in run.shapes.items():
-        size, kind = math.prod(shape) * run.dtypes[name].itemsize, GGUF_TYPES[run.dtypes[name]]
-        kind = gguf.GGMLQuantizationType[kind]
+        dtype = run.dtypes[name]
+        size, kind = math.prod(shape) * dtype.itemsize, gguf.GGMLQuantizationType[kinds[dtype]]
         writer.add_tensor_info(names[name], shape, np.dtype("f4"), size, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -569,10 +545,10 @@ def write_gguf(path: Path, run: Run, options: argparse.Namespace) -> Weights:
 
     def read(name: str) -> Tensor:
         tensor = stored[names[name]]
-        kinds = {word: dtype for dtype, word in GGUF_TYPES.items()}
+        (dtype,) = (dtype for dtype, kind in kinds.items() if kind == tensor.tensor_type.name)
         # The file is mapped for each tensor, so that its pages are freed with it.
         data = np.memmap(path, "u1", "c", int(tensor.data_offset), int(tensor.n_bytes))
-        weight = torch.from_numpy(data).view(kinds[tensor.tensor_type.name])
+        weight = torch.from_numpy(data).view(dtype)
         shape = [int(n) for n in reversed(tensor.shape)]
         return interleaved(name, weight.view(shape), run.config, undo=True)
 
@@ -585,15 +561,15 @@ def describe(writer: Any, run: Run) -> None:
     Raises:
         UserError: llama.cpp's SentencePiece tokenizer can't do what this one does.
     """
-    config, tokenizer, pieces = run.config, run.tokenizer, run.pieces
+    config, tokenizer, spm = run.config, run.tokenizer, run.spm
     obstacles = {
-        "is not BPE": not pieces.is_bpe,
-        "has no byte fallback": not pieces.byte_fallback,
-        "normalizes text": bool(pieces.charsmap) or pieces.remove_spaces,
+        "is not BPE": not spm.is_bpe,
+        "has no byte fallback": not spm.byte_fallback,
+        "normalizes text": bool(spm.charsmap) or spm.remove_spaces,
     }
-    pieces.refuse(str(tokenizer.path), "llama.cpp can't do for a Llama", obstacles)
+    spm.refuse(str(tokenizer.path), "llama.cpp can't do for a Llama", obstacles)
     writer.add_name(run.checkpoint.path.parent.parent.name)
-    writer.add_file_type({"F32": 0, "F16": 1, "BF16": 32}[GGUF_TYPES[run.dtypes[EMBEDDING]]])
+    writer.add_file_type(GGUF_TYPES[run.dtypes[EMBEDDING]][1])
     writer.add_context_length(config.max_seq_len)
     writer.add_embedding_length(config.dim)
     writer.add_block_count(config.n_layers)
@@ -606,7 +582,7 @@ def describe(writer: Any, run: Run) -> None:
     writer.add_vocab_size(run.vocab_size)
 
     spare = run.vocab_size - tokenizer.vocab_size
-    padded = [*pieces.pieces, *((f"[PAD{i}]", -1000.0, pretrained.UNUSED) for i in range(spare))]
+    padded = [*spm.pieces, *((f"[PAD{i}]", -1000.0, pretrained.UNUSED) for i in range(spare))]
     tokens, scores, kinds = zip(*padded, strict=True)
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
@@ -620,7 +596,7 @@ def describe(writer: Any, run: Run) -> None:
         writer.add_pad_token_id(tokens.index("<pad>"))
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
-    writer.add_add_space_prefix(pieces.dummy_prefix)
+    writer.add_add_space_prefix(spm.dummy_prefix)
     if run.template:
         writer.add_chat_template(chat_template(run.template))
 
