@@ -166,9 +166,7 @@ class Template:
             else:
                 ids += self.tokenizer.encode(part).tolist()
         if self.tokenizer.bos_id in ids:
-            raise UserError(
-                "data.template holds BOS; leave it out, each conversation begins with it"
-            )
+            raise UserError("data.template holds BOS: leave it out, conversations begin with it")
         return np.array(ids, np.uint16)
 
 
