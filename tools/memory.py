@@ -1,8 +1,8 @@
 """What a rank holds in memory while it trains, in closed form: no tensor is made, no torch needed.
 
-Each term stands for tensors that model.py, distributed.py and optimizer.py make. Those that are
-there at the same moment of a step are added up, and the peak is the largest such sum. Tests and
-docs/planning.md hold it against real training.
+Each term stands for tensors that model.py, distributed.py and optimizer.py make. Those that exist
+at the same moment of a step are added up, and the peak is the largest such sum. Tests and
+docs/planning.md compare it with real training.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ from config import Config, ModelConfig, loss_chunk
 # context, NCCL's buffers and cuBLAS' workspace, an estimate: nothing has been measured on a GPU.
 CPU_OVERHEAD, GPU_OVERHEAD = 0.36e9, 2.0e9
 PARTS = "weights gradients optimizer activations loss communication overhead".split()
+# The moments of a step that may be its peak: the loss is computed; the head's gradient is scaled;
+# the backward pass is in the last block, in the second block, in the embedding; the optimizer steps.
+MOMENTS = ("loss", "head", "last block", "second block", "embedding", "optimizer")
 FP32 = 4  # bytes
 MUON_BATCH = 1 << 25  # optimizer.BATCH
 
 Memory = dict[str, float]  # bytes by PARTS
+ByMoment = dict[str, float]  # of one part: bytes by MOMENTS
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Sizes:
 
 
 def sizes(model: ModelConfig, vocab_size: int) -> Sizes:
-    """Counted as model.py builds it; tests hold it against model.parameter_count."""
+    """Counted as model.py builds it; tests compare it with model.parameter_count."""
     kv_dim = model.dim // model.n_heads * model.n_kv_heads
     matrices = 2 * model.dim * (model.dim + kv_dim) + 3 * model.dim * model.ffn_dim
     embeddings = (1 if model.tie_embeddings else 2) * vocab_size * model.dim
@@ -55,6 +59,12 @@ def multiplied(model: ModelConfig, vocab_size: int) -> int:
     return sizes(model, vocab_size).total - embedding
 
 
+def muon_parameters(config: Config) -> int:
+    """Parameters that Muon updates: the blocks' matrices, or with AdamW none."""
+    size = sizes(config.model, config.tokenizer.vocab_size)
+    return size.layers * size.matrices if config.optimizer.name == "muon" else 0
+
+
 @dataclass(frozen=True)
 class Setup:
     """How a rank trains."""
@@ -62,28 +72,122 @@ class Setup:
     strategy: str
     recompute: str
     micro_batch: int  # sequences
-    micro_batches: int  # a step
+    micro_batches: int  # per step
     ranks: int
     shards: int  # ranks that hold one copy of the model together
-    bytes: int  # of the compute type
+    bytes: int  # per number of the compute type
     compiled: bool
     on_gpu: bool
 
     @property
     def sequences(self) -> int:
-        """Of a step over all ranks, fillers included."""
+        """Sequences per step over all ranks, fillers included."""
         return self.micro_batch * self.micro_batches * self.ranks
 
+    @property
+    def sharded(self) -> bool:
+        return self.strategy != "ddp"
 
-def activation_bytes(config: Config, setup: Setup, recompute: str) -> int:
-    """Bytes a token that a block keeps for its backward pass.
+    @property
+    def accumulates(self) -> bool:
+        return self.micro_batches > 1
 
-    Tensors by width, D the model's, K keys' or values', F the feed-forward's. Eager, all is kept:
-    input of each norm and (where no kernel fuses it, on a CPU) its normalised form; the norm's
-    output, once for all products that take it; rotated q and k, v, attention's output and
-    log-sum-exp; gate, up, silu(gate) and their product. Compiled, silu is made again, and the
-    output of o_proj is kept in place of the second norm's input. selective keeps products and
-    attention, block the input alone.
+    @property
+    def autocasts(self) -> bool:
+        """Whether bfloat16 comes from autocast: a sharded model casts its own weights."""
+        return self.bytes < FP32 and not self.sharded
+
+
+def moments(config: Config, setup: Setup) -> dict[str, Memory]:
+    """Bytes that a rank holds at each of MOMENTS; with Muon its rounds are the optimizer's step."""
+    size, muon = sizes(config.model, config.tokenizer.vocab_size), muon_parameters(config)
+    held = {
+        "weights": FP32 * size.total / setup.shards,
+        # AdamW keeps two moments per parameter, Muon one
+        "optimizer": FP32 * (2 * size.total - muon) / setup.shards,
+        "overhead": GPU_OVERHEAD if setup.on_gpu else CPU_OVERHEAD,
+    }
+    parts = {
+        "gradients": gradient_bytes(config, setup),
+        "activations": activation_bytes(config, setup),
+        "loss": loss_bytes(config, setup),
+        "communication": gathered_bytes(config, setup),
+    }
+    found = {
+        moment: held | {part: by_moment.get(moment, 0.0) for part, by_moment in parts.items()}
+        for moment in MOMENTS
+    }
+    if muon:
+        step = found.pop("optimizer")
+        for name, freed, buffers in muon_rounds(config, setup):
+            found[name] = step | {
+                "gradients": step["gradients"] - freed,
+                "optimizer": step["optimizer"] + buffers,
+            }
+    return found
+
+
+def gradient_bytes(config: Config, setup: Setup) -> ByMoment:
+    """Gradients, reduced or not."""
+    model, b = config.model, setup.bytes
+    size = sizes(model, config.tokenizer.vocab_size)
+    head, down_proj = config.tokenizer.vocab_size * model.dim, model.dim * model.ffn_dim
+    whole = setup.sharded and setup.accumulates and config.parallel.reduce_once
+    everything = FP32 * size.total / (1 if whole else setup.shards)
+    # Between micro-batches gradients stay, between steps they don't. But DDP's buckets stay, and
+    # gradients that are not reduced yet don't lie in them.
+    buckets = 0.0 if setup.sharded or setup.ranks == 1 else everything
+    early = buckets + (everything if setup.accumulates else 0.0)
+    reduced = everything
+    if setup.sharded:
+        # Whole gradients at the peak: the head's and the block's; or down_proj's alone, where what
+        # was recomputed is freed before the block's others exist.
+        new = second = b * (head + (size.block if setup.recompute == "none" else down_proj))
+        embedding = b * (head + model.dim)
+        if not early:
+            reduced -= FP32 * (size.root + 2 * size.block) / setup.shards
+    elif early:  # a new gradient is added to what is there
+        new = second = FP32 * down_proj
+        embedding = FP32 * head * (2 if model.tie_embeddings else 1)
+    else:  # the tensor that was made is the gradient
+        new, second = FP32 * (head + size.block), 0.0
+        embedding = FP32 * head * (2 if model.tie_embeddings else 0)
+    found = (early, early, early + new, reduced + second, everything + embedding, everything)
+    return dict(zip(MOMENTS, found, strict=True))
+
+
+def activation_bytes(config: Config, setup: Setup) -> ByMoment:
+    """Activations, recomputed ones included, and weights cast by autocast."""
+    model, b = config.model, setup.bytes
+    n = setup.micro_batch * config.data.seq_len
+    size = sizes(model, config.tokenizer.vocab_size)
+    kept = kept_per_token(config, setup, setup.recompute)
+    final = 2 * b + (0 if setup.on_gpu else FP32)  # around the last norm
+    everything = n * (size.layers * kept + model.dim * final)
+    recomputed = n * (kept_per_token(config, setup, "none") - kept)
+    block_pass = recomputed + n * b * (2 * model.ffn_dim + 3 * model.dim)
+    # Weights in bfloat16 that autocast made. Eager mode frees them when the forward pass ends.
+    casts = 2 * size.layers * size.matrices if setup.autocasts else 0
+    at_loss = casts if setup.recompute == "none" or not setup.compiled else 0
+    in_backward = casts if setup.recompute == "none" else casts / size.layers
+    return {
+        "loss": everything + at_loss,
+        "head": everything + in_backward,
+        "last block": everything + in_backward + block_pass,
+        "second block": n * kept + in_backward / size.layers + block_pass,
+        "embedding": n * model.dim * (b + (FP32 if setup.autocasts else b)),
+    }
+
+
+def kept_per_token(config: Config, setup: Setup, recompute: str) -> int:
+    """Bytes per token that a block keeps for its backward pass.
+
+    Tensors by width: D is the model's, K the keys' or values', F the feed-forward's. Eager mode
+    keeps everything: each norm's input and (where no kernel fuses it, on a CPU) its normalised
+    form; the norm's output, once for all products that take it; rotated q and k, v, attention's
+    output and log-sum-exp; gate, up, silu(gate) and their product. Compiled, silu is recomputed,
+    and the output of o_proj is kept in place of the second norm's input. selective keeps products
+    and attention, block the input alone.
     """
     model, b = config.model, setup.bytes
     D, F = model.dim, model.ffn_dim
@@ -100,125 +204,53 @@ def activation_bytes(config: Config, setup: Setup, recompute: str) -> int:
     return norms + b * (4 * D + 2 * K + 4 * F) + logsumexp
 
 
-def autocasts(setup: Setup) -> bool:
-    """Whether bfloat16 comes from autocast: a sharded model casts its own weights."""
-    return setup.bytes < FP32 and setup.strategy == "ddp"
-
-
-def moments(config: Config, setup: Setup) -> dict[str, Memory]:
-    """Bytes that a rank holds at the moments of a step that may be its peak.
-
-    The loss: all activations, a chunk's logits and the gradients that the loss makes on the way.
-    The head: its gradient scaled, the old one still there. The last block's backward pass: all
-    activations and what is made again; the second block's: nearly all gradients instead. The
-    embedding: its gradient (of a sharded model also the head's) beside all others. The optimizer:
-    rounds of Muon.
-    """
-    model, v = config.model, config.tokenizer.vocab_size
-    n, b = setup.micro_batch * config.data.seq_len, setup.bytes
-    size, sharded = sizes(model, v), setup.strategy != "ddp"
-    accumulates, head, shards = setup.micro_batches > 1, v * model.dim, setup.shards
-    last_reduced = size.root - (0 if model.tie_embeddings else head)  # see distributed.parallelize
-    weights = FP32 * size.total / shards
-    inner = size.layers * size.matrices if config.optimizer.name == "muon" else 0
-    held = {
-        "weights": weights,
-        # two moments a parameter, one of Muon
-        "optimizer": FP32 * (2 * size.total - inner) / shards,
-        "overhead": GPU_OVERHEAD if setup.on_gpu else CPU_OVERHEAD,
-    }
-    gradients = FP32 * size.total / shards
-    if sharded and config.parallel.reduce_once and accumulates:
-        gradients = FP32 * size.total
-    # Between micro-batches gradients stay, between steps they don't; but DDP's buckets do, and what
-    # is not reduced yet does not lie in them.
-    buckets = 0.0 if sharded or setup.ranks == 1 else gradients
-    early = buckets + (gradients if accumulates else 0.0)
-
-    kept = activation_bytes(config, setup, setup.recompute)
-    final = 2 * b + (0 if setup.on_gpu else FP32)
-    activations = n * (size.layers * kept + model.dim * final)
-    again = n * (activation_bytes(config, setup, "none") - kept)
-    on_the_way = n * b * (2 * model.ffn_dim + 3 * model.dim)
-    # weights in bfloat16 that autocast made: eager mode lets go of them when the forward pass ends
-    casts = 2 * size.layers * size.matrices if autocasts(setup) else 0
-    at_loss = casts if setup.recompute == "none" or not setup.compiled else 0
-    in_backward = casts if setup.recompute == "none" else casts / size.layers
-
+def loss_bytes(config: Config, setup: Setup) -> ByMoment:
+    """The loss with a chunk's logits and the gradients that it makes on the way; at the head, its
+    gradient is scaled while the old one still exists."""
+    model, v, b = config.model, config.tokenizer.vocab_size, setup.bytes
+    n, head = setup.micro_batch * config.data.seq_len, v * model.dim
     chunk = min(loss_chunk(config, setup.on_gpu) or n, n)
     # logits, log_softmax and, in bfloat16, what it is made from and the gradient in that type
     logits = chunk * v * (2 * b if setup.compiled else 8 if b == FP32 else 10)
-    logits += chunk * v * b * (n > chunk)  # of the chunk before, its gradient
+    logits += chunk * v * b * (n > chunk)  # the gradient of the previous chunk
     if b < FP32:  # the chunk's share of the gradient comes as a product of its own
         logits = max(logits, chunk * v * b + b * head)
-    copies = autocasts(setup) + (setup.on_gpu and v % 64 > 0)  # of the head: cast, filled up
-    loss = n * model.dim * b + FP32 * head + logits + copies * b * head
-
-    gathered = dict.fromkeys(("forward", "backward", "reduction"), 0.0)
-    if sharded:  # FSDP2 has the next block's weights on their way, and in backward its gradients
-        kept_whole = not config.parallel.reshard_after_forward
-        whole = b * (size.total if kept_whole else size.root)
-        block = 0 if kept_whole else b * size.block
-        gathered["forward"] = whole + block
-        gathered["backward"] = whole + 2 * block + FP32 * size.block
-        gathered["reduction"] = FP32 * last_reduced
-        # Whole gradients at the peak: the head's and the block's, or where what was made again is
-        # gone when those are there, down_proj's alone.
-        own = size.block if setup.recompute == "none" else model.dim * model.ffn_dim
-        first = b * (head + own)
-        moving, embedding = first, b * last_reduced
-        reduced = gradients if early else gradients - FP32 * (size.root + 2 * size.block) / shards
-    else:  # copied into what is there; else the tensor that was made is the gradient
-        first, reduced = 0.0 if early else FP32 * (head + size.block), gradients
-        moving = FP32 * model.dim * model.ffn_dim if early else 0.0
-        embedding = FP32 * head * (2 if model.tie_embeddings else 1 if early else 0)
-
-    def moment(gradients: float, activations: float, loss: float, communication: float) -> Memory:
-        parts = ("gradients", "activations", "loss", "communication")
-        values = (gradients, activations, loss, communication)
-        return held | dict(zip(parts, values, strict=True))
-
-    block_pass = again + on_the_way
-    head_pass = 2 * b * (head + n * model.dim)
-    found = {
-        "loss": moment(early, activations + at_loss, loss, gathered["forward"]),
-        "head": moment(early, activations + in_backward, head_pass, gathered["forward"]),
-        "last block": moment(
-            early + (first if not early or sharded else moving),
-            activations + in_backward + block_pass,
-            0.0,
-            gathered["backward"],
-        ),
-        "second block": moment(
-            reduced + moving,
-            n * kept + in_backward / size.layers + block_pass,
-            0.0,
-            gathered["backward"],
-        ),
-        "embedding": moment(
-            gradients + embedding,
-            n * model.dim * (b + (FP32 if autocasts(setup) else b)),
-            0.0,
-            gathered["reduction"],
-        ),
+    copies = setup.autocasts + (setup.on_gpu and v % 64 > 0)  # of the head: cast, padded
+    return {
+        "loss": n * model.dim * b + FP32 * head + logits + copies * b * head,
+        "head": 2 * b * (head + n * model.dim),
     }
-    for name, gone, buffers in muon_rounds(config, setup) if inner else [("optimizer", 0.0, 0.0)]:
-        found[name] = moment(gradients - gone, 0.0, 0.0, 0.0)
-        found[name]["optimizer"] += buffers
-    return found
+
+
+def gathered_bytes(config: Config, setup: Setup) -> ByMoment:
+    """What FSDP2 gathers and reduces: it has the next block's weights on their way, and in the
+    backward pass a block's gradients."""
+    if not setup.sharded:
+        return {}
+    size, b = sizes(config.model, config.tokenizer.vocab_size), setup.bytes
+    # what is reduced last, embedding and last norm: see distributed.parallelize
+    last = (config.tokenizer.vocab_size + 1) * config.model.dim
+    if config.parallel.reshard_after_forward:
+        whole, block = b * size.root, b * size.block
+    else:
+        whole, block = b * size.total, 0
+    forward, backward = whole + block, whole + 2 * block + FP32 * size.block
+    found = (forward, forward, backward, backward, FP32 * last, 0.0)
+    return dict(zip(MOMENTS, found, strict=True))
 
 
 def muon_rounds(config: Config, setup: Setup) -> list[tuple[str, float, float]]:
-    """Of Muon's first round of attention's and of the feed-forward's matrices: the bytes of
-    gradients that are gone by then, and those of its buffers (see optimizer.Muon).
+    """Muon's first round over attention's matrices and over the feed-forward's: name, bytes of
+    gradients that are freed by then, and bytes of its buffers (see optimizer.Muon).
 
-    First gradients, momenta and new momenta, stacked in float32, and the directions; then the
-    directions, the matrices that this rank orthogonalises, for DDP those of all ranks, sharded as
-    they leave, arrive and are whole, and Newton-Schulz' x, next x and two squares. Gradients that
-    are views, of DDP's buckets or a block's in FSDP2, stay.
+    Each round first holds gradients, momenta and new momenta, stacked in float32, and the
+    directions; then the directions, the matrices that this rank orthogonalises, the matrices as
+    they travel (with DDP those of all ranks, sharded as they leave, arrive and are whole), and
+    Newton-Schulz' x, next x and two squares. Gradients that are views, of DDP's buckets or of a
+    block's in FSDP2, are not freed.
     """
-    model, sharded = config.model, setup.strategy != "ddp"
-    sharers = setup.shards if sharded else setup.ranks
+    model = config.model
+    sharers = setup.shards if setup.sharded else setup.ranks
     alike = 4 if model.n_kv_heads == model.n_heads else 2
     rounds, gone = [], 0.0
     for name, rows, columns, count in (
@@ -226,9 +258,10 @@ def muon_rounds(config: Config, setup: Setup) -> list[tuple[str, float, float]]:
         ("Muon's feed-forward", *sorted((model.dim, model.ffn_dim)), 2 * model.n_layers),
     ):
         matrix = rows * columns
-        length = min(count, sharers * max(1, MUON_BATCH // (matrix * (1 if sharded else sharers))))
+        at_once = MUON_BATCH // (matrix * (1 if setup.sharded else sharers))
+        length = min(count, sharers * max(1, at_once))
         each = -(-length // sharers)
-        travel = each * matrix * (0 if sharers == 1 else 3 if sharded else sharers)
+        travel = each * matrix * (0 if sharers == 1 else 3 if setup.sharded else sharers)
         work = each * 2 * (matrix + rows * rows)
         own = length * matrix / setup.shards
         cast = setup.bytes * own if setup.bytes < FP32 else 0
@@ -240,7 +273,5 @@ def muon_rounds(config: Config, setup: Setup) -> list[tuple[str, float, float]]:
 
 
 def peak(config: Config, setup: Setup) -> tuple[str, Memory]:
-    """The moment of a step at which a rank holds most, and what of each part."""
-    found = moments(config, setup)
-    name = max(found, key=lambda moment: sum(found[moment].values()))
-    return name, found[name]
+    """The moment of a step at which a rank holds most, and its bytes by part."""
+    return max(moments(config, setup).items(), key=lambda found: sum(found[1].values()))

@@ -31,7 +31,17 @@ from config import (
     resolve_path,
     run_program,
 )
-from tools.memory import FP32, PARTS, Memory, Setup, flops_per_token, multiplied, peak, sizes
+from tools.memory import (
+    FP32,
+    PARTS,
+    Memory,
+    Setup,
+    flops_per_token,
+    multiplied,
+    muon_parameters,
+    peak,
+    sizes,
+)
 
 # Memory in GiB (what nvidia-smi shows is a little less), and the name in PEAK_FLOPS.
 GPUS = {
@@ -341,7 +351,7 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
         causes = {"recomputation and communication": best.cost, "filler sequences": fillers}
         slowdown = best.cost * fillers
         rate = cluster.flops * cluster.mfu * cluster.gpus / slowdown
-    inner = size.layers * size.matrices if config.optimizer.name == "muon" else 0
+    inner = muon_parameters(config)
     checkpoint = FP32 * (3 * size.total - inner)
     facts: dict[str, Any] = {
         "parameters": size.total,
