@@ -16,7 +16,7 @@ from config import Config, ModelConfig, loss_chunk
 CPU_OVERHEAD, GPU_OVERHEAD = 0.36e9, 2.0e9
 PARTS = "weights gradients optimizer activations loss communication overhead".split()
 # The moments of a step that may be its peak: the loss is computed; the head's gradient is scaled;
-# the backward pass is in the last block, in the second block, in the embedding; the optimizer steps.
+# the backward pass is in the last block, in the second block, in the embedding; the optimizer's.
 MOMENTS = ("loss", "head", "last block", "second block", "embedding", "optimizer")
 FP32 = 4  # bytes
 MUON_BATCH = 1 << 25  # optimizer.BATCH

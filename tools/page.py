@@ -1,7 +1,7 @@
 """An HTML page with charts as inline SVG: text, tables, figures, style. It knows nothing of runs.
 
-A page holds all that it needs, asks the network for nothing, and shows all but the values under the
-pointer without JavaScript. Curves differ in dashes, markers and labels, not in colour alone.
+A page is one file and asks the network for nothing. JavaScript adds the values under the pointer;
+all else shows without it. Curves differ in dashes, markers and labels, not in colour alone.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 440, 250, 50, 10, 36, 13  # of a chart, in its own units
+FLOOR = HEIGHT - BOTTOM
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "5 2 1 2 1 2")
-SHAPES = (  # about a point; as many as have no divisor in common with the dashes
+SHAPES = (  # around a point; their number and that of the dashes have no common divisor
     "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
     "m-3-3h6v6h-6z",
     "m0-4l3.6 6.6h-7.2z",
@@ -25,8 +27,8 @@ SHAPES = (  # about a point; as many as have no divisor in common with the dashe
     "m-4.2 0h8.4m-4.2-4.2v8.4",
 )
 COLOURS = 8
-AXES = ("steps", "tokens", "hours")  # as a point begins
-Point = tuple[float, float, float, float]  # a place on each axis, and the value
+AXES = ("steps", "tokens", "hours")
+Point = tuple[float, float, float, float]  # the position on each axis, and the value
 
 
 def short(value: float | None, digits: int = 4) -> str:
@@ -88,6 +90,18 @@ class Line(NamedTuple):
     points: list[Point]
     marked: bool
 
+    def polyline(self, points: str, attributes: str = "", title: str = "") -> str:
+        dashes = DASHES[self.style % len(DASHES)]
+        return (
+            f'<polyline class="s{self.style % COLOURS}" points="{points}"{attributes}'
+            f' stroke-dasharray="{dashes}">{title}</polyline>'
+        )
+
+    def markers(self, spots: Iterable[tuple[float, float]]) -> str:
+        shape = SHAPES[self.style % len(SHAPES)]
+        drawn = "".join(f"M{left:.1f} {top:.1f}{shape}" for left, top in spots)
+        return f'<path class="marker s{self.style % COLOURS}" d="{drawn}"/>'
+
 
 class Scale(NamedTuple):
     """From values to coordinates."""
@@ -106,14 +120,13 @@ class Scale(NamedTuple):
 
 
 def value_scale(values: list[float], from_zero: bool) -> Scale:
-    """The vertical scale of values; logarithmic where they span more than can be seen otherwise."""
+    """The vertical scale; logarithmic for positive values that span a factor of more than 30."""
     low, high = min(values), max(values)
     if low > 0 and high > 30 * low and not from_zero:
-        return Scale(low / 1.1, high * 1.1, HEIGHT - BOTTOM, TOP, True)
+        return Scale(low / 1.1, high * 1.1, FLOOR, TOP, True)
     low = min(low, 0.0) if from_zero else low
     room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-    low = low if from_zero and low == 0 else low - room
-    return Scale(low, high + room, HEIGHT - BOTTOM, TOP)
+    return Scale(low if from_zero and low == 0 else low - room, high + room, FLOOR, TOP)
 
 
 def figure(
@@ -137,7 +150,7 @@ def figure(
         f"{line.label or title}: first {short(line.points[0][3])}, last {short(line.points[-1][3])}"
         for line in lines[:8]
     )
-    charts = [chart(title, said, lines, marks, axis, scale) for axis in range(len(AXES))]
+    charts = (chart(title, said, lines, marks, axis, scale) for axis in range(len(AXES)))
     legend = ""
     if marks is not None and len(lines) > 1:
         legend = "".join(f"<span>{swatch(line)}{text(line.label)}</span>" for line in lines)
@@ -156,36 +169,37 @@ def chart(
     y: Scale,
 ) -> str:
     """Lines against one axis as an SVG."""
-    labels = marks is None
-    widest = max((width_of(line.label) for line in lines), default=0.0)
-    right = WIDTH - (12 + widest if labels else 14)
+    right = WIDTH - 14.0
+    if marks is None:  # labels in a wide typeface: a page can't know which one it gets
+        wide = (sum(11.5 if c in "mwMW@%" or c > "\u2e80" else 7.4 for c in n.label) for n in lines)
+        right = WIDTH - 12 - max(wide)
     furthest = max(point[axis] for line in lines for point in line.points) or 1.0
-    factor, unit = duration(furthest) if axis == 2 else (1, AXES[axis])
+    factor, unit = duration(furthest) if AXES[axis] == "hours" else (1, AXES[axis])
     x = Scale(0, furthest * factor, LEFT, right)
     parts = []
     for value in ticks(y.low, y.high, y.log):
         parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{right:.0f}"/>')
         parts.append(f'<text class="y" x="{LEFT - 5}" y="{y(value) + 4:.1f}">{short(value)}</text>')
     for value in ticks(x.low, x.high, False):
-        parts.append(f'<path class="grid" d="M{x(value):.1f} {HEIGHT - BOTTOM}v4"/>')
+        parts.append(f'<path class="grid" d="M{x(value):.1f} {FLOOR}v4"/>')
         parts.append(f'<text class="x" x="{x(value):.1f}" y="{HEIGHT - 19}">{short(value)}</text>')
     parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">{unit}</text>')
-    parts.append(event_marks(marks or {}, axis, factor, x))
+    for kind, points in (marks or {}).items():  # one path per kind
+        places = sorted({round(x(point[axis] * factor)) for point in points})
+        shape = f"V{FLOOR}" if kind == "restart" else f"m-3 {FLOOR - TOP - 7}l6 6m0-6l-6 6"
+        path = "".join(f"M{place} {TOP}{shape}" for place in places if place <= x.end)
+        parts.append(f'<path class="{kind}" d="{path}"/>' if path else "")
     ends = []
     for line in lines:
         spots = [(x(point[axis] * factor), y(point[3])) for point in line.points]
         drawn = " ".join(f"{left:.1f},{top:.1f}" for left, top in spots)
         name = f"<title>{text(line.label or title)}</title>"
-        label = f' data-label="{text(line.label)}"'
-        parts.append(
-            f'<polyline class="s{line.style % COLOURS}" points="{drawn}"{label}'
-            f' stroke-dasharray="{dashes(line)}">{name}</polyline>'
-        )
+        parts.append(line.polyline(drawn, f' data-label="{text(line.label)}"', name))
         every = 1 if line.marked and len(spots) <= 40 else 1 + len(spots) // 7
-        if line.marked or labels or len(spots) == 1:
-            parts.append(markers(line.style, spots[line.style % every :: every]))
+        if line.marked or marks is None or len(spots) == 1:
+            parts.append(line.markers(spots[line.style % every :: every]))
         ends.append((spots[-1], line))
-    if labels:
+    if marks is None:
         parts.append(end_labels(ends, right))
     named = f"{title} against {AXES[axis]}"
     return (
@@ -197,55 +211,25 @@ def chart(
     )
 
 
-def event_marks(marks: dict[str, list[Point]], axis: int, factor: float, x: Scale) -> str:
-    """What happened when, as far as it can be told apart: one path for each kind."""
-    bottom, drawn = HEIGHT - BOTTOM, ""
-    for kind, points in marks.items():
-        places = sorted({round(x(point[axis] * factor)) for point in points})
-        shape = f"V{bottom}" if kind == "restart" else f"m-3 {bottom - TOP - 7}l6 6m0-6l-6 6"
-        path = "".join(f"M{place} {TOP}{shape}" for place in places if place <= x.end)
-        drawn += f'<path class="{kind}" d="{path}"/>' if path else ""
-    return drawn
-
-
-def dashes(line: Line) -> str:
-    return DASHES[line.style % len(DASHES)]
-
-
-def markers(style: int, spots: Iterable[tuple[float, float]]) -> str:
-    shape = SHAPES[style % len(SHAPES)]
-    drawn = "".join(f"M{left:.1f} {top:.1f}{shape}" for left, top in spots)
-    return f'<path class="marker s{style % COLOURS}" d="{drawn}"/>'
-
-
 def swatch(line: Line, width: int = 30) -> str:
-    """A piece of a line, for legends."""
+    """A short sample of a line, for legends."""
     return (
         f'<svg class="swatch" viewBox="0 0 {width} 12" aria-hidden="true">'
-        f'<polyline class="s{line.style % COLOURS}" points="0,6 {width},6"'
-        f' stroke-dasharray="{dashes(line)}"/>'
-        f"{markers(line.style, [(width / 2, 6)]) if line.marked else ''}</svg>"
+        f"{line.polyline(f'0,6 {width},6')}"
+        f"{line.markers([(width / 2, 6)]) if line.marked else ''}</svg>"
     )
-
-
-def width_of(label: str) -> float:
-    """Of a label, in a chart's units, in a wide typeface: a page can't know which one it gets."""
-    return sum(11.5 if c in "mwMW@%" or c > "\u2e80" else 7.4 for c in label)
 
 
 def end_labels(ends: list[tuple[tuple[float, float], Line]], right: float) -> str:
     """Labels at the ends of lines, moved apart; where there is no room for all, some."""
     ends = sorted(ends, key=lambda end: end[0][1])
-    room = int((HEIGHT - BOTTOM - TOP) // GAP)
+    room = (FLOOR - TOP) // GAP
     if len(ends) > room:
         ends = [ends[index * (len(ends) - 1) // (room - 1)] for index in range(room)]
-    tops: list[float] = []
-    for (_, top), _ in ends:
-        tops.append(max(top, tops[-1] + GAP if tops else top))
-    lowest = HEIGHT - BOTTOM
-    for index in reversed(range(len(tops))):
-        tops[index] = min(tops[index], lowest)
-        lowest = tops[index] - GAP
+    # down until none overlaps the one above it, then up until none is below the floor
+    tops = accumulate((top for (_, top), _ in ends), lambda above, top: max(top, above + GAP))
+    rising = [FLOOR + GAP, *reversed([*tops])]
+    tops = [*accumulate(rising, lambda below, top: min(top, below - GAP))][:0:-1]
     parts = []
     for ((left, y), line), top in zip(ends, tops, strict=True):
         parts.append(f'<path class="leader" d="M{left:.1f} {y:.1f}L{right + 8:.1f} {top:.1f}"/>')

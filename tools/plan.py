@@ -31,17 +31,8 @@ from config import (
     resolve_path,
     run_program,
 )
-from tools.memory import (
-    FP32,
-    PARTS,
-    Memory,
-    Setup,
-    flops_per_token,
-    multiplied,
-    muon_parameters,
-    peak,
-    sizes,
-)
+from tools import memory
+from tools.memory import FP32, PARTS, Memory, Setup, sizes
 
 # Memory in GiB (what nvidia-smi shows is a little less), and the name in PEAK_FLOPS.
 GPUS = {
@@ -68,23 +59,17 @@ FLAGS = {
 }
 # Published for H100: llm-foundry 0.40 to 0.46 (7B, 13B), torchtitan 0.39 (8B); docs/planning.md.
 DEFAULT_MFU = 0.4
-# Bytes a second that a GPU gets out of NVLink and a 400 Gbit/s card: assumptions for ranking.
+# Bytes per second that a GPU gets out of NVLink and a 400 Gbit/s card: assumptions for ranking.
 INSIDE_NODE, BETWEEN_NODES = 200e9, 40e9
 # Time of a step with recomputation: measured on a CPU (docs/performance.md), and one more forward
 # pass for each forward and backward, 4/3, as llm-foundry's HFU counts it.
 RECOMPUTE_COST = {"none": 1.0, "selective": 1.1, "block": 4 / 3}
 GPU_SLACK = 0.05  # of a GPU's memory that the allocator loses to fragments; an estimate
-MEMORY_ERROR = 0.1  # the most by which predicted memory was wrong; docs/planning.md
+MEMORY_ERROR = 0.1  # the largest relative error of predicted memory; docs/planning.md
 FITS, TIGHT, TOO_LARGE = "fits", "is tight: may not fit", "does not fit"
 LONG_DAYS = 60  # a plan for more days than that is rarely meant
-RECOMPUTE = ("none", "selective", "block")
-SHORT = {
-    "communication": "comm.",
-    "activations": "activ.",
-    "optimizer": "optim.",
-    "gradients": "grads",
-    "overhead": "fixed",
-}
+Facts = dict[str, Any]
+COLUMNS = "weights grads optim. activ. loss comm. fixed total".split()  # PARTS, and their sum
 
 
 @dataclass(frozen=True)
@@ -95,7 +80,7 @@ class Cluster:
     gpus: int
     per_node: int
     memory: float  # bytes of a GPU that tensors and the overhead may take
-    flops: float | None  # of a GPU a second, dense bfloat16
+    flops: float | None  # per second of a GPU, dense bfloat16
     mfu: float
 
     @property
@@ -111,7 +96,7 @@ class Option:
     moment: str  # of its peak
     memory: Memory
     fit: str  # FITS, TIGHT or TOO_LARGE
-    cost: float  # of a step, against its arithmetic alone
+    cost: float  # time of a step relative to its arithmetic alone
     largest: int = 0  # micro-batch that fits, or may fit where it is tight
 
     @property
@@ -122,7 +107,8 @@ class Option:
 def option(
     config: Config, cluster: Cluster, strategy: str, recompute: str, micro_batch: int
 ) -> Option:
-    """A strategy with micro-batches of at most so many sequences, cut as by dataset.rank_share."""
+    """A strategy with micro-batches of at most `micro_batch` sequences, cut as by
+    dataset.rank_share."""
     on_gpu, train = cluster.name != "cpu", config.train
     share = -(-train.global_batch_size // cluster.gpus)
     micro_batches = -(-share // micro_batch)
@@ -138,15 +124,40 @@ def option(
         compiled=train.compile == "on" or (train.compile == "auto" and on_gpu),
         on_gpu=on_gpu,
     )
-    moment, memory = peak(config, setup)
-    share = sum(memory.values()) / cluster.memory
+    moment, parts = memory.peak(config, setup)
+    share = sum(parts.values()) / cluster.memory
     fit = FITS if share * (1 + MEMORY_ERROR) <= 1 else TIGHT if share <= 1 else TOO_LARGE
-    return Option(setup, moment, memory, fit, relative_cost(config, cluster, setup))
+    return Option(setup, moment, parts, fit, relative_cost(config, cluster, setup))
+
+
+def relative_cost(config: Config, cluster: Cluster, setup: Setup) -> float:
+    """Time of a step relative to its arithmetic: with recomputation, or of its communication if
+    that takes longer, since the two overlap.
+
+    Per parameter, FSDP2 moves 2 weights and a float32 gradient at each micro-batch; DDP and HSDP's
+    replicas move a float32 gradient twice per step.
+    """
+    arithmetic = RECOMPUTE_COST[setup.recompute]
+    if cluster.flops is None or cluster.gpus == 1:
+        return arithmetic
+    vocab_size, seq_len = config.tokenizer.vocab_size, config.data.seq_len
+    parameters = sizes(config.model, vocab_size).total
+    inside, between = 1 / INSIDE_NODE, 1 / (BETWEEN_NODES if cluster.nodes > 1 else INSIDE_NODE)
+    replicas = 2 * FP32 * parameters / setup.shards * between
+    shards, times = (2 * setup.bytes + FP32) * parameters, setup.micro_batches
+    moving = {
+        "ddp": replicas,
+        "hsdp": replicas + times * (shards * inside),
+        "fsdp": times * (shards * between),
+    }
+    flops = memory.flops_per_token(config.model, vocab_size, seq_len)
+    seconds = times * setup.micro_batch * seq_len * flops / (cluster.flops * cluster.mfu)
+    return max(arithmetic, moving[setup.strategy] / seconds)
 
 
 def best_micro_batch(config: Config, cluster: Cluster, strategy: str, recompute: str) -> Option:
-    """The option with the least filler sequences and then the largest micro-batch that fits, or
-    where none does, may fit; else with one sequence."""
+    """Of the options that fit (else may fit), the one with the fewest filler sequences and then
+    the largest micro-batch; if there is none, the one with a single sequence."""
     share = -(-config.train.global_batch_size // cluster.gpus)
     sizes_tried = sorted({-(-share // parts) for parts in range(1, share + 1)}, reverse=True)
     tried = [option(config, cluster, strategy, recompute, size) for size in sizes_tried]
@@ -158,51 +169,30 @@ def best_micro_batch(config: Config, cluster: Cluster, strategy: str, recompute:
 
 
 def safest(found: list[Option]) -> list[Option]:
-    """Those that fit; where none does, those that may."""
+    """The options that fit; where none does, those that may."""
     return [one for one in found if one.fit == FITS] or [one for one in found if one.fit == TIGHT]
 
 
-def relative_cost(config: Config, cluster: Cluster, setup: Setup) -> float:
-    """Time of a step by its arithmetic, with what is made again, or by its communication if that is
-    more: it overlaps. FSDP2 moves 2 weights and a float32 gradient a parameter at each micro-batch,
-    DDP and HSDP's replicas twice a float32 gradient a step.
-    """
-    arithmetic = RECOMPUTE_COST[setup.recompute]
-    if cluster.flops is None or cluster.gpus == 1:
-        return arithmetic
-    parameters = sizes(config.model, config.tokenizer.vocab_size).total
-    inside, between = 1 / INSIDE_NODE, 1 / (BETWEEN_NODES if cluster.nodes > 1 else INSIDE_NODE)
-    once, each = 2 * FP32 * parameters / setup.shards * between, 0.0
-    if setup.strategy != "ddp":
-        once = once if setup.strategy == "hsdp" else 0.0
-        path = between if setup.strategy == "fsdp" else inside
-        each = (2 * setup.bytes + FP32) * parameters * path
-    tokens = setup.micro_batch * config.data.seq_len
-    flops = flops_per_token(config.model, config.tokenizer.vocab_size, config.data.seq_len)
-    seconds = setup.micro_batches * tokens * flops / (cluster.flops * cluster.mfu)
-    return max(arithmetic, (once + setup.micro_batches * each) / seconds)
-
-
 def options(config: Config, cluster: Cluster) -> list[Option]:
-    """All strategies that this cluster has, what communicates least first."""
+    """All strategies that this cluster has, in order of growing communication."""
     strategies = ["ddp"]
     if cluster.gpus > 1:
         strategies += ["hsdp", "fsdp"] if cluster.nodes > 1 and cluster.per_node > 1 else ["fsdp"]
-    return [best_micro_batch(config, cluster, s, r) for s in strategies for r in RECOMPUTE]
+    return [best_micro_batch(config, cluster, s, r) for s in strategies for r in RECOMPUTE_COST]
 
 
 def recommended(found: list[Option]) -> Option | None:
-    """The cheapest that fits, or where none does, may fit; of costs within 2%, the earlier one."""
+    """The cheapest of the safest options; of costs within 2%, the earlier one."""
     fitting = safest(found)
     least = min((one.cost for one in fitting), default=0.0)
     return next((one for one in fitting if one.cost <= 1.02 * least), None)
 
 
 def run_steps(config: Config) -> tuple[int, list[str]]:
-    """Steps of the run, and lines on the epochs over what is prepared.
+    """Steps of the run, and a line per dataset on how many epochs they are.
 
     Raises:
-        UserError: the length is not set, or takes a dataset that is not prepared.
+        UserError: the length is not set, or depends on a dataset that is not prepared.
     """
     train, data = config.train, config.data
     shares = data.mixture or {data.dir: 1.0}
@@ -241,21 +231,16 @@ def prepared_windows(name: str, seq_len: int) -> int:
     return max(0, tokens - ("seq_len" not in manifest)) // seq_len
 
 
+# ---- command line
+
+
 def read_cluster(flags: list[str]) -> Cluster:
-    """The cluster of the command line; ConfigError for what is not there or does not divide."""
+    """The cluster of the command line.
+
+    Raises:
+        ConfigError: a GPU that is not known, a number that is none, GPUs that don't fill the nodes.
+    """
     values = dict(flag[2:].split("=", 1) for flag in flags if "=" in flag)
-
-    def number(name: str, default: float, whole: bool = False) -> float:
-        text = values.get(name, str(default))
-        try:
-            value = int(text) if whole else float(text)
-        except ValueError:
-            value = 0
-        if not 1e-6 < value < 1e9:
-            kind = "a whole number" if whole else "a number"
-            raise ConfigError(f"--{name} is {kind} above 0, not {text!r}")
-        return value
-
     name = values.get("gpu", "h100").lower()
     given = "gpu-memory-gb" in values and "gpu-tflops" in values
     if name not in (*GPUS, "cpu") and not given:
@@ -264,35 +249,57 @@ def read_cluster(flags: list[str]) -> Cluster:
             f"--gpu={name} is not known{f', did you mean {near[0]}?' if near else ','}"
             f" there are {', '.join(GPUS)} and cpu; or give --gpu-memory-gb and --gpu-tflops"
         )
+    gpus, per_node = read_nodes(values)
+    if name == "cpu":
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / per_node
+        flops = None
+    else:
+        available, datasheet = GPUS.get(name, (0.0, ""))
+        flops = PEAK_FLOPS.get(datasheet)
+    available = 1e9 * number(values, "gpu-memory-gb", available / 1e9 or 1)
+    available *= 1 if name == "cpu" else 1 - GPU_SLACK
+    flops = 1e12 * number(values, "gpu-tflops", 1) if "gpu-tflops" in values else flops
+    mfu = number(values, "mfu", DEFAULT_MFU)
+    if mfu > 1:
+        raise ConfigError(f"--mfu={mfu:g} is a share, such as 0.4, not above 1")
+    return Cluster(name, gpus, per_node, available, flops, mfu)
+
+
+def read_nodes(values: dict[str, str]) -> tuple[int, int]:
+    """GPUs of the job and of a node, of which nodes × GPUs of a node is exactly the job's."""
     if {"gpus", "nodes"} <= values.keys() and "gpus-per-node" in values:
-        raise ConfigError("--gpus, --nodes and --gpus-per-node: two of them say it all")
-    per_node = int(number("gpus-per-node", 8, whole=True))
-    gpus = int(number("gpus", per_node, whole=True))
+        raise ConfigError("give two of --gpus, --nodes and --gpus-per-node; the third follows")
+    per_node = number(values, "gpus-per-node", 8)
+    gpus = number(values, "gpus", per_node)
     if "nodes" in values:
-        nodes = int(number("nodes", 1, whole=True))
-        if "gpus" in values and gpus % nodes:
+        nodes = number(values, "nodes", 1)
+        if "gpus" not in values:
+            gpus = nodes * per_node
+        elif gpus % nodes:
             raise ConfigError(f"--gpus={gpus} can't be spread evenly over --nodes={nodes}")
-        per_node = -(-gpus // nodes) if "gpus" in values else per_node
-        gpus = gpus if "gpus" in values else nodes * per_node
+        else:
+            per_node = gpus // nodes
     per_node = min(per_node, gpus)
     if gpus % per_node:
         raise ConfigError(
             f"--gpus={gpus} is not a multiple of the {per_node} GPUs of a node: give"
             f" {gpus - gpus % per_node} or {gpus + per_node - gpus % per_node}, or --gpus-per-node"
         )
-    if name == "cpu":
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / per_node
-        flops = None
-    else:
-        memory, datasheet = GPUS.get(name, (0.0, ""))
-        flops = PEAK_FLOPS.get(datasheet)
-    memory = 1e9 * number("gpu-memory-gb", memory / 1e9 or 1)
-    flops = 1e12 * number("gpu-tflops", 1) if "gpu-tflops" in values else flops
-    mfu = number("mfu", DEFAULT_MFU)
-    if mfu > 1:
-        raise ConfigError(f"--mfu={mfu:g} is a share, such as 0.4, not above 1")
-    memory *= 1 if name == "cpu" else 1 - GPU_SLACK
-    return Cluster(name, gpus, per_node, memory, flops, mfu)
+    return gpus, per_node
+
+
+def number(values: dict[str, str], name: str, default: float) -> float:
+    """A flag's value above 0; a whole number where the flag counts something."""
+    counts = name in ("gpus", "nodes", "gpus-per-node")
+    text = values.get(name, str(default))
+    try:
+        value = int(text) if counts else float(text)
+    except ValueError:
+        value = 0
+    if not 1e-6 < value < 1e9:
+        kind = "a whole number" if counts else "a number"
+        raise ConfigError(f"--{name} is {kind} above 0, not {text!r}")
+    return value
 
 
 def main(arguments: list[str]) -> None:
@@ -301,20 +308,24 @@ def main(arguments: list[str]) -> None:
     steps, epochs = run_steps(config)
     found = options(config, cluster)
     best = recommended(found)
-    facts = figures(config, cluster, steps, best)
-    facts["epochs"] = epochs
+    facts = figures(config, cluster, steps, best) | {"epochs": epochs}
     facts["warnings"] = warnings(config, cluster, facts, best) if best else []
     if "--json" in flags:
         facts["options"] = [
             dataclasses.asdict(one.setup)
-            | {"memory": one.memory, "moment": one.moment, "cost": one.cost}
-            | {"total": one.total, "fits": one.fit == FITS, "tight": one.fit == TIGHT}
-            | {"largest": one.largest}
+            | {"memory": one.memory, "moment": one.moment, "cost": one.cost, "total": one.total}
+            | {"fits": one.fit == FITS, "tight": one.fit == TIGHT, "largest": one.largest}
             for one in found
         ]
         print(json.dumps(facts, indent=1))
     else:
-        print("\n".join(told(config, cluster, facts, found, best, arguments)))
+        print(*summary(config, cluster, facts, best), "", sep="\n")
+        print(*table(config, cluster, found, best), sep="\n")
+        if best:
+            for text in (why(config, cluster, found, best), *facts["warnings"]):
+                print("", *textwrap.wrap(text, 100), sep="\n")
+            print("", launch(cluster, facts, arguments), sep="\n")
+            print("", *textwrap.wrap(request(config, facts), 100), sep="\n")
     if not best:
         least = min(found, key=lambda one: one.total)
         raise UserError(
@@ -334,28 +345,30 @@ def way_out(config: Config, cluster: Cluster) -> str:
     return "more of them would not help: take GPUs with more memory, or a smaller model or seq_len"
 
 
-def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -> dict[str, Any]:
-    """The figures of the run, by name; hours are None where the FLOP/s are not known, or nothing
-    fits.
+# ---- figures, and the text around them
 
-    They are those of the recommended option: at --mfu, times what its recomputation, communication
-    and filler sequences cost.
+
+def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -> Facts:
+    """The figures of the run with the recommended option, by name.
+
+    Hours are at --mfu, times what its recomputation, communication and filler sequences cost; None
+    where the FLOP/s are not known, or nothing fits.
     """
     train, v, seq_len = config.train, config.tokenizer.vocab_size, config.data.seq_len
     size, keep = sizes(config.model, v), config.checkpoint
     tokens = steps * train.global_batch_size * seq_len
-    flops = flops_per_token(config.model, v, seq_len)
+    flops = memory.flops_per_token(config.model, v, seq_len)
     rate, slowdown, causes = None, None, {}
     if best and cluster.flops:
         fillers = best.setup.sequences / train.global_batch_size
         causes = {"recomputation and communication": best.cost, "filler sequences": fillers}
         slowdown = best.cost * fillers
         rate = cluster.flops * cluster.mfu * cluster.gpus / slowdown
-    inner = muon_parameters(config)
-    checkpoint = FP32 * (3 * size.total - inner)
-    facts: dict[str, Any] = {
+    hours = tokens * flops / rate / 3600 if rate else None
+    checkpoint = FP32 * (3 * size.total - memory.muon_parameters(config))
+    facts: Facts = {
         "parameters": size.total,
-        "multiplied_parameters": multiplied(config.model, v),
+        "multiplied_parameters": memory.multiplied(config.model, v),
         "flops_per_token": flops,
         "gpus": cluster.gpus,
         "gpu": cluster.name,
@@ -369,60 +382,74 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
         "tokens": tokens,
         "total_flops": tokens * flops,
         "tokens_per_second": rate / flops if rate else None,
-        "hours": tokens * flops / rate / 3600 if rate else None,
-        "gpu_hours": tokens * flops / rate / 3600 * cluster.gpus if rate else None,
+        "hours": hours,
+        "gpu_hours": hours * cluster.gpus if hours else None,
         "checkpoint_bytes": checkpoint,
         # beside those that are kept one is being written
         "disk_bytes": (keep.keep_last + 1) * checkpoint + keep.keep_best * FP32 * size.total,
     }
     if best:
-        setup = best.setup
         facts |= {
-            "strategy": setup.strategy,
-            "recompute": setup.recompute,
-            "micro_batch_size": setup.micro_batch,
-            "micro_batches": setup.micro_batches,
-            "fillers": setup.sequences - train.global_batch_size,
+            "strategy": best.setup.strategy,
+            "recompute": best.setup.recompute,
+            "micro_batch_size": best.setup.micro_batch,
+            "micro_batches": best.setup.micro_batches,
+            "fillers": best.setup.sequences - train.global_batch_size,
             "memory": best.memory,
         }
     return facts
 
 
-def told(
-    config: Config,
-    cluster: Cluster,
-    facts: dict[str, Any],
-    found: list[Option],
-    best: Option | None,
-    arguments: list[str],
-) -> list[str]:
-    """The plan as lines of at most 100 columns, but for the command and long paths."""
-    keep = config.checkpoint
+def figure(number: float) -> str:
+    """A number with three digits, or all digits before the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def summary(config: Config, cluster: Cluster, facts: Facts, best: Option | None) -> list[str]:
+    """The run in figures, a line each."""
+    keep, giga = config.checkpoint, in_billions(facts)
     hours = f"not known: {'give --gpu-tflops' if best else 'nothing fits'}"
     if facts["hours"]:
+        mfu = f"{facts['mfu']:.0%} MFU (assumed)"
+        if facts["slowdown"] >= 1.005:
+            mfu = (
+                f"{facts['mfu'] / facts['slowdown']:.0%} MFU ({facts['mfu']:.0%} is assumed, and"
+                f" the recommended settings take {facts['slowdown']:.2f} times as long)"
+            )
         hours = (
-            f"{figure(facts['hours'])} h at {assumed(facts)},"
-            f" {facts['tokens_per_second']:,.0f} tokens/s: {figure(facts['gpu_hours'])} GPU-hours"
+            f"{figure(facts['hours'])} h at {mfu}, {facts['tokens_per_second']:,.0f} tokens/s:"
+            f" {figure(facts['gpu_hours'])} GPU-hours"
         )
     rate = f", {figure(cluster.flops / 1e12)} TFLOP/s" if cluster.flops else ""
-    lines = [
-        f"model   {figure(facts['parameters'] / 1e6)}M parameters,"
-        f" {figure(facts['flops_per_token'] / 1e9)} GFLOPs a token (6 N + 12 L D T, N"
-        f" {counted(config)})",
-        f"GPUs    {cluster.nodes} × {cluster.per_node} {cluster.name}:"
-        f" {figure(cluster.memory / 1e9)} GB of each to use{rate}",
-        f"run     {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens:"
-        f" {figure(facts['tokens'] / 1e9)} billion tokens",
+    return [
+        f"model   {figure(facts['parameters'] / 1e6)}M parameters, {giga['flops_per_token']} GFLOPs"
+        f" per token (6 N + 12 L D T, N {counted(config)})",
+        f"GPUs    {cluster.nodes} × {cluster.per_node} {cluster.name}: {giga['memory_a_gpu']} GB of"
+        f" each to use{rate}",
+        f"run     {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens: {giga['tokens']}"
+        " billion tokens",
         *(f"data    {line}" for line in facts["epochs"]),
         *textwrap.wrap(f"time    {hours}", 100, subsequent_indent=" " * 8),
-        f"disk    {figure(facts['disk_bytes'] / 1e9)} GB: {figure(facts['checkpoint_bytes'] / 1e9)}"
-        f" GB a checkpoint, {keep.keep_last} kept and one being written, {keep.keep_best} best",
-        "",
-        "GB a GPU at the peak of a step, with micro-batches (number × size) that divide the global",
-        "batch best; most: the largest that fits. * is recommended, - does not fit, ? may not fit:",
-        f"the estimate, which can be wrong by {MEMORY_ERROR:.0%}, is too near to what there is.",
-        f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}"
-        + "".join(f"{SHORT.get(part, part):>8}" for part in (*PARTS, "total")),
+        f"disk    {giga['disk_bytes']} GB: {giga['checkpoint_bytes']} GB per checkpoint,"
+        f" {keep.keep_last} kept and one being written, {keep.keep_best} best",
+    ]
+
+
+def in_billions(facts: Facts) -> dict[str, str]:
+    return {k: figure(v / 1e9) for k, v in facts.items() if isinstance(v, int | float)}
+
+
+def table(config: Config, cluster: Cluster, found: list[Option], best: Option | None) -> list[str]:
+    """The options, a line each, under a heading, and what CONFIG itself would take."""
+    lines = [
+        *textwrap.wrap(
+            "Peak memory per GPU in GB. micro: the number × size of micro-batches that divide the"
+            " global batch best; most: the largest size that fits. * is recommended, - does not"
+            f" fit, ? may not fit: the estimate can be wrong by {MEMORY_ERROR:.0%}, and is too close"
+            " to the limit.",
+            100,
+        ),
+        f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}" + "".join(f"{c:>8}" for c in COLUMNS),
     ]
     for one in found:
         mark = "*" if one is best else {FITS: " ", TIGHT: "?", TOO_LARGE: "-"}[one.fit]
@@ -435,43 +462,18 @@ def told(
         )
     strategy, recompute = config.parallel.strategy, config.train.recompute
     own = option(config, cluster, strategy, recompute, config.train.micro_batch_size)
-    lines += [
-        f"CONFIG itself ({strategy}, {recompute}, {own.setup.micro_batches} ×"
-        f" {own.setup.micro_batch}): {own.total / 1e9:,.2f} GB, which {own.fit}"
-    ]
-    if not best:
-        return lines
-    command = launch(cluster, facts, arguments)
-    return [
-        *lines,
-        "",
-        *why(config, cluster, found, best),
-        *(line for warning in facts["warnings"] for line in ("", *textwrap.wrap(warning, 100))),
-        "",
-        command,
-        "",
-        *request(config, facts),
-    ]
+    shape = f"{own.setup.micro_batches} × {own.setup.micro_batch}"
+    itself = f"CONFIG itself ({strategy}, {recompute}, {shape}): {own.total / 1e9:,.2f} GB"
+    return [*lines, f"{itself}, which {own.fit}"]
 
 
 def counted(config: Config) -> str:
-    """What the N of a token's 6 N operations leaves out."""
+    """What the N of a token's 6 N operations counts."""
     return f"with{'' if config.model.tie_embeddings else 'out'} the input embedding"
 
 
-def assumed(facts: dict[str, Any]) -> str:
-    """Which MFU the hours mean."""
-    if facts["slowdown"] < 1.005:
-        return f"{facts['mfu']:.0%} MFU (assumed)"
-    reached = facts["mfu"] / facts["slowdown"]
-    return (
-        f"{reached:.0%} MFU ({facts['mfu']:.0%} is assumed, and the recommended settings take"
-        f" {facts['slowdown']:.2f} times as long)"
-    )
-
-
-def warnings(config: Config, cluster: Cluster, facts: dict[str, Any], best: Option) -> list[str]:
-    """What of the plan is unlikely to be meant, or to hold, and what to do."""
+def warnings(config: Config, cluster: Cluster, facts: Facts, best: Option) -> list[str]:
+    """What of the plan is unlikely to be meant, or may fail, and what to do."""
     found, days = [], (facts["hours"] or 0) / 24
     if days > LONG_DAYS:
         gpus = math.ceil(days / LONG_DAYS * cluster.nodes) * cluster.per_node
@@ -492,50 +494,45 @@ def warnings(config: Config, cluster: Cluster, facts: dict[str, Any], best: Opti
     return found
 
 
-def figure(number: float) -> str:
-    """A number with as many digits as count."""
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
-
-
-def why(config: Config, cluster: Cluster, found: list[Option], best: Option) -> list[str]:
+def why(config: Config, cluster: Cluster, found: list[Option], best: Option) -> str:
     """The recommendation and its reasons."""
-    setup = best.setup
+    setup, batch = best.setup, config.train.global_batch_size
+    largest = max(best.memory, key=lambda part: best.memory[part])
     reasons = [
         f"Recommended: {setup.strategy}, recompute = {setup.recompute}, {setup.micro_batches}"
-        f" micro-batches of {setup.micro_batch} on each rank make the global"
-        f" batch of {config.train.global_batch_size}."
+        f" micro-batches of {setup.micro_batch} on each rank make the global batch of {batch}."
     ]
-    if fillers := setup.sequences - config.train.global_batch_size:
-        reasons.append(f"{fillers} filler sequences a step are wasted: it does not divide.")
-    largest = max(best.memory, key=lambda part: best.memory[part])
+    if fillers := setup.sequences - batch:
+        reasons.append(
+            f"{fillers} filler sequences per step are wasted: it does not divide evenly."
+        )
     reasons.append(
         f"It takes {best.total / 1e9:,.1f} of {cluster.memory / 1e9:,.1f} GB, most of it {largest},"
         f" at its peak ({best.moment})."
     )
-    if setup.strategy != "ddp" and all(
-        one.fit == TOO_LARGE for one in found if one.setup.strategy == "ddp"
-    ):
-        least = min(one.total for one in found if one.setup.strategy == "ddp")
-        reasons.append(f"A whole model a GPU (ddp) would take at least {least / 1e9:,.1f} GB.")
+    whole = [one for one in found if one.setup.strategy == "ddp"]
+    if setup.sharded and all(one.fit == TOO_LARGE for one in whole):
+        least = min(one.total for one in whole) / 1e9
+        reasons.append(f"A whole model per GPU (ddp) would take at least {least:,.1f} GB.")
     if setup.recompute != "none":
         reasons.append(
             "Keeping all activations does not fit for sure, or leaves too few tokens at a time."
         )
     if cluster.flops and cluster.gpus > 1:
-        others = ", ".join(
+        costs = ", ".join(
             f"{one.setup.strategy} {one.setup.recompute} {one.cost:.2f}"
-            + (" (tight)" if one.fit == TIGHT else "")
+            + " (tight)" * (one.fit == TIGHT)
             for one in found
             if one.fit != TOO_LARGE
         )
         reasons.append(
-            f"Reckoned time, 1 where arithmetic hides all communication: {others} (assuming"
-            f" {INSIDE_NODE / 1e9:.0f} GB/s a GPU in a node, {BETWEEN_NODES / 1e9:.0f} between)."
+            f"Estimated time, 1 where arithmetic hides all communication: {costs} (assuming"
+            f" {INSIDE_NODE / 1e9:.0f} GB/s per GPU in a node, {BETWEEN_NODES / 1e9:.0f} between)."
         )
-    return textwrap.wrap(" ".join(reasons), 100)
+    return " ".join(reasons)
 
 
-def launch(cluster: Cluster, facts: dict[str, Any], arguments: list[str]) -> str:
+def launch(cluster: Cluster, facts: Facts, arguments: list[str]) -> str:
     """The command that runs the plan, with the overrides of this command line."""
     chosen = {
         "parallel.strategy": facts["strategy"],
@@ -545,8 +542,7 @@ def launch(cluster: Cluster, facts: dict[str, Any], arguments: list[str]) -> str
     config = next((a for a in arguments if not a.startswith("-")), "config/tiny.toml")
     kept = [a for a in arguments if "." in a.partition("=")[0] and a.startswith("--")]
     kept = [a for a in kept if a[2:].partition("=")[0] not in chosen]
-    kept = [shlex.quote(a) for a in (config, *kept)]
-    tail = " ".join([*kept, *(f"--{k}={v}" for k, v in chosen.items())])
+    tail = " ".join([shlex.join((config, *kept)), *(f"--{k}={v}" for k, v in chosen.items())])
     if cluster.name == "cpu":
         return f"torchrun --standalone --nproc_per_node={cluster.gpus} rocket.py {tail}"
     # a run that takes longer than a job comes back by itself (slurm/README.md)
@@ -559,32 +555,30 @@ def launch(cluster: Cluster, facts: dict[str, Any], arguments: list[str]) -> str
     )
 
 
-def request(config: Config, facts: dict[str, Any]) -> list[str]:
-    """A paragraph for an allocation request."""
+def request(config: Config, facts: Facts) -> str:
+    """A paragraph for an allocation request; "" where the hours are not known."""
     if not facts["hours"]:
-        return []
-    nodes = f"{facts['nodes']} node{'s' * (facts['nodes'] > 1)}"
+        return ""
+    model, seq_len, giga = config.model, config.data.seq_len, in_billions(facts)
     share = " (published runs of this kind: 39% to 46%)."
     if facts["slowdown"] >= 1.005:
         share = (
             f": {facts['mfu']:.0%}, which runs reach that recompute nothing (published: 39% to"
             f" 46%), over {facts['slowdown']:.2f} for {' and '.join(facts['slowed_by'])}."
         )
-    text = (
+    return (
         f"We request {figure(facts['gpu_hours'])} GPU-hours ({facts['gpus']} {facts['gpu']} on"
-        f" {nodes} for {figure(facts['hours'])} hours) and"
-        f" {figure(facts['disk_bytes'] / 1e9)} GB of disk to train a Llama 2 transformer of"
-        f" {figure(facts['parameters'] / 1e9)} billion parameters on"
-        f" {figure(facts['tokens'] / 1e9)} billion tokens in sequences of {config.data.seq_len}."
-        f" The training takes {facts['total_flops']:.2e} floating-point operations: 6 N + 12 L D T"
-        f" a token, where N = {figure(facts['multiplied_parameters'] / 1e9)} billion parameters"
-        f" {counted(config)}, L = {config.model.n_layers} layers, D = {config.model.dim} their"
-        f" width and T = {config.data.seq_len} tokens. The hours assume that it reaches"
+        f" {facts['nodes']} node{'s' * (facts['nodes'] > 1)} for {figure(facts['hours'])} hours)"
+        f" and {giga['disk_bytes']} GB of disk to train a Llama 2 transformer of"
+        f" {giga['parameters']} billion parameters on {giga['tokens']} billion tokens in sequences"
+        f" of {seq_len}. The training takes {facts['total_flops']:.2e} floating-point operations:"
+        f" 6 N + 12 L D T per token, where N = {giga['multiplied_parameters']} billion parameters"
+        f" {counted(config)}, L = {model.n_layers} layers, D = {model.dim} their width and T ="
+        f" {seq_len} tokens. The hours assume that it reaches"
         f" {facts['mfu'] / facts['slowdown']:.0%} of the GPUs' dense bfloat16 rate{share}"
         " Evaluation, checkpoints, the optimizer's step, queueing and repeated runs are not"
         " counted."
     )
-    return textwrap.wrap(text, 100)
 
 
 if __name__ == "__main__":
