@@ -257,14 +257,20 @@ def whole_page(title: str, body: str) -> bytes:
     ).encode("utf-8", "replace")
 
 
-def axis_switch() -> str:
-    """Radio buttons that choose the horizontal axis by CSS alone; charts must follow them."""
-    buttons = (
+def charts(figures: list[str], legend: str = "") -> str:
+    """Figures under radio buttons that choose their horizontal axis, by CSS alone."""
+    buttons = "".join(
         f'<input type="radio" name="axis" id="by-{axis}"{" checked" * (axis == AXES[0])}>'
         f'<label for="by-{axis}">{axis}</label>'
         for axis in AXES
     )
-    return f'<span class="against">Against</span>{"".join(buttons)}'
+    shown = "".join(figures) or "<p>There are no rows yet.</p>"
+    return f'<span class="against">Against</span>{buttons}{legend}<div class="charts">{shown}</div>'
+
+
+def details(summary: str, content: str, is_open: bool = False) -> str:
+    """Content that can be unfolded."""
+    return f"<details{' open' * is_open}><summary>{summary}</summary>{content}</details>"
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str) -> str:

@@ -3,9 +3,9 @@
     python tools/report.py RUN [--output=FILE.html]                  writes RUN/report.html
     python tools/report.py RUN RUN … [--output=comparison.html]      and comparison.csv beside it
 
-A page holds all that it needs and asks the network for nothing. Rows are read once, and of a curve
-the extremes of some hundred stretches are kept: memory and page stay small, spikes are seen.
-Training writes a run's report at each evaluation; this program needs no torch for it.
+A page is one file and asks the network for nothing. Rows are read once, and of each curve only the
+extremes of some hundred stretches are kept: memory and page stay small, and spikes are visible.
+Training writes a run's report at each evaluation, so this program needs neither torch nor numpy.
 """
 
 from __future__ import annotations
@@ -31,23 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
 from attempts import is_alive
 from config import UserError, build_config, existing_path, read_toml, run_program, tables
-from tools.page import (
-    Line,
-    Point,
-    axis_switch,
-    date,
-    duration,
-    figure,
-    short,
-    swatch,
-    table,
-    text,
-    whole_page,
-)
+from tools import page
+from tools.page import Line, Point, date, details, duration, figure, short, swatch, table, text
 
 STRETCHES = 600  # of a curve; each keeps two points
 ALL_STRETCHES = 2_500  # of all curves of one panel, when runs are compared
-SAMPLES, SAMPLE_STEPS, EXCERPT = 7, 12, 600  # prompts, evaluations of them, characters of each text
+SAMPLES, SAMPLE_STEPS, EXCERPT = 7, 12, 600  # prompts, evaluations, characters of each text
 LISTED = 50  # jobs and skipped steps
 NAMED = 8  # more curves than these are labelled by number
 Json = dict[str, Any]
@@ -80,9 +69,9 @@ CURVES = tuple(name for panel in PANELS for name in panel.curves)
 
 
 class Curve:
-    """A curve in bounded memory: the extremes of a limited number of stretches of steps.
+    """A curve in bounded memory: the lowest and the highest point of each stretch of steps.
 
-    A stretch doubles in length when the run outgrows them, so no length need be known before.
+    Stretches double in length when the run outgrows their number, so a run of any length fits.
     Points are (step, tokens, hours, value).
     """
 
@@ -92,61 +81,32 @@ class Curve:
         self.last: Point | None = None
 
     def add(self, point: Point) -> None:
-        self.last = point
+        while point[0] >= self.stretches * self.length:
+            known, self.extremes = self.points(), {}
+            self.length *= 2
+            for earlier in known:
+                self.add(earlier)
         index = int(point[0]) // self.length
-        while index >= self.stretches:
-            self.length, index, before = 2 * self.length, index // 2, self.extremes
-            self.extremes = {}
-            for old, pair in before.items():
-                for known in pair:
-                    self._widen(old // 2, known)
-        self._widen(index, point)
-
-    def _widen(self, index: int, point: Point) -> None:
         low, high = self.extremes.get(index, (point, point))
-        if point[3] < low[3]:
-            low = point
-        elif point[3] >= high[3]:
-            high = point
-        self.extremes[index] = low, high
+        low, high = point if point[3] < low[3] else low, point if point[3] >= high[3] else high
+        self.extremes[index], self.last = (low, high), point
 
     def points(self) -> list[Point]:
-        """What is kept, by step."""
-        return sorted(
-            {point for pair in self.extremes.values() for point in pair} | {self.last} - {None}
-        )
-
-
-class Thinned:
-    """The last item of a stream of unknown length, and some before it, evenly spread."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.stride, self.count = limit, 1, 0
-        self.kept: list[Any] = []
-        self.last: Any = None
-
-    def add(self, item: Any) -> None:
-        if self.count % self.stride == 0:
-            self.kept.append(item)
-            if len(self.kept) > self.limit:
-                self.kept, self.stride = self.kept[::2], 2 * self.stride
-        self.count, self.last = self.count + 1, item
-
-    def items(self) -> list[Any]:
-        return self.kept + [self.last] * (self.last is not None and self.last is not self.kept[-1])
+        """The extremes and the last point, by step."""
+        return sorted({*itertools.chain(*self.extremes.values()), self.last} - {None})
 
 
 @dataclass
 class Run:
-    """What the files of a run directory say, as far as they can be read."""
+    """The readable content of a run directory."""
 
     path: Path
     config: Json  # dotted keys
     curves: dict[str, Curve]
     name: str = ""
     status: Json = field(default_factory=dict)
-    jobs: list[Json] = field(default_factory=list)  # whose steps count, in order
-    started: int = 0  # jobs, those whose steps were lost included
+    jobs: list[Json] = field(default_factory=list)  # in order, without those whose steps were lost
+    started: int = 0  # jobs, with those
     step: float = 0
     tokens: float = 0
     hours: float = 0
@@ -154,7 +114,8 @@ class Run:
     skipped: Curve = field(default_factory=lambda: Curve(STRETCHES))
     reasons: Counter = field(default_factory=Counter)  # of skipped steps
     last_skipped: list[Json] = field(default_factory=list)
-    samples: Thinned = field(default_factory=lambda: Thinned(SAMPLE_STEPS))
+    samples: list[tuple[float, list[Json]]] = field(default_factory=list)  # (step, rows), some
+    sampled: int = 0  # evaluations with samples
     unreadable: Counter = field(default_factory=Counter)  # rows, by file
 
     @property
@@ -166,18 +127,17 @@ class Run:
         return sum(used) if self.jobs else None
 
     def marks(self) -> dict[str, list[Point]]:
-        """Where on each axis jobs went on and steps were skipped."""
-        places = self.curves["learning_rate"].points()  # every row of training has one
-        steps, skipped = [point[0] for point in places], []
-        for step, *_ in self.skipped.points() if places else ():
-            _, _, hours, _ = places[min(bisect_left(steps, step), len(steps) - 1)]
+        """Positions on each axis of restarts and of skipped steps."""
+        known = self.curves["learning_rate"].points()  # every row of training has one
+        steps, skipped = [point[0] for point in known], []
+        for step, *_ in self.skipped.points() if known else ():
+            hours = known[min(bisect_left(steps, step), len(steps) - 1)][2]
             skipped.append((step, step * self.tokens / (self.step or 1), hours, 0.0))
-        keys = ("step", "tokens", "hours")
-        restarts = [(*(job[key] for key in keys), 0.0) for job in self.jobs[1:]]
+        restarts = [(job["step"], job["tokens"], job["hours"], 0.0) for job in self.jobs[1:]]
         return {"restart": restarts, "skipped": skipped}
 
     def about(self, name: str) -> Any:
-        """What the last job said of itself."""
+        """A value from the last job's row."""
         return self.jobs[-1].get(name) if self.jobs else None
 
 
@@ -189,8 +149,8 @@ def number(value: Any) -> float | None:
 
 
 def read_rows(path: Path, unreadable: Counter) -> Iterator[Json]:
-    """The rows of a file that have a step. Others are counted, but for a torn last one: a job that
-    is writing just now, or that died of it."""
+    """The rows of a file that have a step. Others are counted, but not a torn last one: a job is
+    writing it just now, or died while it did."""
     if not path.is_file():
         return
     with open(path, "rb") as file:
@@ -210,7 +170,7 @@ def read_run(path: Path, stretches: int = STRETCHES) -> Run:
     """Reads a run directory in one pass over its rows.
 
     Raises:
-        UserError: no such directory, or it is not that of a run, or has no metrics yet.
+        UserError: there is no such directory, it is not a run's, or it has no metrics yet.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such run directory; runs are in out/, see train.out_dir")
@@ -229,14 +189,14 @@ def read_run(path: Path, stretches: int = STRETCHES) -> Run:
 def _read_files(run: Run, stretches: int) -> None:
     run.curves = {name: Curve(stretches) for name in CURVES}
     for row in read_rows(run.path / "metrics.jsonl", run.unreadable):
-        place = tuple(number(row.get(name)) for name in ("step", "tokens", "hours"))
-        if None in place or min(place) < 0:
+        position = tuple(number(row.get(name)) for name in ("step", "tokens", "hours"))
+        if None in position or min(position) < 0:
             run.unreadable["metrics.jsonl"] += 1
             continue
-        run.step, run.tokens, run.hours = place
+        run.step, run.tokens, run.hours = position
         for name in CURVES:
             if (value := number(row.get(name))) is not None:
-                run.curves[name].add((*place, value))
+                run.curves[name].add((*position, value))
         loss = number(row.get("val_loss"))
         if loss is not None and loss < run.best.get("val_loss", math.inf):
             run.best = row
@@ -251,9 +211,16 @@ def _read_files(run: Run, stretches: int) -> None:
         run.reasons[reason] += 1
         run.last_skipped = [*run.last_skipped[1 - LISTED :], {**row, "reason": reason}]
         run.skipped.add((number(row["step"]) or 0.0, 0.0, 0.0, 0.0))
-    rows = read_rows(run.path / "samples.jsonl", run.unreadable)
+    rows, stride = read_rows(run.path / "samples.jsonl", run.unreadable), 1
     for step, of_step in itertools.groupby(rows, key=lambda row: row["step"]):
-        run.samples.add((step, list(itertools.islice(of_step, SAMPLES))))
+        last = (step, list(itertools.islice(of_step, SAMPLES)))
+        if run.sampled % stride == 0:
+            run.samples.append(last)
+        if len(run.samples) > SAMPLE_STEPS:
+            run.samples, stride = run.samples[::2], 2 * stride
+        run.sampled += 1
+    if run.samples and run.samples[-1] is not last:
+        run.samples.append(last)
     try:
         status = json.loads((run.path / "status.json").read_bytes())
         run.status = status if isinstance(status, dict) else {}
@@ -271,7 +238,7 @@ def flat(values: Json) -> Json:
 
 
 def name_runs(runs: list[Run]) -> None:
-    """Names each run by its directory, with as many of those above as tell it from the others."""
+    """Names each run by its directory, and by as many parents as make the name unique."""
     for run in runs:
         parts = run.path.resolve().parts
         for depth in range(1, len(parts) + 1):
@@ -321,26 +288,20 @@ def report(run: Run) -> bytes:
             for index, (name, label) in enumerate(panel.curves.items())
         ]
         figures.append(figure(panel.title, panel.unit, lines, panel.from_zero, marks))
-    keys = ""
-    if marks["restart"]:
-        keys += '<span><i class="restart">┆</i> restart</span>'
+    legend = '<span><i class="restart">┆</i> restart</span>' if marks["restart"] else ""
     if marks["skipped"]:
-        keys += '<span><i class="skipped">✕</i> skipped step</span>'
-    charts = "".join(figures) or "<p>There are no rows yet.</p>"
-    return whole_page(
+        legend += '<span><i class="skipped">✕</i> skipped step</span>'
+    return page.whole_page(
         f"{run.name}: report",
         f"<header><h1>{text(run.name)}</h1><p>{where}</p></header>{warnings([run])}"
-        f'<dl>{cards}</dl>{axis_switch()}<span class="marks">{keys}</span>'
-        f'<div class="charts">{charts}</div>'
-        + samples_part(run)
-        + jobs_part(run)
-        + config_part(run)
-        + written(),
+        f"<dl>{cards}</dl>"
+        + page.charts(figures, f'<span class="marks">{legend}</span>')
+        + f"{samples_part(run)}{jobs_part(run)}{config_part(run)}{written()}",
     )
 
 
 def warnings(runs: list[Run]) -> str:
-    """What of the files could not be read."""
+    """A paragraph on rows that could not be read."""
     said = [
         f"{text(run.name)}: {count:,} unreadable row{'s' * (count > 1)} in {text(file)} left out"
         for run in runs
@@ -350,12 +311,11 @@ def warnings(runs: list[Run]) -> str:
 
 
 def written() -> str:
-    now = date(time.strftime("%Y-%m-%d %H:%M:%S %z"))
-    return f"<footer>Written by report.py, {now}</footer>"
+    return f"<footer>Written by report.py, {date(time.strftime('%Y-%m-%d %H:%M:%S %z'))}</footer>"
 
 
 def hours_name(runs: list[Run]) -> str:
-    """What hours × ranks are called, by the devices of the runs."""
+    """The name of hours × ranks, by the devices of the runs."""
     devices = {run.about("device") for run in runs if run.jobs}
     if "cpu" not in devices:
         return "GPU-hours"
@@ -364,13 +324,12 @@ def hours_name(runs: list[Run]) -> str:
 
 def samples_part(run: Run) -> str:
     """What the model wrote and predicted for the same prompts over time."""
-    groups = run.samples.items()
-    if not groups:
+    if not run.samples:
         return ""
     parts = "<section><h2>Samples over time</h2>"
-    if run.samples.count > len(groups):
-        parts += f"<p>{len(groups)} of {run.samples.count} evaluations are shown.</p>"
-    if written := over_time(groups, "continuation"):
+    if run.sampled > len(run.samples):
+        parts += f"<p>{len(run.samples)} of {run.sampled} evaluations are shown.</p>"
+    if written := over_time(run.samples, "continuation"):
         parts += (
             "<h3>What the model writes</h3><p>It goes on from the prompt by itself, a token at a"
             f" time, drawn with the same luck at each evaluation.</p>{written}"
@@ -379,7 +338,7 @@ def samples_part(run: Run) -> str:
         f"{parts}<h3>Its next token at each place</h3><p>One-step predictions, which are not a text"
         " that it writes: at each place the model saw the true text up to there, and the one token"
         " stands here that it held likeliest to come next. Read in a row even a good model's make"
-        f" nonsense where it was not right.</p>{over_time(groups, 'prediction')}</section>"
+        f" nonsense where it was not right.</p>{over_time(run.samples, 'prediction')}</section>"
     )
 
 
@@ -388,19 +347,19 @@ def over_time(groups: list[tuple[float, list[Json]]], kind: str) -> str:
     kept = [(step, [row for row in rows if kind in row]) for step, rows in groups]
     parts = ""
     for index in range(max(len(rows) for _, rows in kept)):
-        told = [(step, rows[index]) for step, rows in kept if index < len(rows)]
-        last = told[-1][1]
-        rows = [
-            (f"step {step:,.0f}", f"<pre>{text(row[kind], EXCERPT)}</pre>") for step, row in told
-        ]
-        if "truth" in last:
-            rows.append(("truth", f"<pre>{text(last['truth'], EXCERPT)}</pre>"))
-        parts += (
-            f"<details{' open' * (index == 0)}><summary>Prompt {index + 1}</summary>"
-            f"<pre>{text(last.get('prompt', ''), EXCERPT)}</pre>"
-            f"{table(('after', kind), rows, f'{kind} {index + 1}')}</details>"
-        )
+        found = [(f"step {step:,.0f}", rows[index]) for step, rows in kept if index < len(rows)]
+        last = found[-1][1]
+        cells = [(name, row[kind]) for name, row in found]
+        cells += [("truth", last["truth"])] if "truth" in last else []
+        rows = ((name, excerpt(value)) for name, value in cells)
+        shown = table(("after", kind), rows, f"{kind} {index + 1}")
+        prompt = excerpt(last.get("prompt", ""))
+        parts += details(f"Prompt {index + 1}", prompt + shown, is_open=index == 0)
     return parts
+
+
+def excerpt(value: Any) -> str:
+    return f"<pre>{text(value, EXCERPT)}</pre>"
 
 
 def jobs_part(run: Run) -> str:
@@ -418,8 +377,7 @@ def jobs_part(run: Run) -> str:
         )
         lost = run.started - len(run.jobs)
         note = f", {lost} more came to nothing" if lost else ""
-        cells = table(("from step", *keys), rows, "Jobs")
-        parts += f"<details><summary>{len(run.jobs)} jobs{note}</summary>{cells}</details>"
+        parts += details(f"{len(run.jobs)} jobs{note}", table(("from step", *keys), rows, "Jobs"))
     if run.reasons:
         said = ", ".join(f"{text(reason)}: {count:,}" for reason, count in run.reasons.items())
         keys = ("reason", "loss", "grad_norm")
@@ -428,43 +386,44 @@ def jobs_part(run: Run) -> str:
             for row in run.last_skipped
         )
         cells = table(("step", *keys), rows, "Skipped steps")
-        parts += f"<details><summary>Skipped steps ({said})</summary>{cells}</details>"
+        parts += details(f"Skipped steps ({said})", cells)
     return f"<section><h2>Jobs</h2>{parts}</section>" if parts else ""
 
 
 def config_part(run: Run) -> str:
     """The configuration, what differs from the defaults first."""
-    defaults = flat(tables(build_config({})))
-    changed = {k: v for k, v in run.config.items() if k not in defaults or v != defaults[k]}
-    rest = {k: v for k, v in run.config.items() if k not in changed}
-    rows = [
-        (f"<code>{text(k)}</code>", text(v), text(defaults[k]) if k in defaults else "–")
-        for k, v in changed.items()
-    ]
-    plural = "s" * (len(rows) != 1)
-    others = [(f"<code>{text(k)}</code>", text(v)) for k, v in rest.items()]
+    defaults, changed, others = flat(tables(build_config({}))), [], []
+    for key, value in run.config.items():
+        cells = (code(key), text(value))
+        if key in defaults and value == defaults[key]:
+            others.append(cells)
+        else:
+            changed.append((*cells, text(defaults[key]) if key in defaults else "–"))
+    first = table(("key", "value", "default"), changed, "Keys that differ")
+    rest = table(("key", "value"), others, "Keys with their default")
+    title = f"{len(changed)} key{'s' * (len(changed) != 1)} other than by default"
     return (
-        "<section><h2>Configuration</h2>"
-        f"<details open><summary>{len(rows)} key{plural} other than by default</summary>"
-        f"{table(('key', 'value', 'default'), rows, 'Keys that differ')}</details>"
-        f"<details><summary>{len(others)} as by default</summary>"
-        f"{table(('key', 'value'), others, 'Keys with their default')}</details></section>"
+        f"<section><h2>Configuration</h2>{details(title, first, is_open=True)}"
+        f"{details(f'{len(others)} as by default', rest)}</section>"
     )
+
+
+def code(key: str) -> str:
+    return f"<code>{text(key)}</code>"
 
 
 # ---- comparison
 
 
 def differing_keys(runs: list[Run]) -> list[str]:
-    """Keys that do not have the same value in all runs, but for the run directory."""
-    every = dict.fromkeys(key for run in runs for key in run.config)
-    values = {key: [run.config.get(key) for run in runs] for key in every}
-    different = [key for key, found in values.items() if any(v != found[0] for v in found)]
-    return [key for key in different if key != "train.out_dir"]
+    """Keys whose values differ between runs, without the run directory."""
+    keys = dict.fromkeys(key for run in runs for key in run.config if key != "train.out_dir")
+    first = runs[0].config
+    return [key for key in keys if any(run.config.get(key) != first.get(key) for run in runs)]
 
 
 def seed_groups(runs: list[Run]) -> list[list[Run]]:
-    """Runs whose configurations differ in seed and directory alone, together."""
+    """Groups of runs whose configurations differ in nothing but seed and directory."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         same = {k: v for k, v in run.config.items() if k not in ("train.seed", "train.out_dir")}
@@ -473,7 +432,7 @@ def seed_groups(runs: list[Run]) -> list[list[Run]]:
 
 
 def spread(runs: list[Run], name: str) -> tuple[float | None, float | None, int]:
-    """Mean and deviation (of the sample) of a figure at the best evaluations, and of how many."""
+    """Mean and sample deviation of a figure at the runs' best evaluations, and how many have it."""
     known = [value for run in runs if (value := number(run.best.get(name))) is not None]
     mean = statistics.fmean(known) if known else None
     return mean, statistics.stdev(known) if len(known) > 1 else None, len(known)
@@ -504,7 +463,7 @@ def comparison(runs: list[Run]) -> bytes:
         )
     spent = hours_name(runs)
     head = ["run", "best validation loss", "bits per byte", "tokens", "hours", spent, "step"]
-    head = [*head, "status", *(f"<code>{text(key)}</code>" for key in keys)]
+    head = [*head, "status", *map(code, keys)]
     figures = []
     for panel in COMPARED:
         (name,) = panel.curves
@@ -513,23 +472,21 @@ def comparison(runs: list[Run]) -> bytes:
             for line, run in zip(lines, runs, strict=True)
         ]
         figures.append(figure(panel.title, panel.unit, drawn, panel.from_zero))
-    charts = "".join(figures) or "<p>There are no rows yet.</p>"
-    return whole_page(
+    return page.whole_page(
         f"{len(runs)} runs compared",
         f"<header><h1>{len(runs)} runs compared</h1></header>{warnings(runs)}"
         f"{table(head, rows, 'Runs')}<p>★ lowest. {spent}: hours × ranks, for the steps that"
         f" count; – where the run has no jobs.jsonl.</p>{seeds_part(runs, keys)}"
-        f"<h2>Curves</h2>{axis_switch()}"
-        f'<div class="charts">{charts}</div>{written()}',
+        f"<h2>Curves</h2>{page.charts(figures)}{written()}",
     )
 
 
 def seeds_part(runs: list[Run], keys: list[str]) -> str:
-    """Mean and deviation of runs that differ in their seed alone."""
+    """Mean and deviation over runs that differ in nothing but their seed."""
     groups = [group for group in seed_groups(runs) if len(group) > 1]
     if not groups:
         return ""
-    told = [key for key in keys if key != "train.seed"]
+    keys = [key for key in keys if key != "train.seed"]
     numbers = {id(run): str(index + 1) for index, run in enumerate(runs)}
     rows = []
     for group in groups:
@@ -540,44 +497,35 @@ def seeds_part(runs: list[Run], keys: list[str]) -> str:
                 short(mean) + (f" ± {short(deviation, 2)}" if deviation is not None else "")
             )
         members = ", ".join(numbers[id(run)] for run in group)
-        values = (text(group[0].config.get(key, "–")) for key in told)
+        values = (text(group[0].config.get(key, "–")) for key in keys)
         rows.append((members, str(spread(group, "val_loss")[2]), *cells, *values))
-    head = ["runs", "with evaluations", "best validation loss", "bits per byte"]
-    cells = table([*head, *(f"<code>{text(k)}</code>" for k in told)], rows, "Seeds")
-    return f"<h2>Seeds: mean ± standard deviation</h2>{cells}"
+    head = ["runs", "with evaluations", "best validation loss", "bits per byte", *map(code, keys)]
+    return f"<h2>Seeds: mean ± standard deviation</h2>{table(head, rows, 'Seeds')}"
 
 
 def comparison_csv(runs: list[Run]) -> bytes:
-    """One line a run, full precision."""
-    keys = differing_keys(runs)
-    head = (
-        "run path status step tokens hours gpu_hours device ranks parameters best_val_loss"
-        " best_step bits_per_byte seeds seeds_mean seeds_deviation"
-    ).split()
+    """One line per run, full precision."""
+    keys, rows = differing_keys(runs), []
     group_of = {id(run): group for group in seed_groups(runs) for run in group}
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow([*head, *keys])
     for run in runs:
-        mean, deviation, _ = spread(group_of[id(run)], "val_loss")
-        values = [run.config.get(key, "") for key in keys]
-        writer.writerow(
-            [
-                *(
-                    run.name,
-                    str(run.path),
-                    state(run),
-                    run.step,
-                    run.tokens,
-                    run.hours,
-                    run.gpu_hours,
-                ),
-                *(run.about(name) for name in ("device", "ranks", "parameters")),
-                *(run.best.get(name) for name in ("val_loss", "step", "val_bits_per_byte")),
-                *(len(group_of[id(run)]), mean, deviation),
-                *(v if isinstance(v, str) else json.dumps(v, default=str) for v in values),
-            ]
+        row = {"run": run.name, "path": run.path, "status": state(run), "step": run.step}
+        row |= {"tokens": run.tokens, "hours": run.hours, "gpu_hours": run.gpu_hours}
+        row |= {name: run.about(name) for name in ("device", "ranks", "parameters")}
+        row |= {"best_val_loss": run.best.get("val_loss"), "best_step": run.best.get("step")}
+        row["bits_per_byte"], row["seeds"] = (
+            run.best.get("val_bits_per_byte"),
+            len(group_of[id(run)]),
         )
+        row["seeds_mean"], row["seeds_deviation"], _ = spread(group_of[id(run)], "val_loss")
+        values = {key: run.config.get(key, "") for key in keys}
+        row |= {
+            k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in values.items()
+        }
+        rows.append(row)
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue().encode("utf-8", "replace")
 
 
@@ -585,7 +533,7 @@ def comparison_csv(runs: list[Run]) -> bytes:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, though another process may write the same now."""
+    """Writes a file whole or not at all, even while another process writes the same file."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -596,7 +544,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def page_target(name: str) -> Path:
-    """Where a page goes; UserError where something else is."""
+    """The path to write a page to; UserError if there is a file that is no report."""
     path = Path(name)
     try:
         with open(path, "rb") as file:
