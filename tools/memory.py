@@ -89,10 +89,6 @@ class Setup:
         return self.strategy != "ddp"
 
     @property
-    def accumulates(self) -> bool:
-        return self.micro_batches > 1
-
-    @property
     def autocasts(self) -> bool:
         """Whether bfloat16 comes from autocast: a sharded model casts its own weights."""
         return self.bytes < FP32 and not self.sharded
@@ -132,12 +128,12 @@ def gradient_bytes(config: Config, setup: Setup) -> ByMoment:
     model, b = config.model, setup.bytes
     size = sizes(model, config.tokenizer.vocab_size)
     head, down_proj = config.tokenizer.vocab_size * model.dim, model.dim * model.ffn_dim
-    whole = setup.sharded and setup.accumulates and config.parallel.reduce_once
+    whole = setup.sharded and setup.micro_batches > 1 and config.parallel.reduce_once
     everything = FP32 * size.total / (1 if whole else setup.shards)
     # Between micro-batches gradients stay, between steps they don't. But DDP's buckets stay, and
     # gradients that are not reduced yet don't lie in them.
     buckets = 0.0 if setup.sharded or setup.ranks == 1 else everything
-    early = buckets + (everything if setup.accumulates else 0.0)
+    early = buckets + (everything if setup.micro_batches > 1 else 0.0)
     reduced = everything
     if setup.sharded:
         # Whole gradients at the peak: the head's and the block's; or down_proj's alone, where what

@@ -209,12 +209,11 @@ def run_steps(config: Config) -> tuple[int, list[str]]:
     steps = train.max_steps or math.ceil(train.epochs * sum(windows.values()) / batch)
     lines = []
     for name, weight in shares.items():
-        text = "not prepared: epochs are not known"
-        if windows[name]:
-            epochs = steps * batch * weight / sum(shares.values()) / windows[name]
-            tokens = windows[name] * data.seq_len
-            text = f"{epochs:,.2f} epochs of {tokens / 1e9:,.3f} billion tokens"
-        lines.append(f"{name}: {text}")
+        lines.append(f"{name}: not prepared: epochs are not known")
+        if count := windows[name]:
+            epochs = steps * batch * weight / sum(shares.values()) / count
+            tokens = count * data.seq_len / 1e9
+            lines[-1] = f"{name}: {epochs:,.2f} epochs of {tokens:,.3f} billion tokens"
     return steps, lines
 
 
@@ -319,7 +318,7 @@ def main(arguments: list[str]) -> None:
         ]
         print(json.dumps(facts, indent=1))
     else:
-        print(*summary(config, cluster, facts, best), "", sep="\n")
+        print(*summary(config, cluster, facts), "", sep="\n")
         print(*table(config, cluster, found, best), sep="\n")
         if best:
             for text in (why(config, cluster, found, best), *facts["warnings"]):
@@ -405,10 +404,10 @@ def figure(number: float) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
-def summary(config: Config, cluster: Cluster, facts: Facts, best: Option | None) -> list[str]:
+def summary(config: Config, cluster: Cluster, facts: Facts) -> list[str]:
     """The run in figures, a line each."""
     keep, giga = config.checkpoint, in_billions(facts)
-    hours = f"not known: {'give --gpu-tflops' if best else 'nothing fits'}"
+    hours = f"not known: {'give --gpu-tflops' if 'strategy' in facts else 'nothing fits'}"
     if facts["hours"]:
         mfu = f"{facts['mfu']:.0%} MFU (assumed)"
         if facts["slowdown"] >= 1.005:
@@ -441,24 +440,24 @@ def in_billions(facts: Facts) -> dict[str, str]:
 
 def table(config: Config, cluster: Cluster, found: list[Option], best: Option | None) -> list[str]:
     """The options, a line each, under a heading, and what CONFIG itself would take."""
+    heading = (
+        "Peak memory per GPU in GB. micro: the number × size of micro-batches that divide the global"
+        " batch best; most: the largest size that fits. * is recommended, - does not fit, ? may not"
+        f" fit: the estimate can be wrong by {MEMORY_ERROR:.0%}, and is too close to the limit."
+    )
+    columns = "".join(f"{column:>8}" for column in COLUMNS)
     lines = [
-        *textwrap.wrap(
-            "Peak memory per GPU in GB. micro: the number × size of micro-batches that divide the"
-            " global batch best; most: the largest size that fits. * is recommended, - does not"
-            f" fit, ? may not fit: the estimate can be wrong by {MEMORY_ERROR:.0%}, and is too close"
-            " to the limit.",
-            100,
-        ),
-        f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}" + "".join(f"{c:>8}" for c in COLUMNS),
+        *textwrap.wrap(heading, 100),
+        f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}{columns}",
     ]
     for one in found:
         mark = "*" if one is best else {FITS: " ", TIGHT: "?", TOO_LARGE: "-"}[one.fit]
         shape = f"{one.setup.micro_batches} × {one.setup.micro_batch}"
         digits = 2 if one.total < 100e9 else 1
-        values = (*(one.memory[part] for part in PARTS), one.total)
+        columns = (*(one.memory[part] for part in PARTS), one.total)
         lines.append(
             f"{mark} {one.setup.strategy:<5}{one.setup.recompute:<10}{one.largest:>5}{shape:>9}"
-            + "".join(f"{value / 1e9:8,.{digits}f}" for value in values)
+            + "".join(f"{value / 1e9:8,.{digits}f}" for value in columns)
         )
     strategy, recompute = config.parallel.strategy, config.train.recompute
     own = option(config, cluster, strategy, recompute, config.train.micro_batch_size)

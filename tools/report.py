@@ -96,7 +96,7 @@ class Curve:
         return sorted({*itertools.chain(*self.extremes.values()), self.last} - {None})
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
     """The readable content of a run directory."""
 
@@ -157,7 +157,7 @@ def read_rows(path: Path, unreadable: Counter) -> Iterator[Json]:
         for line in file:
             try:
                 row = json.loads(line)
-                known = (number(row["step"]) or 0) >= 0 and number(row["step"]) is not None
+                known = number(row["step"]) is not None and row["step"] >= 0
             except (ValueError, KeyError, TypeError, RecursionError):
                 known = False
             if known:
@@ -178,16 +178,16 @@ def read_run(path: Path, stretches: int = STRETCHES) -> Run:
         raise UserError(f"{path}: not a run directory: config.toml is missing")
     if not (path / "metrics.jsonl").is_file():
         raise UserError(f"{path}: nothing to report: the run has no metrics.jsonl yet")
-    run = Run(path, flat(read_toml(path / "config.toml")), {})
+    curves = {name: Curve(stretches) for name in CURVES}
+    run = Run(path, flat(read_toml(path / "config.toml")), curves)
     try:
-        _read_files(run, stretches)
+        read_files(run)
     except OSError as error:
         raise UserError(f"{error.filename or path}: {error.strerror}") from None
     return run
 
 
-def _read_files(run: Run, stretches: int) -> None:
-    run.curves = {name: Curve(stretches) for name in CURVES}
+def read_files(run: Run) -> None:
     for row in read_rows(run.path / "metrics.jsonl", run.unreadable):
         position = tuple(number(row.get(name)) for name in ("step", "tokens", "hours"))
         if None in position or min(position) < 0:
@@ -210,7 +210,7 @@ def _read_files(run: Run, stretches: int) -> None:
         reason = str(row.get("reason") or row.get("skipped") or "skipped")
         run.reasons[reason] += 1
         run.last_skipped = [*run.last_skipped[1 - LISTED :], {**row, "reason": reason}]
-        run.skipped.add((number(row["step"]) or 0.0, 0.0, 0.0, 0.0))
+        run.skipped.add((row["step"], 0.0, 0.0, 0.0))
     rows, stride = read_rows(run.path / "samples.jsonl", run.unreadable), 1
     for step, of_step in itertools.groupby(rows, key=lambda row: row["step"]):
         last = (step, list(itertools.islice(of_step, SAMPLES)))
@@ -223,9 +223,9 @@ def _read_files(run: Run, stretches: int) -> None:
         run.samples.append(last)
     try:
         status = json.loads((run.path / "status.json").read_bytes())
-        run.status = status if isinstance(status, dict) else {}
     except (FileNotFoundError, ValueError, RecursionError):
-        run.status = {}
+        status = None
+    run.status = status if isinstance(status, dict) else {}
 
 
 def flat(values: Json) -> Json:
@@ -332,13 +332,13 @@ def samples_part(run: Run) -> str:
     if written := over_time(run.samples, "continuation"):
         parts += (
             "<h3>What the model writes</h3><p>It goes on from the prompt by itself, a token at a"
-            f" time, drawn with the same luck at each evaluation.</p>{written}"
+            f" time, with the same random numbers at each evaluation.</p>{written}"
         )
     return (
-        f"{parts}<h3>Its next token at each place</h3><p>One-step predictions, which are not a text"
-        " that it writes: at each place the model saw the true text up to there, and the one token"
-        " stands here that it held likeliest to come next. Read in a row even a good model's make"
-        f" nonsense where it was not right.</p>{over_time(run.samples, 'prediction')}</section>"
+        f"{parts}<h3>Its next token at each position</h3><p>One-step predictions, which are not a"
+        " text that it writes: at each position the model saw the true text so far, and the token"
+        " shown is the one that it found most likely next. In a row they read as nonsense wherever"
+        f" it was wrong, even a good model's.</p>{over_time(run.samples, 'prediction')}</section>"
     )
 
 
@@ -349,9 +349,8 @@ def over_time(groups: list[tuple[float, list[Json]]], kind: str) -> str:
     for index in range(max(len(rows) for _, rows in kept)):
         found = [(f"step {step:,.0f}", rows[index]) for step, rows in kept if index < len(rows)]
         last = found[-1][1]
-        cells = [(name, row[kind]) for name, row in found]
-        cells += [("truth", last["truth"])] if "truth" in last else []
-        rows = ((name, excerpt(value)) for name, value in cells)
+        rows = [(name, excerpt(row[kind])) for name, row in found]
+        rows += [("truth", excerpt(last["truth"]))] if "truth" in last else []
         shown = table(("after", kind), rows, f"{kind} {index + 1}")
         prompt = excerpt(last.get("prompt", ""))
         parts += details(f"Prompt {index + 1}", prompt + shown, is_open=index == 0)
@@ -366,27 +365,21 @@ def jobs_part(run: Run) -> str:
     """Tables of jobs and of skipped steps."""
     parts = ""
     if run.jobs:
-        keys = ("time", "host", "job_id", "ranks", "device", "commit")
-        rows = (
-            (
-                f"{job['step']:,.0f}",
-                date(job.get("time") or "–"),
-                *(text(job.get(key) or "–", 40) for key in keys[1:]),
-            )
-            for job in run.jobs[-LISTED:]
-        )
+        keys, rows = ("host", "job_id", "ranks", "device", "commit"), []
+        for job in run.jobs[-LISTED:]:
+            cells = (text(job.get(key) or "–", 40) for key in keys)
+            rows.append((f"{job['step']:,.0f}", date(job.get("time") or "–"), *cells))
+        head = ("from step", "time", *keys)
         lost = run.started - len(run.jobs)
-        note = f", {lost} more came to nothing" if lost else ""
-        parts += details(f"{len(run.jobs)} jobs{note}", table(("from step", *keys), rows, "Jobs"))
+        note = f", {lost} more whose steps were lost" if lost else ""
+        parts += details(f"{len(run.jobs)} jobs{note}", table(head, rows, "Jobs"))
     if run.reasons:
         said = ", ".join(f"{text(reason)}: {count:,}" for reason, count in run.reasons.items())
-        keys = ("reason", "loss", "grad_norm")
-        rows = (
-            (f"{row['step']:,.0f}", *(text(row.get(key)) for key in keys))
-            for row in run.last_skipped
-        )
-        cells = table(("step", *keys), rows, "Skipped steps")
-        parts += details(f"Skipped steps ({said})", cells)
+        keys, rows = ("reason", "loss", "grad_norm"), []
+        for row in run.last_skipped:
+            rows.append((f"{row['step']:,.0f}", *(text(row.get(key)) for key in keys)))
+        skipped = table(("step", *keys), rows, "Skipped steps")
+        parts += details(f"Skipped steps ({said})", skipped)
     return f"<section><h2>Jobs</h2>{parts}</section>" if parts else ""
 
 
@@ -401,10 +394,10 @@ def config_part(run: Run) -> str:
             changed.append((*cells, text(defaults[key]) if key in defaults else "–"))
     first = table(("key", "value", "default"), changed, "Keys that differ")
     rest = table(("key", "value"), others, "Keys with their default")
-    title = f"{len(changed)} key{'s' * (len(changed) != 1)} other than by default"
+    title = f"{len(changed)} key{'s' * (len(changed) != 1)} with a value other than the default"
     return (
         f"<section><h2>Configuration</h2>{details(title, first, is_open=True)}"
-        f"{details(f'{len(others)} as by default', rest)}</section>"
+        f"{details(f'{len(others)} with the default', rest)}</section>"
     )
 
 
@@ -487,18 +480,13 @@ def seeds_part(runs: list[Run], keys: list[str]) -> str:
     if not groups:
         return ""
     keys = [key for key in keys if key != "train.seed"]
-    numbers = {id(run): str(index + 1) for index, run in enumerate(runs)}
-    rows = []
+    numbers, rows = {run: str(index + 1) for index, run in enumerate(runs)}, []
     for group in groups:
-        cells = []
-        for name in ("val_loss", "val_bits_per_byte"):
-            mean, deviation, _ = spread(group, name)
-            cells.append(
-                short(mean) + (f" ± {short(deviation, 2)}" if deviation is not None else "")
-            )
-        members = ", ".join(numbers[id(run)] for run in group)
+        spreads = [spread(group, name) for name in ("val_loss", "val_bits_per_byte")]
+        members, known = ", ".join(numbers[run] for run in group), str(spreads[0][2])
+        cells = [short(m) + (f" ± {short(d, 2)}" if d is not None else "") for m, d, _ in spreads]
         values = (text(group[0].config.get(key, "–")) for key in keys)
-        rows.append((members, str(spread(group, "val_loss")[2]), *cells, *values))
+        rows.append((members, known, *cells, *values))
     head = ["runs", "with evaluations", "best validation loss", "bits per byte", *map(code, keys)]
     return f"<h2>Seeds: mean ± standard deviation</h2>{table(head, rows, 'Seeds')}"
 
@@ -506,21 +494,17 @@ def seeds_part(runs: list[Run], keys: list[str]) -> str:
 def comparison_csv(runs: list[Run]) -> bytes:
     """One line per run, full precision."""
     keys, rows = differing_keys(runs), []
-    group_of = {id(run): group for group in seed_groups(runs) for run in group}
+    group_of = {run: group for group in seed_groups(runs) for run in group}
     for run in runs:
         row = {"run": run.name, "path": run.path, "status": state(run), "step": run.step}
         row |= {"tokens": run.tokens, "hours": run.hours, "gpu_hours": run.gpu_hours}
         row |= {name: run.about(name) for name in ("device", "ranks", "parameters")}
         row |= {"best_val_loss": run.best.get("val_loss"), "best_step": run.best.get("step")}
-        row["bits_per_byte"], row["seeds"] = (
-            run.best.get("val_bits_per_byte"),
-            len(group_of[id(run)]),
-        )
-        row["seeds_mean"], row["seeds_deviation"], _ = spread(group_of[id(run)], "val_loss")
-        values = {key: run.config.get(key, "") for key in keys}
-        row |= {
-            k: v if isinstance(v, str) else json.dumps(v, default=str) for k, v in values.items()
-        }
+        row |= {"bits_per_byte": run.best.get("val_bits_per_byte"), "seeds": len(group_of[run])}
+        row["seeds_mean"], row["seeds_deviation"], _ = spread(group_of[run], "val_loss")
+        for key in keys:
+            value = run.config.get(key, "")
+            row[key] = value if isinstance(value, str) else json.dumps(value, default=str)
         rows.append(row)
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0])
@@ -562,27 +546,25 @@ def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(__doc__.strip())
         return
+    options = [argument for argument in arguments if argument.startswith("-")]
+    names = [argument for argument in arguments if not argument.startswith("-")]
     output = ""
-    for option in (argument for argument in arguments if argument.startswith("-")):
+    for option in options:
         name, _, output = option.partition("=")
         if name != "--output":
             near = difflib.get_close_matches(name, ("--output", "--help"), n=1)
             raise UserError(
-                f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "")
+                f"unknown option {option}{f'; did you mean {near[0]}?' if near else ''}"
             )
         if not output:
             raise UserError("--output lacks a value: write --output=FILE.html")
-    names = [argument for argument in arguments if not argument.startswith("-")]
     paths = [*dict.fromkeys(existing_path(name).resolve() for name in names)]
     if not paths:
-        raise UserError(
-            "name one run directory or more, such as in: python tools/report.py out/tiny"
-        )
-    runs = []
+        raise UserError("name one run directory or more, such as: python tools/report.py out/tiny")
+    runs, stretches = [], min(STRETCHES, max(50, ALL_STRETCHES // len(paths)))
     for path in paths:
         try:
-            stretches = STRETCHES if len(paths) == 1 else max(50, ALL_STRETCHES // len(paths))
-            runs.append(read_run(path, min(STRETCHES, stretches)))
+            runs.append(read_run(path, stretches))
         except UserError as error:
             if len(paths) == 1 or not path.exists():
                 raise

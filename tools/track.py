@@ -163,12 +163,12 @@ def whole_rows(file: BinaryIO) -> Iterator[dict[str, Any]]:
 
 
 def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row by name, those of each dataset behind a slash."""
+    """The numbers of a row by name; those of each dataset are named dataset/key."""
     found = {}
     for name, value in row.items():
-        inner = value.items() if isinstance(value, dict) else ()
-        found |= {f"{name}/{key}": number for key, number in inner}
-        if isinstance(value, int | float) and name != "step":
+        if isinstance(value, dict):
+            found |= {f"{name}/{key}": number for key, number in value.items()}
+        elif isinstance(value, int | float) and name != "step":
             found[name] = value
     return found
 
