@@ -454,7 +454,7 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_torch_is_not_loaded():
-    code = "import sys, plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, tools.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 

@@ -228,7 +228,7 @@ def test_what_a_job_left_behind_is_read(tmp_path):
 
 def test_restarts_and_skipped_steps_are_marked(tmp_path):
     path = make_run(tmp_path / "run")
-    starts = [(0, 2), (40, 4), (60, 4), (50, 1)]  # the third came to nothing
+    starts = [(0, 2), (40, 4), (60, 4), (50, 1)]  # the third saved nothing: its steps were lost
     write_rows(path / "jobs.jsonl", [job_row(step, ranks) for step, ranks in starts])
     write_rows(path / "bad_steps.jsonl", [{"step": s, "reason": "spike"} for s in (7, 80)])
     run = read(path)
@@ -244,7 +244,7 @@ def test_restarts_and_skipped_steps_are_marked(tmp_path):
     assert {d.count("M") for d in skipped} == {2}
     norms = next(c for c in shown.charts("steps") if c["aria-label"].startswith("Gradient norm"))
     assert norms["data-y"].startswith("0 ")
-    assert "3 jobs, 1 more came to nothing" in shown.text
+    assert "3 jobs, 1 more whose steps were lost" in shown.text
     assert "Skipped steps (spike: 2)" in shown.text
     # step 50 of 100 stands in the middle of every axis
     _, high, left, right = map(float, shown.charts("steps")[0]["data-x"].split())
@@ -355,7 +355,7 @@ def test_mistakes_are_one_line(tmp_path):
 
 
 def test_drawing_needs_no_torch():
-    check = "import sys, report; print([n for n in ('torch', 'numpy') if n in sys.modules])"
+    check = "import sys, tools.report; print([n for n in ('torch', 'numpy') if n in sys.modules])"
     command = [sys.executable, "-c", check]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -402,7 +402,7 @@ def test_training_writes_its_report_and_its_jobs(dataset, tiny_tokenizer, tmp_pa
     assert jobs[1]["hours"] >= rows(out, timings=True)[9]["hours"]
     assert [job["max_steps"] for job in jobs] == [20, 20]
     assert "20 of 20" in shown.text
-    assert "report.py" in {path.name for path in (out / "code").iterdir()}
+    assert (out / "code" / "tools" / "report.py").is_file()
     run = read(out)
     assert 0 < run.gpu_hours < 2 * run.hours
 

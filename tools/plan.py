@@ -53,8 +53,8 @@ FLAGS = {
     "--nodes=N": "nodes, instead of --gpus",
     "--gpu-memory-gb=GB": "memory of a GPU (10^9 bytes), where the table is wrong",
     "--gpu-tflops=TFLOPS": "dense bfloat16 TFLOP/s of a GPU, where the table is wrong",
-    "--mfu=0.4": "share of that which training reaches with nothing recomputed; published runs:"
-    " 0.39 to 0.46 (H100)",
+    "--mfu=0.4": "share of these TFLOP/s that training reaches when it recomputes nothing;"
+    " published runs: 0.39 to 0.46 (H100)",
     "--json": "the figures as JSON",
 }
 # Published for H100: llm-foundry 0.40 to 0.46 (7B, 13B), torchtitan 0.39 (8B); docs/planning.md.
@@ -67,7 +67,7 @@ RECOMPUTE_COST = {"none": 1.0, "selective": 1.1, "block": 4 / 3}
 GPU_SLACK = 0.05  # of a GPU's memory that the allocator loses to fragments; an estimate
 MEMORY_ERROR = 0.1  # the largest relative error of predicted memory; docs/planning.md
 FITS, TIGHT, TOO_LARGE = "fits", "is tight: may not fit", "does not fit"
-LONG_DAYS = 60  # a plan for more days than that is rarely meant
+LONG_DAYS = 60  # few people mean a plan for more days
 Facts = dict[str, Any]
 COLUMNS = "weights grads optim. activ. loss comm. fixed total".split()  # PARTS, and their sum
 
@@ -79,7 +79,7 @@ class Cluster:
     name: str
     gpus: int
     per_node: int
-    memory: float  # bytes of a GPU that tensors and the overhead may take
+    memory: float  # bytes per GPU for tensors and the overhead
     flops: float | None  # per second of a GPU, dense bfloat16
     mfu: float
 
@@ -237,7 +237,7 @@ def read_cluster(flags: list[str]) -> Cluster:
     """The cluster of the command line.
 
     Raises:
-        ConfigError: a GPU that is not known, a number that is none, GPUs that don't fill the nodes.
+        ConfigError: an unknown GPU, a value that is not a number, GPUs that don't fill the nodes.
     """
     values = dict(flag[2:].split("=", 1) for flag in flags if "=" in flag)
     name = values.get("gpu", "h100").lower()
@@ -265,7 +265,7 @@ def read_cluster(flags: list[str]) -> Cluster:
 
 
 def read_nodes(values: dict[str, str]) -> tuple[int, int]:
-    """GPUs of the job and of a node, of which nodes × GPUs of a node is exactly the job's."""
+    """GPUs of the job and GPUs per node, which divide them."""
     if {"gpus", "nodes"} <= values.keys() and "gpus-per-node" in values:
         raise ConfigError("give two of --gpus, --nodes and --gpus-per-node; the third follows")
     per_node = number(values, "gpus-per-node", 8)
@@ -335,7 +335,7 @@ def main(arguments: list[str]) -> None:
 
 
 def way_out(config: Config, cluster: Cluster) -> str:
-    """How many GPUs would do."""
+    """How many GPUs would be enough."""
     nodes = cluster.nodes
     while (nodes := 2 * nodes) * cluster.per_node <= 16_384:
         more = dataclasses.replace(cluster, gpus=nodes * cluster.per_node)
@@ -384,7 +384,7 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
         "hours": hours,
         "gpu_hours": hours * cluster.gpus if hours else None,
         "checkpoint_bytes": checkpoint,
-        # beside those that are kept one is being written
+        # one more is being written beside those that are kept
         "disk_bytes": (keep.keep_last + 1) * checkpoint + keep.keep_best * FP32 * size.total,
     }
     if best:
@@ -441,9 +441,10 @@ def in_billions(facts: Facts) -> dict[str, str]:
 def table(config: Config, cluster: Cluster, found: list[Option], best: Option | None) -> list[str]:
     """The options, a line each, under a heading, and what CONFIG itself would take."""
     heading = (
-        "Peak memory per GPU in GB. micro: the number × size of micro-batches that divide the global"
-        " batch best; most: the largest size that fits. * is recommended, - does not fit, ? may not"
-        f" fit: the estimate can be wrong by {MEMORY_ERROR:.0%}, and is too close to the limit."
+        "Peak memory per GPU in GB. micro: number × size of the micro-batches that divide the"
+        " global batch best; most: the largest size that fits. * is recommended, - does not fit, ?"
+        f" may not fit: the estimate can be wrong by {MEMORY_ERROR:.0%}, and is too close to the"
+        " limit."
     )
     columns = "".join(f"{column:>8}" for column in COLUMNS)
     lines = [
@@ -467,12 +468,12 @@ def table(config: Config, cluster: Cluster, found: list[Option], best: Option | 
 
 
 def counted(config: Config) -> str:
-    """What the N of a token's 6 N operations counts."""
+    """What N counts in 6 N, the operations per token."""
     return f"with{'' if config.model.tie_embeddings else 'out'} the input embedding"
 
 
 def warnings(config: Config, cluster: Cluster, facts: Facts, best: Option) -> list[str]:
-    """What of the plan is unlikely to be meant, or may fail, and what to do."""
+    """What is probably not meant, or may fail, and what to do."""
     found, days = [], (facts["hours"] or 0) / 24
     if days > LONG_DAYS:
         gpus = math.ceil(days / LONG_DAYS * cluster.nodes) * cluster.per_node
@@ -503,7 +504,7 @@ def why(config: Config, cluster: Cluster, found: list[Option], best: Option) -> 
     ]
     if fillers := setup.sequences - batch:
         reasons.append(
-            f"{fillers} filler sequences per step are wasted: it does not divide evenly."
+            f"It does not divide evenly: {fillers} filler sequences per step are wasted."
         )
     reasons.append(
         f"It takes {best.total / 1e9:,.1f} of {cluster.memory / 1e9:,.1f} GB, most of it {largest},"

@@ -291,27 +291,25 @@ def report(run: Run) -> bytes:
     legend = '<span><i class="restart">┆</i> restart</span>' if marks["restart"] else ""
     if marks["skipped"]:
         legend += '<span><i class="skipped">✕</i> skipped step</span>'
-    return page.whole_page(
-        f"{run.name}: report",
-        f"<header><h1>{text(run.name)}</h1><p>{where}</p></header>{warnings([run])}"
-        f"<dl>{cards}</dl>"
-        + page.charts(figures, f'<span class="marks">{legend}</span>')
-        + f"{samples_part(run)}{jobs_part(run)}{config_part(run)}{written()}",
-    )
+    body = f"<dl>{cards}</dl>" + page.charts(figures, f'<span class="marks">{legend}</span>')
+    body += samples_part(run) + jobs_part(run) + config_part(run)
+    heading = f"<h1>{text(run.name)}</h1><p>{where}</p>"
+    return page_about([run], f"{run.name}: report", heading, body)
 
 
-def warnings(runs: list[Run]) -> str:
-    """A paragraph on rows that could not be read."""
-    said = [
+def page_about(runs: list[Run], title: str, heading: str, body: str) -> bytes:
+    """A page, with a note on rows that could not be read."""
+    notes = "<br>".join(
         f"{text(run.name)}: {count:,} unreadable row{'s' * (count > 1)} in {text(file)} left out"
         for run in runs
         for file, count in run.unreadable.items()
-    ]
-    return f'<p class="warning">{"<br>".join(said)}</p>' if said else ""
-
-
-def written() -> str:
-    return f"<footer>Written by report.py, {date(time.strftime('%Y-%m-%d %H:%M:%S %z'))}</footer>"
+    )
+    note = f'<p class="warning">{notes}</p>' if notes else ""
+    now = date(time.strftime("%Y-%m-%d %H:%M:%S %z"))
+    return page.whole_page(
+        title,
+        f"<header>{heading}</header>{note}{body}<footer>Written by report.py, {now}</footer>",
+    )
 
 
 def hours_name(runs: list[Run]) -> str:
@@ -433,7 +431,7 @@ def spread(runs: list[Run], name: str) -> tuple[float | None, float | None, int]
 
 def comparison(runs: list[Run]) -> bytes:
     """The page of several runs."""
-    keys = differing_keys(runs)
+    keys, spent = differing_keys(runs), hours_name(runs)
     lowest = min((run.best["val_loss"] for run in runs if run.best), default=None)
     lines, rows = [], []
     for index, run in enumerate(runs):
@@ -441,22 +439,21 @@ def comparison(runs: list[Run]) -> bytes:
         label = label if len(label) <= 16 else f"{label[:7]}…{label[-8:]}"
         lines.append(Line(label, index, [], marked=True))
         loss = short(run.best.get("val_loss"))
-        rows.append(
-            (
-                f"{index + 1} {swatch(lines[-1])}{text(run.name)}",
-                f"<b>{loss}</b> ★" if run.best and run.best["val_loss"] == lowest else loss,
-                short(number(run.best.get("val_bits_per_byte"))),
-                short(run.tokens),
-                short(run.hours, 3),
-                short(run.gpu_hours, 3),
-                f"{run.step:,.0f}",
-                text(state(run)),
-                *(text(run.config[key]) if key in run.config else "–" for key in keys),
-            )
-        )
-    spent = hours_name(runs)
-    head = ["run", "best validation loss", "bits per byte", "tokens", "hours", spent, "step"]
-    head = [*head, "status", *map(code, keys)]
+        if run.best and run.best["val_loss"] == lowest:
+            loss = f"<b>{loss}</b> ★"
+        row = {
+            "run": f"{index + 1} {swatch(lines[-1])}{text(run.name)}",
+            "best validation loss": loss,
+            "bits per byte": short(number(run.best.get("val_bits_per_byte"))),
+            "tokens": short(run.tokens),
+            "hours": short(run.hours, 3),
+            spent: short(run.gpu_hours, 3),
+            "step": f"{run.step:,.0f}",
+            "status": text(state(run)),
+        }
+        for key in keys:
+            row[code(key)] = text(run.config[key]) if key in run.config else "–"
+        rows.append(row)
     figures = []
     for panel in COMPARED:
         (name,) = panel.curves
@@ -465,13 +462,13 @@ def comparison(runs: list[Run]) -> bytes:
             for line, run in zip(lines, runs, strict=True)
         ]
         figures.append(figure(panel.title, panel.unit, drawn, panel.from_zero))
-    return page.whole_page(
-        f"{len(runs)} runs compared",
-        f"<header><h1>{len(runs)} runs compared</h1></header>{warnings(runs)}"
-        f"{table(head, rows, 'Runs')}<p>★ lowest. {spent}: hours × ranks, for the steps that"
-        f" count; – where the run has no jobs.jsonl.</p>{seeds_part(runs, keys)}"
-        f"<h2>Curves</h2>{page.charts(figures)}{written()}",
+    listed = table(rows[0], (row.values() for row in rows), "Runs")
+    body = (
+        f"{listed}<p>★ lowest. {spent}: hours × ranks, for the steps that count; – where the run"
+        f" has no jobs.jsonl.</p>{seeds_part(runs, keys)}<h2>Curves</h2>{page.charts(figures)}"
     )
+    title = f"{len(runs)} runs compared"
+    return page_about(runs, title, f"<h1>{title}</h1>", body)
 
 
 def seeds_part(runs: list[Run], keys: list[str]) -> str:
