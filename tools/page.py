@@ -29,6 +29,7 @@ SHAPES = (  # around a point; their number and that of the dashes have no common
 COLOURS = 8
 AXES = ("steps", "tokens", "hours")
 Point = tuple[float, float, float, float]  # the position on each axis, and the value
+Marks = dict[str, list[Point]] | None  # where a "restart" or a "skipped" step was
 
 
 def short(value: float | None, digits: int = 4) -> str:
@@ -50,7 +51,7 @@ def duration(hours: float) -> tuple[float, str]:
 
 
 def text(value: Any, limit: int = 400) -> str:
-    """Anything as escaped text of an HTML page, shortened in its middle."""
+    """Anything as escaped text of an HTML page, cut in its middle to about `limit` characters."""
     plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if len(plain) > limit:
         plain = f"{plain[: limit // 2]} … {plain[-limit // 2 :]}"
@@ -61,7 +62,7 @@ def text(value: Any, limit: int = 400) -> str:
 
 
 def date(value: Any) -> str:
-    """A date of any form, which no narrow screen breaks in the middle."""
+    """A date in any form, which no narrow screen breaks in the middle."""
     return f"<time>{text(value, 40)}</time>"
 
 
@@ -83,7 +84,7 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 class Line(NamedTuple):
-    """A curve to draw: its label, which of the styles it has, whether all points get a marker."""
+    """A curve to draw: its label, the number of its style, its points, whether they get markers."""
 
     label: str
     style: int
@@ -129,17 +130,10 @@ def value_scale(values: list[float], from_zero: bool) -> Scale:
     return Scale(low if from_zero and low == 0 else low - room, high + room, FLOOR, TOP)
 
 
-def figure(
-    title: str,
-    unit: str,
-    lines: list[Line],
-    from_zero: bool,
-    marks: dict[str, list[Point]] | None = None,
-) -> str:
+def figure(title: str, unit: str, lines: list[Line], from_zero: bool, marks: Marks = None) -> str:
     """Lines against each of the axes, of which the page shows one; "" without a point.
 
-    Args:
-        marks: when a "restart" or a "skipped" step was; without, lines are labelled at their ends.
+    Without marks the lines are labelled at their ends, else in a legend.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -160,14 +154,7 @@ def figure(
     )
 
 
-def chart(
-    title: str,
-    said: str,
-    lines: list[Line],
-    marks: dict[str, list[Point]] | None,
-    axis: int,
-    y: Scale,
-) -> str:
+def chart(title: str, said: str, lines: list[Line], marks: Marks, axis: int, y: Scale) -> str:
     """Lines against one axis as an SVG."""
     right = WIDTH - 14.0
     if marks is None:  # labels in a wide typeface: a page can't know which one it gets
@@ -244,7 +231,7 @@ def end_labels(ends: list[tuple[tuple[float, float], Line]], right: float) -> st
 
 
 def whole_page(title: str, body: str) -> bytes:
-    """A page from its parts; its policy keeps it from asking for anything outside it."""
+    """A page; its policy forbids it to load anything."""
     shown = text(title)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -274,7 +261,7 @@ def details(summary: str, content: str, is_open: bool = False) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str) -> str:
-    """A table of HTML cells, the first of a row its header, which scrolls where it is too wide."""
+    """A table of HTML cells that scrolls where it is too wide; a row's first cell is its header."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = []
     for first, *rest in rows:
@@ -334,7 +321,7 @@ details>pre{background:var(--card);padding:8px;margin:6px 0}
 label{margin-right:9px}.marks{display:block}}
 """ + "".join(f".s{i}{{stroke:var(--s{i})}}text.t{i}{{fill:var(--s{i})}}" for i in range(COLOURS))
 
-# Shows the values under the pointer, read off the curves themselves; what is printed is unfolded.
+# Shows the values under the pointer, read from the curves; unfolds everything before printing.
 SCRIPT = """
 "use strict";
 addEventListener("beforeprint", () => {

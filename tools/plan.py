@@ -202,7 +202,7 @@ def run_steps(config: Config) -> tuple[int, list[str]]:
         raise ConfigError("how long to train is not set: give train.max_steps or train.epochs")
     if train.epochs and missing:
         raise UserError(
-            f"train.epochs = {train.epochs} takes the prepared dataset, and {missing[0]} has no"
+            f"train.epochs = {train.epochs} needs the prepared dataset, and {missing[0]} has no"
             " manifest.json: run prepare.py, or set train.max_steps and train.epochs=0"
         )
     batch = train.global_batch_size
