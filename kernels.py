@@ -1,6 +1,6 @@
-"""Faster ways to the same numbers: attention, the loss, recomputation, products on a CPU.
+"""Faster ways to the same numbers: attention, the loss, the KV cache, recomputation, CPU products.
 
-What a model computes stands in model.py; here is what makes a device compute it well.
+model.py says what a model computes; this file makes a device compute it well.
 
 Shapes: B batch, T tokens, S cached tokens, D dim, H query heads, K key/value heads, E head_dim,
 V vocabulary.
@@ -11,95 +11,169 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy as Policy
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 IGNORE = -100  # a target that is not trained on
-SHORT = 256  # tokens, see multiplies_faster
+SHORT = 256  # tokens of which all scores may exist at once
+Mask = Tensor | BlockMask | None  # what attention may see; None: causal
 
 
-def document_mask(documents: Tensor) -> Tensor | BlockMask:
-    """What a token attends to: itself and those before it in its document.
+def document_mask(documents: Tensor) -> Mask:
+    """Lets a token attend to itself and to those before it in its document.
 
-    Made at each forward pass, once for all layers. On a GPU only the blocks of the square that have
-    something in them are computed; on a CPU, where compiled FlexAttention has no backward pass
-    (torch 2.13), the mask is a boolean tensor (B, 1, T, T).
+    Made in each forward pass, once for all layers. On a GPU only blocks of the square that are not
+    empty are computed; on a CPU, where compiled FlexAttention has no backward pass (torch 2.13),
+    the mask is a boolean tensor (B, 1, T, T).
 
     Args:
         documents: number of each token's document (B, T).
     """
     B, T = documents.shape
-    rows, places = (torch.arange(n, device=documents.device) for n in (B, T))
+    rows, positions = (torch.arange(n, device=documents.device) for n in (B, T))
 
     def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (documents[row, key] == documents[row, query])
 
     if documents.device.type == "cpu":
-        return sees(rows[:, None, None], None, places[:, None], places)[:, None]
+        return sees(rows[:, None, None], None, positions[:, None], positions)[:, None]
     return compiled(create_block_mask)(sees, B, None, T, T, device=documents.device)
 
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """The function compiled: once for all layers and steps, when it is first needed."""
+    """The function compiled, once for all layers and steps, when it is first needed."""
     return torch.compile(function)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
     """Attention (B, H, T, E) of q over k, v (B, K, S, E); without a mask it is causal.
 
-    What masks a single token is added to its scores.
+    The mask of a single token is added to its scores.
     """
-    groups = k.shape[1]
-    grouped, on_cpu = q.shape[1] != groups, q.device.type == "cpu"
+    groups, on_cpu = k.shape[1], q.device.type == "cpu"
+    grouped = q.shape[1] != groups
     if isinstance(mask, BlockMask):
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     if mask is not None and q.shape[2] == 1 and (grouped or on_cpu):
-        # The heads of a group as so many queries: kernels that take a mask don't take groups, and
-        # on a CPU they take a token's time for 32.
+        # The heads of a group become queries: kernels that take a mask don't take groups, and on a
+        # CPU they take the time of 32 tokens for one.
         heads = q.unflatten(1, (groups, -1)).squeeze(3)
         way = attend_by_products if on_cpu else F.scaled_dot_product_attention
         return way(heads, k, v, mask).flatten(1, 2)[:, :, None]
-    if mask is None and multiplies_faster(q):
+    # Whole products beat the kernel, which works in blocks, in bfloat16 on a CPU, where the
+    # compiler fuses what is between them, over rows so short that all scores may exist (measured
+    # at 256 tokens, head_dim 48, both ways: half the kernel's time).
+    fused = on_cpu and q.dtype == torch.bfloat16 and torch.compiler.is_compiling()
+    if mask is None and fused and q.shape[2] <= SHORT:
         heads = q.unflatten(1, (groups, -1))
-        places = torch.arange(q.shape[2], device=q.device)
-        mask = torch.where(places[:, None] < places, -math.inf, 0.0)
+        positions = torch.arange(q.shape[2], device=q.device)
+        mask = torch.where(positions[:, None] < positions, -math.inf, 0.0)
         return attend_by_products(heads, k[:, :, None], v[:, :, None], mask).flatten(1, 2)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
     )
 
 
-def multiplies_faster(q: Tensor) -> bool:
-    """Whether whole products beat the kernel that makes blocks of them: in bfloat16 on a CPU, where
-    the compiler fuses what is between them, over rows so short that all their scores may exist
-    (measured at 256 tokens, head_dim 48, both ways: half the kernel's time)."""
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return on_cpu and torch.compiler.is_compiling() and q.shape[2] <= SHORT
-
-
 def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention (..., T, E) of q over k, v (..., S, E) as it is written down; mask (..., T, S) is
+    """Attention (..., T, E) of q over k, v (..., S, E) as its formula says; mask (..., T, S) is
     added to the scores."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return (scores.float() + mask).softmax(-1).to(q.dtype) @ v
 
 
+class KVCache:
+    """Keys and values of the tokens seen so far, allocated once for a batch.
+
+    Each row has its own number of tokens: layers write at the positions that they are given, and
+    attention never looks past a row's position, so prompts of unequal length share a batch.
+
+    Args:
+        shape: of each layer's keys and values (B, K, S, E).
+        like: a tensor whose type and device they have.
+    """
+
+    def __init__(self, n_layers: int, shape: tuple[int, ...], like: Tensor):
+        rows, heads, self.length, _ = shape
+        self.keys = [like.new_zeros(shape) for _ in range(n_layers)]
+        self.values = [like.new_zeros(shape) for _ in range(n_layers)]
+        starts = torch.arange(0, rows * heads * self.length, self.length, device=like.device)
+        self.starts = starts.view(rows, heads, 1)
+
+    def layers(self, positions: Tensor, length: int) -> tuple[Mask, list[LayerCache]]:
+        """The mask and each layer's cache, for tokens at positions (B, T) that attend to the first
+        `length` entries."""
+        assert length <= self.length, "the cache is shorter than length"
+        mask = None  # causal: the sequence begins with these tokens
+        if length > positions.shape[1] or length == 1:
+            mask = past_mask(positions, length, self.keys[0].dtype)
+        offsets = (self.starts + positions[:, None]).flatten()
+        pairs = zip(self.keys, self.values, strict=True)
+        return mask, [LayerCache(keys, values, offsets, length) for keys, values in pairs]
+
+
+class LayerCache(NamedTuple):
+    """A layer's keys and values (B, K, S, E), the offsets in them, counted over all rows and heads,
+    where those of the current tokens belong (B K T), and how many per row are attended to."""
+
+    keys: Tensor
+    values: Tensor
+    offsets: Tensor
+    length: int
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k, v (B, K, T, E); returns the first entries of each row (B, K, length, E)."""
+        for kept, new in ((self.keys, k), (self.values, v)):
+            kept.flatten(0, 2).index_copy_(0, self.offsets, new.flatten(0, 2))
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+
+def past_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    """What is added to scores (B, 1, T, length): a token at a position (B, T) of its row sees those
+    before it. Not boolean, since each layer would convert that to this."""
+    keys = torch.arange(length, device=positions.device)
+    unseen = (keys > positions[..., None])[:, None]
+    mask = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
+    return mask.masked_fill_(unseen, -math.inf)
+
+
+ChunkLoss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # see chunk_loss
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int, chunk_loss: ChunkLoss
+) -> Tensor:
+    """The sum of the losses (float32) of x (…, D) with logits x Wᵀ, W (V, D), and targets (…).
+
+    Args:
+        chunk: tokens whose logits exist at a time; 0: all.
+        chunk_loss: the function of that name, perhaps compiled.
+    """
+    vocab_size, device = len(weight), x.device.type
+    if torch.is_autocast_enabled(device):  # it does not reach into a function of our own
+        x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
+    if device == "cuda" and (missing := -len(weight) % 64):
+        weight = F.pad(weight, (0, 0, 0, missing))
+    options = vocab_size, chunk, chunk_loss, torch.is_grad_enabled()
+    return LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), *options)
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The sum of the losses of x (N, D) with logits x Wᵀ, W (V, D), a chunk of tokens at a time.
 
-    Gradients are made along with the loss, while a chunk's logits are there: the same three
-    products as without chunks, and never more logits than a chunk's.
+    Gradients are computed with the loss, while a chunk's logits exist: that takes the same three
+    products as without chunks, and never more memory than a chunk's logits.
 
-    W may have more rows than vocab_size, of zeros: products with a number of rows that does not
-    divide by 64 are slow on a GPU. What they give is no logit.
+    W may have more rows than vocab_size, of zeros: a GPU is slow at products whose number of rows
+    does not divide by 64. Those rows make no logits.
     """
 
     @staticmethod
@@ -110,16 +184,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         vocab_size: int,
         chunk: int,
-        chunk_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        chunk_loss: ChunkLoss,
         with_gradients: bool,
     ) -> Tensor:
         loss = torch.zeros((), device=x.device)
         grad_x = torch.empty_like(x) if with_gradients else None
-        # float32, lest every chunk rounds it
+        # float32, or every chunk would round it
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
-        for start in range(0, len(x), chunk or len(x)):
-            part = slice(start, start + (chunk or len(x)))
-            lost, grad = chunk_loss(make_logits(x[part], weight, vocab_size), targets[part])
+        chunk = chunk or len(x)
+        for start in range(0, len(x), chunk):
+            part = slice(start, start + chunk)
+            logits = x[part] @ weight.T
+            logits[:, vocab_size:].fill_(-math.inf)
+            lost, grad = chunk_loss(logits, targets[part])
+            del logits  # they are large
             loss += lost
             if with_gradients:
                 torch.mm(grad, weight, out=grad_x[part])
@@ -138,20 +216,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x * share, grad_weight * share, None, None, None, None, None
 
 
-def make_logits(x: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
-    """Logits of x (N, D) by weight (at least V, D); the caller keeps none, they are large."""
-    logits = x @ weight.T
-    logits[:, vocab_size:].fill_(-math.inf)
-    return logits
-
-
 def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """The summed loss (float32) of logits (N, V) and its gradient (N, V) in their type."""
     trained = targets != IGNORE
     index = targets.clamp(min=0)[:, None]
     log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
     loss = -(log_p.gather(1, index)[:, 0] * trained).sum()
-    if torch.compiler.is_compiling():  # fused: log_p is never in memory, which a scatter needs
+    if torch.compiler.is_compiling():  # fused, so that log_p never exists, which scatter_ needs
         grad = log_p.exp() - (torch.arange(logits.shape[-1], device=index.device) == index)
     else:
         grad = log_p.exp_()
@@ -159,16 +230,21 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return loss, grad.mul_(trained[:, None]).to(logits.dtype)
 
 
-def keep_products() -> tuple[Any, Any]:
-    """Selective activation checkpointing (Korthikanti et al., arXiv 2205.05198): what matrix
-    products and attention made stays for the backward pass, the cheap rest is made again."""
-    return create_selective_checkpoint_contexts(
-        lambda context, operator, *args, **kwargs: (
-            CheckpointPolicy.MUST_SAVE
-            if operator in PRODUCTS
-            else CheckpointPolicy.PREFER_RECOMPUTE
-        )
-    )
+def recomputed(recompute: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    """function(*inputs), of which the backward pass computes again, to save memory, nothing, all
+    (block) or all but products and attention (selective; Korthikanti et al., arXiv 2205.05198)."""
+    if recompute == "none" or not torch.is_grad_enabled():
+        return function(*inputs)
+    # without dropout there is no random state to restore
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if recompute == "selective":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(function, *inputs, **options)
+
+
+def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Policy:
+    """Of selective recomputation: which results stay in memory."""
+    return Policy.MUST_SAVE if operator in PRODUCTS else Policy.PREFER_RECOMPUTE
 
 
 PRODUCTS = {
@@ -181,10 +257,6 @@ PRODUCTS = {
 }
 
 
-def linears(model: nn.Module) -> list[nn.Linear]:
-    return [module for module in model.modules() if isinstance(module, nn.Linear)]
-
-
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether this CPU's library (oneDNN) takes weights of a type in an order of its own."""
     # torch's own operators, which a release may rename: without them weights stay as they are
@@ -192,6 +264,10 @@ def can_pack(dtype: torch.dtype) -> bool:
     if not all(hasattr(torch.ops.mkldnn, name) for name in needed):
         return False
     return dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def linears(model: nn.Module) -> list[nn.Linear]:
+    return [module for module in model.modules() if isinstance(module, nn.Linear)]
 
 
 def pack(model: nn.Module) -> None:
@@ -203,7 +279,7 @@ def pack(model: nn.Module) -> None:
 
 
 class RowLinear(nn.Linear):
-    """A linear layer whose product with a single row the compiler can write, with all threads."""
+    """A linear layer whose product with a single row the compiler writes, with all threads."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.numel() != x.shape[-1]:
@@ -225,7 +301,7 @@ torch.library.define("rocket::packed_product", "(Tensor x, Tensor weight) -> Ten
 @torch.library.impl("rocket::packed_product", "CompositeExplicitAutograd")
 def packed_product(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., D) times a packed weight (N, D). An operator of its own, since the compiler takes
-    packed weights only as constants, which would be a graph a layer (torch 2.13)."""
+    packed weights only as constants, which would make a graph per layer (torch 2.13)."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
 
 

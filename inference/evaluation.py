@@ -131,7 +131,7 @@ def predictions(
         asked = windows[start : start + size]
         batch = batches.on_device(*data.batch(filled_up(asked, size)))
         with autocast(model, world):
-            logits = model(batch.tokens, documents=batch.documents, only=slice(len(asked)))
+            logits = model(batch.tokens, documents=batch.documents, logits_at=slice(len(asked)))
         found += zip(*batch[:2], logits.argmax(dim=-1), strict=False)  # without the fillers
     written = continuation(model, data, world, vocab_size, agreed)
     if world.rank != 0:
@@ -171,7 +171,7 @@ def continuation(
     lagged: Lagged[None] = Lagged(agreed.conditions.while_waiting)
     for position in range(length, end):
         with torch.compiler.set_stance("force_eager"), autocast(model, world):
-            logits = model(tokens, only=(0, slice(position - 1, position)))
+            logits = model(tokens, logits_at=(0, slice(position - 1, position)))
         tokens[0, position] = (logits[0] / WRITTEN_TEMPERATURE + noise[position]).argmax()
         for _, votes, _ in lagged.push(None, world.sum(agreed.votes())):
             if agreed.reason(votes):

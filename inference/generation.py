@@ -22,8 +22,8 @@ from checkpoint import Checkpoint, find_checkpoint
 from config import Config, ModelConfig, UserError
 from distributed import check_compiler
 from inference.pretrained import EMBEDDING, HEAD, Pretrained
-from kernels import RowLinear, can_pack, linears, pack
-from model import KVCache, Llama
+from kernels import KVCache, RowLinear, can_pack, linears, pack
+from model import Llama
 from tokenizer import Tokenizer
 
 
@@ -191,10 +191,10 @@ def generate(
     # What shorter prompts are filled up with is written over before anything attends to it.
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
     positions = torch.arange(longest, device=device).expand(rows, -1)
-    cache = KVCache(model.config, rows, length, device, model.lm_head.weight.dtype)
+    cache = model.new_cache(rows, length)
     next_logits = None
     last = torch.arange(rows, device=device)[:, None], lengths[:, None] - 1
-    logits = model(tokens, cache=cache, positions=positions, length=longest, only=last)
+    logits = model(tokens, cache=cache, positions=positions, length=longest, logits_at=last)
     for step in range(settings.max_tokens):
         logits = raw = logits[:, 0].float()
         if allowed is not None:

@@ -325,8 +325,7 @@ def kernels(options: Options) -> None:
 
     from distributed import init_distributed
     from inference.generation import take_any_shape
-    from kernels import attend
-    from model import past_mask
+    from kernels import attend, past_mask
 
     config = configured(options, "llama_110m")
     device = init_distributed(config).device

@@ -25,10 +25,7 @@ from config import ROOT, ModelConfig, UserError
 from corpus.vocabulary import DEFAULTS
 from inference.generation import (
     Completion,
-    PackedLinear,
-    RowLinear,
     Settings,
-    can_pack,
     choose,
     drawable,
     fit_to_device,
@@ -37,11 +34,11 @@ from inference.generation import (
     keep_top_p,
     load_model,
     open_source,
-    pack,
     penalise_repetition,
     uniform_numbers,
 )
-from model import KVCache, Llama, initial_weight
+from kernels import PackedLinear, RowLinear, can_pack, pack
+from model import Llama, initial_weight
 from sample import main
 from tokenizer import Tokenizer
 
@@ -168,7 +165,7 @@ def test_a_model_fit_to_the_cpu_in_bfloat16(model, rows, compiled):
     fitted = copy.deepcopy(model).bfloat16()
     fit_to_device(fitted, rows == 1, compiled)
     for tested in (fitted, copy.deepcopy(model).bfloat16()):
-        cache = KVCache(CONFIG, rows, 9, torch.device("cpu"), torch.bfloat16)
+        cache = tested.new_cache(rows, 9)
         logits = []
         for step in range(9):
             positions = torch.full((rows, 1), step)
