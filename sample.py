@@ -35,23 +35,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add = parser.add_argument
+    add, room = parser.add_argument, f"{MAX_TOKENS}, or what is left of model.max_seq_len"
     add("run", help="run directory, such as out/tiny, or Hugging Face directory")
     add("--prompt", help="text to continue")
     add("--prompt-file", help='a prompt a line, or JSON lines with "prompt" if it ends in .jsonl')
     add("--checkpoint", default="best", help="best, last or a checkpoint's path (best)")
-    add("--num-samples", type=number(int, 1), default=1, help="samples a prompt (1)")
-    add(
-        "--max-tokens",
-        type=number(int, 1),
-        help=f"longest completion ({MAX_TOKENS}, or what is left of model.max_seq_len)",
-    )
-    add(
-        "--temperature",
-        type=number(float, 0, 100),
-        default=0.8,
-        help="0, and what is below 0.001: the likeliest token (0.8)",
-    )
+    add("--num-samples", type=number(int, 1), default=1, help="samples per prompt (1)")
+    add("--max-tokens", type=number(int, 1), help=f"longest completion ({room})")
+    likeliest = "0, and what is below 0.001: the likeliest token (0.8)"
+    add("--temperature", type=number(float, 0, 100), default=0.8, help=likeliest)
     add("--top-k", type=number(int, 0), default=0, help="draw from the k likeliest; 0: all (0)")
     add("--top-p", type=number(float, 0, 1), default=0.95, help="and from the share p (0.95)")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="1: none (1)")
@@ -63,34 +55,36 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--compile", action="store_true", help="seconds at the start for faster tokens")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    add("--json", action="store_true", help="a JSON object a sample, or of the evaluation")
-    add(
-        "--logprobs",
-        type=number(int, 0),
-        metavar="N",
-        help="with --json: each token's log-probability, and the N likeliest at its place",
-    )
+    add("--json", action="store_true", help="a JSON object per sample, or of the evaluation")
+    logprobs = "with --json: each token's log-probability, and the N likeliest at its place"
+    add("--logprobs", type=number(int, 0), metavar="N", help=logprobs)
     add("--evaluate", metavar="TEXT", help="loss on a split (train, val, test) or a text file")
     add("--choices", metavar="FILE", help='JSON lines: {"prompt", "choices": […], "answer": 0}')
     options = parser.parse_args(arguments)
-    if "" in options.stop:
-        raise UserError("--stop is empty: it would stop at once")
-    if options.system is not None and not options.chat:
-        raise UserError("--system is for --chat")
-    if options.prompt is not None and options.prompt_file is not None:
-        raise UserError("--prompt and --prompt-file: give one")
-    if "" in (options.evaluate, options.choices):
-        raise UserError("--evaluate and --choices take a value: --evaluate=val")
-    if options.logprobs is not None and not options.json:
-        raise UserError("--logprobs is for --json")
+    check(options)
+    return options
+
+
+def check(options: argparse.Namespace) -> None:
+    """UserError for options that contradict each other."""
     modes = ("evaluate", "choices", "chat", "prompt", "prompt_file")
     given = [name for name in modes if getattr(options, name) not in (None, False)]
     given = [f"--{name.replace('_', '-')}" for name in given]
-    if len(given) > 1 and {"--evaluate", "--choices"} & {*given}:
-        raise UserError(f"{' and '.join(given)}: give one")
-    if options.compile and {"--evaluate", "--choices"} & {*given}:
-        raise UserError("--compile is for samples")
-    return options
+    measures = bool({"--evaluate", "--choices"} & {*given})
+    for wrong, message in (
+        ("" in options.stop, "--stop is empty: it would stop at once"),
+        (options.system is not None and not options.chat, "--system is for --chat"),
+        ({"--prompt", "--prompt-file"} <= {*given}, "--prompt and --prompt-file: give one"),
+        (
+            "" in (options.evaluate, options.choices),
+            "--evaluate and --choices take a value: --evaluate=val",
+        ),
+        (options.logprobs is not None and not options.json, "--logprobs is for --json"),
+        (measures and len(given) > 1, f"{' and '.join(given)}: give one"),
+        (measures and options.compile, "--compile is for samples"),
+    ):
+        if wrong:
+            raise UserError(message)
 
 
 def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], Any]:
@@ -133,18 +127,18 @@ def main(arguments: list[str]) -> None:
         source = open_source(existing_path(options.run), options.checkpoint)
     else:
         source = open_source(existing_path(options.checkpoint))
-    described = f"{source.path}"
-    if source.step is not None:
-        evaluated = f"validation loss {source.val_loss:.4f}" if source.val_loss < math.inf else ""
-        described += f": step {source.step}, {evaluated or 'not evaluated'}"
-    print(described, file=sys.stderr)
+    known = (
+        f"validation loss {source.val_loss:.4f}" if source.val_loss < math.inf else "not evaluated"
+    )
+    step = "" if source.step is None else f": step {source.step}, {known}"
+    print(f"{source.path}{step}", file=sys.stderr)
     if measuring:
         measure(source, options)
         return
     rows = min(options.batch_size, len(prompts or [""]) * options.num_samples)
     sampler = Sampler(source, options, rows)
     history = [("system", options.system)] if options.system else []
-    for role in ("user", *(role for role, _ in history)):
+    for role in ("user", *dict(history)):
         if sampler.template and role not in sampler.template.before:
             raise UserError(f"the template of {source.path} has no role {role!r}")
     if prompts is not None:
@@ -167,7 +161,7 @@ def main(arguments: list[str]) -> None:
 def measure(source: Source, options: argparse.Namespace) -> None:
     """Evaluates the model on a split, a text file or a file of choices, and prints the figures.
 
-    As training does: weights in float32, products in what the device does well.
+    As in training, weights are float32 and products of the type that the device does well.
     """
     device, dtype = device_and_dtype(options)
     take_any_shape()
@@ -199,7 +193,7 @@ def measure(source: Source, options: argparse.Namespace) -> None:
 def answer(
     sampler: Sampler, prompts: list[str], options: argparse.Namespace, history: Messages
 ) -> list[str]:
-    """Samples from each prompt, prints and returns; a single sample streams to a terminal."""
+    """Samples from each prompt, printed and returned; a single sample streams to a terminal."""
     encoded = sampler.encode(prompts, options.max_tokens or 1, history)
     settings = Settings(
         options.max_tokens or MAX_TOKENS,
@@ -237,7 +231,7 @@ def answer(
 
 
 def read_prompts(options: argparse.Namespace) -> list[str] | None:
-    """The prompts of the command line or its file; None where a terminal is to be asked."""
+    """The prompts of the command line or its file; None to ask for them at a terminal."""
     if options.prompt is not None:
         return [options.prompt]
     if options.prompt_file is None:

@@ -1,5 +1,5 @@
-"""Evaluation: the loss on a split, by all ranks while a model trains, or by one process afterwards;
-the loss on any text; multiple choice."""
+"""Evaluation: the loss on a split, by all ranks while a model trains or by one process afterwards,
+what a model writes meanwhile, the loss on any text, and multiple choice."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ MAX_TEXT_BYTES = 16_000_000  # encoding one text takes 60 bytes a byte
 
 
 class Scores(NamedTuple):
-    """loss in nats a token; perplexity; bits_per_byte, of the text; tokens that were predicted."""
+    """Loss in nats per token, its perplexity, bits per byte of text, predicted tokens, bytes."""
 
     loss: float
     perplexity: float
@@ -43,10 +43,15 @@ class Scores(NamedTuple):
     tokens: int
     bytes: int
 
+    @classmethod
+    def of(cls, loss: float, bits_per_byte: float, tokens: float, size: float) -> Scores:
+        perplexity = math.exp(min(loss, 700.0))  # finite in JSON, however bad the model
+        return cls(loss, perplexity, bits_per_byte, int(tokens), int(size))
+
 
 class Answers(NamedTuple):
     """Shares of questions answered right, with their standard errors: by the log-likelihood of a
-    choice, and by that divided by its bytes."""
+    choice, and by that per byte."""
 
     accuracy: float
     accuracy_error: float
@@ -55,73 +60,75 @@ class Answers(NamedTuple):
     questions: int
 
 
-def scores(nats: float, tokens: int, size: int) -> Scores:
-    """Of so many tokens that stand for so many bytes."""
-    loss = nats / tokens
-    return Scores(loss, math.exp(min(loss, 700.0)), nats / math.log(2) / size, tokens, size)
-
-
 @torch.no_grad()
 def evaluate(
-    model: nn.Module,
-    data: Mixture,
-    batches: Batches,
-    byte_lengths: np.ndarray,
-    agreed: Consensus,
+    model: nn.Module, data: Mixture, batches: Batches, byte_lengths: np.ndarray, agreed: Consensus
 ) -> dict[str, Any] | None:
     """Loss, perplexity and bits per byte over a fixed part of a split, shared by all ranks.
 
-    Those of a mixture are the means of its datasets' by weight. None if the ranks agreed to stop
-    before its end.
+    None if the ranks agreed to stop before its end.
 
     Args:
         byte_lengths: bytes of text that each token stands for (V,).
 
     Raises:
-        AgreedError: not a token of a dataset's part is trained on.
+        AgreedError: no token of a dataset's part is trained on.
     """
-    world, while_waiting = batches.world, agreed.conditions.while_waiting
+    world, lagged = batches.world, Lagged(agreed.conditions.while_waiting)
     bytes_of = torch.from_numpy(byte_lengths).to(world.device)
-    lagged: Lagged[None] = Lagged(while_waiting)
-    sums = torch.zeros(len(data.names), 3, dtype=torch.float64, device=world.device)
     parts = data.evenly_spaced(batches.config.train.eval_sequences)
+    sums = torch.zeros(len(parts), 3, dtype=torch.float64, device=world.device)
     for own, windows in zip(sums, parts, strict=True):
         for batch in batches.of_windows(data, windows):
             with autocast(model, world):
                 own[0] += model(*batch)
-            trained = batch.targets != IGNORE  # as a mask: to gather them would wait for the device
+            trained = batch.targets != IGNORE  # a mask: an index would wait for the device
             own[1] += trained.sum()
             own[2] += (bytes_of[batch.targets.clamp(min=0)] * trained).sum()
-            for _, votes, _ in lagged.push(None, world.sum(agreed.votes())):
-                if agreed.reason(votes):
-                    return None
+            if stopped(agreed, lagged):
+                return None
+    totals = fetch(world.sum(sums), agreed.conditions.while_waiting)
+    empty = (
+        "the windows of the val split that are evaluated have no text to train on; set"
+        " train.eval_sequences higher, or data.train_on and prepare anew"
+    )
+    (loss, perplexity, bits, *_), losses = mixture_scores(data, totals, empty)
+    row = {"val_loss": loss, "val_perplexity": perplexity, "val_bits_per_byte": bits}
+    return row | ({"val_losses": losses} if len(batches.data.names) > 1 else {})
+
+
+def stopped(agreed: Consensus, lagged: Lagged[None]) -> bool:
+    """Casts this rank's votes; True if by those cast before all ranks agreed to stop."""
+    heard = lagged.push(None, agreed.world.sum(agreed.votes()))
+    return any(agreed.reason(votes) for _, votes, _ in heard)
+
+
+def mixture_scores(data: Mixture, totals: list[Any], empty: str) -> tuple[Scores, dict[str, float]]:
+    """Scores from each dataset's nats, trained tokens and bytes, and each dataset's loss.
+
+    Loss and bits per byte of a mixture are the means of its datasets' by weight.
+
+    Raises:
+        AgreedError: `empty`, led by the name of a dataset without a token that is trained on.
+    """
     losses, bits = {}, {}
-    totals = fetch(world.sum(sums), while_waiting)
     for name, (nats, count, size) in zip(data.names, totals, strict=True):
         if not size:
-            raise AgreedError(
-                f"{name}: the windows of the val split that are evaluated have no text to train on;"
-                " set train.eval_sequences higher, or data.train_on and prepare anew"
-            )
+            raise AgreedError(f"{name}: {empty}")
         losses[name], bits[name] = nats / count, nats / math.log(2) / size
-    loss = data.mean(losses)
-    scores = {
-        "val_loss": loss,
-        "val_perplexity": math.exp(min(loss, 700.0)),  # finite in JSON, however bad the model
-        "val_bits_per_byte": data.mean(bits),
-    }
-    return scores | ({"val_losses": losses} if len(batches.data.names) > 1 else {})
+    _, tokens, size = map(sum, zip(*totals, strict=True))
+    return Scores.of(data.mean(losses), data.mean(bits), tokens, size), losses
 
 
 @torch.no_grad()
 def predictions(
     model: nn.Module, data: Mixture, batches: Batches, vocab_size: int, agreed: Consensus
 ) -> list[dict[str, str]]:
-    """What the model writes by itself, and what it predicts at each trained token of the second
+    """What the model writes by itself, and what it predicts for each trained token in the second
     half of a few fixed windows.
 
-    Forward passes that see the true tokens before each: as cheap sharded as whole, since every rank
-    takes part in them alike. They have the shape of training's, which is compiled.
+    Predictions see the true tokens before each: one forward pass of training's shape, which is
+    compiled, and in which every rank of a sharded model takes part alike.
     """
     world, prompts = batches.world, batches.config.train.sample_prompts
     if not prompts:
@@ -154,15 +161,15 @@ def predictions(
 def continuation(
     model: nn.Module, data: Mixture, world: World, vocab_size: int, agreed: Consensus
 ) -> tuple[list[int], list[int]] | None:
-    """The beginning of a fixed window, of a conversation its prompt, and what the model writes
-    behind it, token by token, with the same noise each time. None if the ranks agreed to stop.
+    """The beginning of a fixed window (of a conversation, its prompt) and what the model writes
+    behind it, with the same noise at every evaluation. None if the ranks agreed to stop.
 
-    A forward pass of one short sequence for each token, on every rank alike. Its shape is not
+    Each token takes a forward pass of one short sequence, on every rank alike. Its shape is not
     training's, so it is not compiled. The largest logit after Gumbel noise is a sample (Gumbel,
-    "Statistical Theory of Extreme Values", 1954): nothing is drawn on the device.
+    "Statistical Theory of Extreme Values", 1954), so nothing is drawn on the device.
     """
     tokens, targets = data.batch(np.zeros(1, dtype=np.int64))
-    prompted = int((targets[0] != IGNORE).int().argmax())  # before the first token that is trained
+    prompted = int((targets[0] != IGNORE).int().argmax())  # tokens before the first one trained on
     length = max(1, min(prompted + 1 if prompted else WRITTEN_TOKENS, data.seq_len // 2))
     end = min(length + WRITTEN_TOKENS, data.seq_len)
     noise = torch.empty(end, vocab_size)
@@ -173,9 +180,8 @@ def continuation(
         with torch.compiler.set_stance("force_eager"), autocast(model, world):
             logits = model(tokens, logits_at=(0, slice(position - 1, position)))
         tokens[0, position] = (logits[0] / WRITTEN_TEMPERATURE + noise[position]).argmax()
-        for _, votes, _ in lagged.push(None, world.sum(agreed.votes())):
-            if agreed.reason(votes):
-                return None
+        if stopped(agreed, lagged):
+            return None
     ids = tokens[0].tolist()
     return ids[:length], ids[length:]
 
@@ -183,8 +189,6 @@ def continuation(
 @torch.inference_mode()
 def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) -> Scores:
     """The whole split of a run's dataset, in windows of data.seq_len, as training evaluates it.
-
-    Of a mixture loss and bits per byte are the means of its datasets' by weight.
 
     Raises:
         UserError: not a run; its dataset is gone or another one; it has no such split, or nothing
@@ -194,11 +198,10 @@ def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) ->
         raise UserError(
             f"{source.path} has no dataset: --evaluate={split} needs a run; give a text file"
         )
-    data = open_source_split(source, split)
+    data, totals = open_source_split(source, split), []
     bytes_of = torch.from_numpy(source.tokenizer.byte_lengths())
     device = model.lm_head.weight.device
-    found = {}
-    for name, windows in zip(data.names, data.evenly_spaced(0), strict=True):
+    for windows in data.evenly_spaced(0):
         nats, count, size = 0.0, 0, 0
         for start in range(0, len(windows), batch_size):
             tokens, targets = data.batch(windows[start : start + batch_size])
@@ -209,13 +212,8 @@ def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) ->
             trained = targets[targets != IGNORE]
             count += len(trained)
             size += int(bytes_of[trained].sum())
-        if not size:
-            raise UserError(f"{name}: the {split} split has no text that is trained on")
-        found[name] = scores(nats, count, size)
-    loss = data.mean({name: one.loss for name, one in found.items()})
-    bits = data.mean({name: one.bits_per_byte for name, one in found.items()})
-    totals = (sum(getattr(one, key) for one in found.values()) for key in ("tokens", "bytes"))
-    return Scores(loss, math.exp(min(loss, 700.0)), bits, *totals)
+        totals.append((nats, count, size))
+    return mixture_scores(data, totals, f"the {split} split has no text that is trained on")[0]
 
 
 def open_source_split(source: Source, split: str) -> Mixture:
@@ -232,8 +230,8 @@ def open_source_split(source: Source, split: str) -> Mixture:
 
 @torch.inference_mode()
 def evaluate_text(model: Llama, tokenizer: Tokenizer, path: Path, batch_size: int) -> Scores:
-    """A text file as one document: each token once, behind at least half a context of others
-    (but at the beginning, where BOS stands).
+    """A text file as one document: each token is predicted once, from at least half a context of
+    tokens before it, or all back to BOS.
 
     Raises:
         UserError: it can't be read, is empty, too large or not UTF-8.
@@ -246,34 +244,32 @@ def evaluate_text(model: Llama, tokenizer: Tokenizer, path: Path, batch_size: in
     ids = np.concatenate(([tokenizer.bos_id], tokenizer.encode(text))).astype(np.int64)
     if len(ids) < 2:
         raise UserError(f"{path}: holds no text")
-    nats, device = 0.0, model.lm_head.weight.device
+    nats = 0.0
     for batch in batches(ids, model.config.max_seq_len, batch_size):
-        tokens, targets = (part.to(device) for part in batch)
+        tokens, targets = (part.to(model.lm_head.weight.device) for part in batch)
         nats += model(tokens, targets).item()
-    return scores(nats, len(ids) - 1, len(text.encode()))
+    count, size = len(ids) - 1, len(text.encode())
+    return Scores.of(nats / count, nats / math.log(2) / size, count, size)
 
 
 def batches(ids: np.ndarray, length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Tokens and targets (B, T) of windows that overlap by half: each of ids but the first is a
-    target once, IGNORE else."""
+    target once, IGNORE otherwise."""
     stride = max(1, length // 2)
-    starts = [0, *range(stride, len(ids) - 1 - (length - stride), stride)]
+    starts = np.array([0, *range(stride, len(ids) - 1 - (length - stride), stride)])
     length = min(length, len(ids) - 1)
+    padded = np.pad(ids, (0, length), constant_values=IGNORE)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, length + 1)
     for first in range(0, len(starts), batch_size):
         chosen = starts[first : first + batch_size]
-        tokens = np.zeros((len(chosen), length), dtype=np.int64)
-        targets = np.full_like(tokens, IGNORE)
-        for row, start in enumerate(chosen):
-            window = ids[start : start + length + 1]
-            tokens[row, : len(window) - 1] = window[:-1]
-            new = length - stride if start else 0  # targets before it are the last window's
-            targets[row, new : len(window) - 1] = window[new + 1 :]
+        tokens, targets = windows[chosen, :-1].clip(min=0), windows[chosen, 1:]
+        targets[chosen > 0, : length - stride] = IGNORE  # they are targets of the window before
         yield torch.from_numpy(tokens), torch.from_numpy(targets)
 
 
 @torch.inference_mode()
 def evaluate_choices(model: Llama, tokenizer: Tokenizer, path: Path) -> Answers:
-    """Multiple choice: the answer is the choice that the model thinks likeliest behind the prompt.
+    """Multiple choice: the model answers with the choice that is likeliest behind the prompt.
 
     Raises:
         UserError: a row is not a question, or does not fit the context.
@@ -283,21 +279,20 @@ def evaluate_choices(model: Llama, tokenizer: Tokenizer, path: Path) -> Answers:
         logs = [log_likelihood(model, tokenizer, prompt, c, f"{path}, row {row}") for c in choices]
         by_bytes = [log / len(c.encode()) for log, c in zip(logs, choices, strict=True)]
         right.append([int(np.argmax(logs)) == answer, int(np.argmax(by_bytes)) == answer])
-    shares = np.mean(right, axis=0)
     errors = np.std(right, axis=0, ddof=1) / math.sqrt(len(right)) if len(right) > 1 else [0.0, 0.0]
-    figures = [float(figure) for pair in zip(shares, errors, strict=True) for figure in pair]
+    figures = np.column_stack((np.mean(right, axis=0), errors)).flatten().tolist()
     return Answers(*figures, len(right))
 
 
 def log_likelihood(
     model: Llama, tokenizer: Tokenizer, prompt: str, choice: str, where: str
 ) -> float:
-    """Nats of the choice behind the prompt: of the tokens of both that differ from the prompt's."""
+    """Nats of the tokens that a choice adds to its prompt, or changes in it."""
     device, limit = model.lm_head.weight.device, model.config.max_seq_len
     before = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt + choice).tolist()]
-    same = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), None)
-    start = max(1, min(len(before), len(ids)) if same is None else same)
+    same = [a == b for a, b in zip(before, ids, strict=False)]
+    start = max(1, [*same, False].index(False))
     if len(ids) - start > limit:
         raise UserError(f"{where}: a choice of {len(ids) - start} tokens is above max_seq_len")
     cut = max(0, len(ids) - 1 - limit)  # the beginning of a prompt that is too long
@@ -308,29 +303,24 @@ def log_likelihood(
 
 
 def read_questions(path: Path) -> Iterator[tuple[int, str, list[str], int]]:
-    """Row, prompt, choices and number of the right one, of each line of JSON."""
+    """Row, prompt, choices and number of the right one, of each line of JSON.
+
+    Raises:
+        UserError: a row is not a question, or there is none.
+    """
     form = '{"prompt": "text", "choices": ["text", …], "answer": 0}'
     rows = read_rows(path)
     if not rows:
         raise UserError(f"{path}: holds no question; write {form} a line")
     for number, line in rows:
-        question = parse_question(line)
-        if question is None:
+        try:
+            value: Any = json.loads(line)
+            prompt, choices, answer = (value[key] for key in ("prompt", "choices", "answer"))
+            "".join([prompt, *choices]).encode()  # fails unless all are text that can be UTF-8
+            right = type(choices) is list and len(choices) > 1 and "" not in choices
+            right = right and type(answer) is int and 0 <= answer < len(choices)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            right = False
+        if not right:
             raise UserError(f"{path}, row {number}: write {form}")
-        yield number, *question
-
-
-def parse_question(line: str) -> tuple[str, list[str], int] | None:
-    """Prompt, choices and answer of a line; None if it is no question."""
-    try:
-        value: Any = json.loads(line)
-        prompt, choices, answer = (value[key] for key in ("prompt", "choices", "answer"))
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return None
-    texts = [prompt, *choices] if isinstance(choices, list) else [None]
-    if not all(isinstance(t, str) and not any("\ud800" <= c <= "\udfff" for c in t) for t in texts):
-        return None
-    whole = isinstance(answer, int) and not isinstance(answer, bool)
-    if len(choices) < 2 or "" in choices or not whole or not 0 <= answer < len(choices):
-        return None
-    return prompt, choices, answer
+        yield number, prompt, choices, answer

@@ -1,4 +1,4 @@
-"""Generation: prompts to tokens, a batch at a time, and tokens to text as it becomes certain.
+"""Generation: prompts to tokens, a batch at a time, and tokens to text as soon as it is certain.
 
 A sample depends on its prompt, the settings, the seed and its number, never on its neighbours.
 """
@@ -31,9 +31,8 @@ class Source(NamedTuple):
     """Where a model is read from: weights by name, mapped from their files, and their tokenizer.
 
     Attributes:
-        config: of the model.
-        run_config: of the run; None for a model from elsewhere, which has no dataset.
-        template: how conversations were written that it learnt from, if it did.
+        run_config: None for a model from elsewhere, which has no dataset.
+        template: how the conversations that it was trained on were written, if it was.
         weights: names of the parameters, tied ones once.
     """
 
@@ -56,17 +55,15 @@ def open_source(path: Path, which: str = "best") -> Source:
     """
     if (path / "config.json").is_file():
         found = Pretrained(path)
-        tokenizer = Tokenizer(found.tokenizer_path)
-        names = [*found.shapes()]
-        parts = found.config, None, tokenizer, found.template, names, found.tensor
-        return Source(path, None, math.inf, *parts)
+        own = Tokenizer(found.tokenizer_path), found.template, [*found.shapes()], found.tensor
+        return Source(path, None, math.inf, found.config, None, *own)
     checkpoint = find_checkpoint(path, which)
-    tokenizer = tokenizer_of(checkpoint)
-    config, template = checkpoint.config, checkpoint.manifest.get("template")
+    tokenizer, config = tokenizer_of(checkpoint), checkpoint.config
     run_config = config if checkpoint.manifest.get("dataset") else None  # an import has none
-    tensor: Callable[[str], Tensor] = partial(Checkpoint.tensor, checkpoint, "model")
-    parts = config.model, run_config, tokenizer, template, [*checkpoint.shapes("model")], tensor
-    return Source(checkpoint.path, checkpoint.step, checkpoint.val_loss, *parts)
+    template, names = checkpoint.manifest.get("template"), [*checkpoint.shapes("model")]
+    parts = config.model, run_config, tokenizer, template, names
+    tensor = partial(checkpoint.tensor, "model")
+    return Source(checkpoint.path, checkpoint.step, checkpoint.val_loss, *parts, tensor)
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
@@ -81,7 +78,7 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
 
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llama:
-    """The model with a source's weights: mapped from its files where they are as they should be,
+    """The model with a source's weights: mapped from its files if they have that type and device,
     else converted one at a time."""
     weights = {name: source.tensor(name).to(device, dtype) for name in source.weights}
     with torch.device("meta"):
@@ -94,20 +91,27 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llam
 
 
 def fit_to_device(model: Llama, single: bool, compiled: bool) -> None:
-    """Makes a model quick at continuing a single row, or many at a time, in place.
+    """Makes a model fast at continuing a single row, or several at a time, in place.
 
-    Compiled, what is between the products of a token becomes a few kernels.
+    On a CPU a token takes as long as reading the weights, which the library reads, in the order in
+    which they are stored, at half of memory's speed or less. So it gets each matrix in an order of
+    its own, a copy in memory. Compiled, what stands between a token's products becomes a few
+    kernels, and the compiler writes the products of a single row itself, which read the weights
+    where they are.
 
     Raises:
         UserError: there is no compiler.
     """
-    device = model.lm_head.weight.device
+    weight = model.lm_head.weight
     if compiled:
-        check_compiler(device, "leave out --compile")
-    if device.type == "cuda":
+        check_compiler(weight.device, "leave out --compile")
+    if weight.device.type == "cuda":
         take_any_shape()
-    else:
-        fit_to_cpu(model, single and compiled)
+    elif single and compiled:
+        for module in linears(model):
+            module.__class__ = RowLinear  # by its class, so that one graph serves all layers
+    elif can_pack(weight.dtype):
+        pack(model)
     if not compiled:
         return
 
@@ -119,24 +123,9 @@ def fit_to_device(model: Llama, single: bool, compiled: bool) -> None:
 
 
 def take_any_shape() -> None:
-    """Chooses attention kernels of a GPU that are ready for any shape, for this process: cuDNN's
-    takes 55 to 400 ms to plan each, and each prompt has one of its own."""
+    """Keeps this process from attention kernels that a GPU must prepare for each shape: cuDNN's
+    takes 55 to 400 ms for one, and each prompt has a shape of its own."""
     torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def fit_to_cpu(model: Llama, compiled_row: bool) -> None:
-    """Lays out a model's matrices for a CPU, in place.
-
-    A token's time is that of reading the weights, and in the order in which they are stored the
-    library reads them at half the speed that memory has or less. So each matrix is laid out anew,
-    a copy in memory. The products of a single row the compiler writes itself, and reads the weights
-    where they are.
-    """
-    if compiled_row:
-        for module in linears(model):
-            module.__class__ = RowLinear  # by its class, so that one graph serves all layers
-    elif can_pack(model.lm_head.weight.dtype):
-        pack(model)
 
 
 @dataclass(frozen=True)
@@ -162,13 +151,13 @@ def generate(
     samples: list[int] | None = None,
     watch: Callable[[Tensor, Tensor], Any] | None = None,
 ) -> Iterator[list[int | None]]:
-    """Continues a batch of prompts of any lengths, a token each a step.
+    """Continues a batch of prompts of any lengths, one token each per step.
 
     Args:
         prompts: ids, BOS included; each shorter than model.max_seq_len.
         allowed: which ids may be drawn (V,); None: all.
         stop_ids: ids that end a row.
-        samples: the number of each row's sample, its own source of randomness; None: 0, 1, …
+        samples: the number of each row's sample, which seeds its randomness; None: 0, 1, …
         watch: called at each step with the model's logits (B, V) and the ids chosen (B,).
 
     Yields:
@@ -176,23 +165,20 @@ def generate(
         settings.max_tokens, or prompt and completion fill model.max_seq_len.
     """
     rows, device, limit = len(prompts), model.lm_head.weight.device, model.config.max_seq_len
+    lengths = torch.tensor([*map(len, prompts)], device=device)
     longest = max(map(len, prompts))
     assert longest < limit, "a prompt leaves no room"
     length = min(longest + settings.max_tokens, limit)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
     randoms = uniform_numbers(settings, samples or list(range(rows))).to(device)
+    # What fills up shorter prompts is overwritten before anything attends to it.
+    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
+    positions = torch.arange(longest, device=device).expand(rows, -1)
     seen = None
     if settings.repetition_penalty != 1:
         seen = torch.zeros(rows, model.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-    ended = [False] * rows
-
-    # What shorter prompts are filled up with is written over before anything attends to it.
-    tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
-    positions = torch.arange(longest, device=device).expand(rows, -1)
-    cache = model.new_cache(rows, length)
-    next_logits = None
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
+    cache, next_logits, ended = model.new_cache(rows, length), model, [False] * rows
     last = torch.arange(rows, device=device)[:, None], lengths[:, None] - 1
     logits = model(tokens, cache=cache, positions=positions, length=longest, logits_at=last)
     for step in range(settings.max_tokens):
@@ -205,39 +191,37 @@ def generate(
         ids = chosen.tolist()
         yield [None if end else token for token, end in zip(ids, ended, strict=True)]
         for row, token in enumerate(ids):
-            full = len(prompts[row]) + step + 1 >= limit
-            ended[row] = ended[row] or full or token in stop_ids
+            ended[row] |= token in stop_ids or len(prompts[row]) + step + 1 >= limit
         if all(ended) or step + 1 == settings.max_tokens:
             return
         if seen is not None:
             seen.scatter_(1, chosen[:, None], True)
         positions = (lengths + step).clamp(max=length - 1)[:, None]  # full rows go on in place
+        if step == 0 and device.type == "cuda":
+            next_logits = captured(model, cache, chosen, positions)
         now = min(longest + step + 1, length)
-        if not next_logits:
-            on_gpu = device.type == "cuda"
-            next_logits = captured(model, cache, chosen, positions) if on_gpu else model
         logits = next_logits(chosen[:, None], cache=cache, positions=positions, length=now)
 
 
 def captured(
     model: Llama, cache: KVCache, chosen: Tensor, positions: Tensor
 ) -> Callable[..., Tensor]:
-    """The model's step by one token a row as a CUDA graph: one launch, not one for each kernel.
+    """The model's step by one token per row as a CUDA graph: one launch, not one for each kernel.
 
     It attends over the whole cache, masked, whatever `length` is: a graph's shapes are fixed.
 
     Args:
-        chosen, positions: of the step to come, which is made on the way.
+        chosen, positions: of the next step, which capturing runs.
     """
-    tokens, places = chosen[:, None].clone(), positions.clone()
+    tokens, at = chosen[:, None].clone(), positions.clone()
 
     def step() -> Tensor:
-        return model(tokens, cache=cache, positions=places, length=cache.length)
+        return model(tokens, cache=cache, positions=at, length=cache.length)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        step()  # libraries allocate what they need and the compiler compiles, which no capture can
+        step()  # here libraries allocate and the compiler compiles, which no capture allows
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -245,7 +229,7 @@ def captured(
 
     def replay(chosen: Tensor, *, positions: Tensor, **_: object) -> Tensor:
         tokens.copy_(chosen)
-        places.copy_(positions)
+        at.copy_(positions)
         graph.replay()
         return logits
 
@@ -255,7 +239,7 @@ def captured(
 def choose(logits: Tensor, seen: Tensor | None, settings: Settings, randoms: Tensor) -> Tensor:
     """The next id of each row (B,) from logits (B, V), ids seen (B, V) and randoms in [0, 1) (B,).
 
-    The order is that of transformers: penalty, temperature, top-k, top-p. The penalty alone needs
+    The order is that of transformers: penalty, temperature, top-k, top-p. Only the penalty needs
     `seen`.
     """
     if seen is not None:
@@ -267,7 +251,7 @@ def choose(logits: Tensor, seen: Tensor | None, settings: Settings, randoms: Ten
         logits = keep_top_k(logits, settings.top_k)
     if settings.top_p < 1:
         logits = keep_top_p(logits, settings.top_p)
-    # Inverse of the distribution function: one random number a token, whatever the vocabulary.
+    # The inverse of the distribution function takes one random number per token.
     total = logits.double().softmax(-1).cumsum(-1)
     return torch.searchsorted(total, (randoms * total[:, -1])[:, None], right=True)[:, 0]
 
@@ -279,15 +263,15 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Leaves the k likeliest ids (and what ties with the last of them)."""
+    """Leaves the k likeliest ids, and any that ties with the last of them."""
     return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
 
 
 def keep_top_p(logits: Tensor, p: float, among: int = 1024) -> Tensor:
     """Leaves the fewest ids that hold the share p (nucleus, Holtzman et al., arXiv 1904.09751).
 
-    Only rows that don't find them `among` the likeliest are sorted, each row for itself: it takes
-    several times as long.
+    They are looked for among the likeliest `among`; only rows that need more are sorted, which
+    takes several times as long.
     """
     if among >= logits.shape[-1]:
         ordered, ids = logits.sort()  # the likeliest last: it always stays
@@ -307,7 +291,7 @@ def keep_top_p(logits: Tensor, p: float, among: int = 1024) -> Tensor:
 
 
 def uniform_numbers(settings: Settings, samples: list[int]) -> Tensor:
-    """Numbers in [0, 1), a row a sample and one for each token (B, max_tokens), float64."""
+    """Random numbers in [0, 1), one per token of each sample (B, max_tokens), float64."""
     rows = []
     for sample in samples:
         digest = hashlib.sha256(f"{settings.seed} {sample}".encode()).digest()
@@ -320,8 +304,8 @@ class Completion:
     """The text of one sample while its tokens arrive.
 
     Attributes:
-        text: what is certain of the completion; a stop string and what follows is left out, and
-            half a character if the limit cut it, unless there is nothing else.
+        text: the certain part of the completion, without a stop string and what follows it, and
+            without a character that the limit cut, unless there is nothing else.
         tokens: number of ids taken.
         end: None while it goes on; then eos, stop (a stop string) or length.
     """
@@ -338,14 +322,14 @@ class Completion:
     def add(self, token: int | None) -> str:
         """Takes the next id, or None at the end; returns the text that can be shown now.
 
-        Held back are characters of which bytes may follow, and what may become a stop string.
+        Characters whose last bytes may follow are held back, and what may become a stop string.
         """
         if self.end:
             return ""
         start = len(self.text)
         if token is None or token in self.stop_ids:
             self.end = "length" if token is None else "eos"
-            if token is not None or not self.text:  # else the limit cut a character: left out
+            if token is not None or not self.text:  # a character that the limit cut is left out
                 self._take(len(self.ids))
         else:
             self.ids.append(token)
@@ -360,16 +344,17 @@ class Completion:
         return self.text[shown:certain]
 
     def _take(self, stop: int) -> None:
-        """Adds the text of the ids before `stop`; those before them tell whether a space leads it.
-        Bytes that are no character become U+FFFD."""
+        """Adds the text of the ids before `stop`, decoded behind earlier ones, on which a leading
+        space depends. Bytes that are no character become U+FFFD."""
         if stop > self.decoded:
-            decode, start = self.tokenizer.decode, self.context
-            before = decode(self.ids[start : self.decoded])
-            self.text += decode(self.ids[start:stop])[len(before) :]
+            before, now = (
+                self.tokenizer.decode(self.ids[self.context : end]) for end in (self.decoded, stop)
+            )
+            self.text += now[len(before) :]
             self.context, self.decoded = self.decoded, stop
 
     def _begun_bytes(self) -> int:
-        """Number of last ids that are the first bytes of a character whose others may follow."""
+        """Number of ids at the end that are the first bytes of a character not yet complete."""
         processor = self.tokenizer.processor
         for count in range(min(3, len(self.ids) - self.decoded), 0, -1):
             ids = self.ids[-count:]
@@ -381,13 +366,13 @@ class Completion:
         return 0
 
     def _possible_stop(self) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest end of the text that a stop string begins with."""
         begun = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
         return max((len(part) for part in begun if self.text.endswith(part)), default=0)
 
 
 def drawable(tokenizer: Tokenizer, vocab_size: int) -> Tensor:
-    """Which of a model's ids are drawn (V,): EOS, but no other control piece and no spare row."""
+    """Which of a model's ids may be drawn (V,): no control pieces but EOS, and no spare rows."""
     allowed = torch.zeros(vocab_size, dtype=torch.bool)
     allowed[: tokenizer.vocab_size] = torch.from_numpy(tokenizer.byte_lengths() > 0)
     allowed[tokenizer.eos_id] = True
