@@ -70,15 +70,13 @@ def check(options: argparse.Namespace) -> None:
     modes = ("evaluate", "choices", "chat", "prompt", "prompt_file")
     given = [name for name in modes if getattr(options, name) not in (None, False)]
     given = [f"--{name.replace('_', '-')}" for name in given]
-    measures = bool({"--evaluate", "--choices"} & {*given})
+    measures = not {"--evaluate", "--choices"}.isdisjoint(given)
+    valueless = "" in (options.evaluate, options.choices)
     for wrong, message in (
         ("" in options.stop, "--stop is empty: it would stop at once"),
         (options.system is not None and not options.chat, "--system is for --chat"),
         ({"--prompt", "--prompt-file"} <= {*given}, "--prompt and --prompt-file: give one"),
-        (
-            "" in (options.evaluate, options.choices),
-            "--evaluate and --choices take a value: --evaluate=val",
-        ),
+        (valueless, "--evaluate and --choices take a value: --evaluate=val"),
         (options.logprobs is not None and not options.json, "--logprobs is for --json"),
         (measures and len(given) > 1, f"{' and '.join(given)}: give one"),
         (measures and options.compile, "--compile is for samples"),
@@ -127,11 +125,12 @@ def main(arguments: list[str]) -> None:
         source = open_source(existing_path(options.run), options.checkpoint)
     else:
         source = open_source(existing_path(options.checkpoint))
-    known = (
-        f"validation loss {source.val_loss:.4f}" if source.val_loss < math.inf else "not evaluated"
-    )
-    step = "" if source.step is None else f": step {source.step}, {known}"
-    print(f"{source.path}{step}", file=sys.stderr)
+    described = str(source.path)
+    if source.step is not None:
+        known = source.val_loss < math.inf
+        described += f": step {source.step}, "
+        described += f"validation loss {source.val_loss:.4f}" if known else "not evaluated"
+    print(described, file=sys.stderr)
     if measuring:
         measure(source, options)
         return

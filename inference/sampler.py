@@ -28,7 +28,7 @@ Messages = list[tuple[str, str]]  # roles and contents
 
 
 class Sampler:
-    """A source's model and tokenizer, ready to complete so many prompts at a time.
+    """A source's model and tokenizer, ready to complete `rows` prompts at a time.
 
     Raises:
         UserError: a chat with weights that saw no conversation; --compile without a compiler.
@@ -61,19 +61,20 @@ class Sampler:
             if any("\ud800" <= c <= "\udfff" for c in prompt):
                 raise UserError(f"prompt {number}: not UTF-8")
             if self.template:
-                encoded.append(self.template.prompt([*history, ("user", prompt)]))
+                ids = self.template.prompt([*history, ("user", prompt)])
             else:
-                encoded.append([self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()])
-            if len(encoded[-1]) + max_tokens > limit:
+                ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
+            if len(ids) + max_tokens > limit:
                 raise UserError(
-                    f"prompt {number}: {len(encoded[-1])} tokens and {max_tokens} to come are above"
+                    f"prompt {number}: {len(ids)} tokens and {max_tokens} to come are above"
                     f" model.max_seq_len ({limit}); shorten the prompt or lower --max-tokens"
                 )
+            encoded.append(ids)
         return encoded
 
     def remembered(self, history: Messages, prompt: str, room: int) -> Messages:
-        """What of a chat's messages fits the context beside the prompt and room for the answer:
-        its oldest exchanges are left out, aloud."""
+        """A chat's messages without the oldest exchanges that do not fit the context beside the
+        prompt and the room for an answer; says so where it leaves one out."""
         system = [message for message in history[:1] if message[0] == "system"]
         while len(history) > len(system) and self.template:
             ids = self.template.prompt([*history, ("user", prompt)])
@@ -93,8 +94,8 @@ class Sampler:
     ) -> tuple[list[Completion], list[list[dict[str, Any]]]]:
         """The completions of a batch; `show` gets the first one's text as it becomes certain.
 
-        With `likeliest`, also what is known of each row's tokens: their ids, pieces and
-        log-probabilities, and so many of the likeliest ids' at each.
+        With `likeliest`, also each row's tokens: their ids, pieces and log-probabilities, and those
+        of as many of the likeliest ids at each.
         """
         completions = [Completion(self.tokenizer, p, self.stops, self.stop_ids) for p in prompts]
         known: list[list[dict[str, Any]]] = [[] for _ in prompts]
@@ -126,20 +127,22 @@ class Sampler:
 
     def origin(self) -> dict[str, Any]:
         """What a sample came from, for JSON."""
-        source = self.source
-        found = {"model": str(source.path), "step": source.step}
-        dtype = str(self.model.lm_head.weight.dtype).removeprefix("torch.")
-        return found | {"tokenizer_sha256": source.tokenizer.sha256, "dtype": dtype}
+        return {
+            "model": str(self.source.path),
+            "step": self.source.step,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "dtype": str(self.model.lm_head.weight.dtype).removeprefix("torch."),
+        }
 
     def describe(self, token: int, logprob: float) -> dict[str, Any]:
-        """A token for JSON; a row that has no piece is told as null."""
+        """A token for JSON; the piece of a spare row is null."""
         has_piece = token < self.tokenizer.vocab_size
         piece = self.tokenizer.processor.id_to_piece(token) if has_piece else None
         return {"id": token, "piece": piece, "logprob": logprob}
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and the type of weights; auto as in training."""
+    """The device and the type of weights; auto chooses as training does."""
     has_cuda = torch.cuda.is_available()
     if options.device == "cuda" and not has_cuda:
         raise UserError("--device=cuda: this machine has no GPU that torch can use")
