@@ -632,10 +632,10 @@ def speed(
 
     from tools import measure, plan
 
-    steps = "3" if name == "llama_1b" else "8"
+    steps = 3 if name == "llama_1b" else 8
     config = configured(options, name, "--parallel.strategy=ddp", overrides, compile_with(options))
     path = str(options.out / "trace.json.gz") if trace else "PATH"
-    asked = {"warmup": "3", "steps": steps, "trace": path}
+    asked = {"warmup": 3, "steps": steps, "trace": path}
     start = time.perf_counter()
     contestant = measure.contestant("training", config, asked, peer)
     title = f"{name.removeprefix('llama_')} × {config.train.micro_batch_size}"
@@ -695,8 +695,8 @@ def decoding(options: Options, compiled: bool) -> None:
 
     config = configured(options, "llama_110m")
     config.train.compile = "on" if compiled else "off"
-    prompt, new = ("8", "6") if options.dry_run else ("128", "128")
-    asked = {"batch": "1,2" if options.dry_run else "1,8,64", "prompt": prompt, "new": new}
+    prompt, new = (8, 6) if options.dry_run else (128, 128)
+    asked = {"batch": [1, 2] if options.dry_run else [1, 8, 64], "prompt": prompt, "new": new}
     contestant = measure.contestant("sampling", config, asked, "")
     print(json.dumps(next(contestant)), flush=True)
     for what, value in next(contestant).items():

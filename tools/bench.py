@@ -8,28 +8,27 @@ startup     --help beyond the bare interpreter, and launch to the first training
 checkpoint  saving and loading in a temporary directory: seconds and GB/s
 tokenizing  the corpus and the tokenizer of CONFIG, see below
 
-What is compared runs in turn, again and again: a machine's speed drifts, so ratios within a turn
-count. Printed are the median, the lowest and the highest, and ratios to the first contestant:
-CONFIG as the command line gives it; then come each --versus, --checkout and --peer. Each is a
-process of its own that builds and warms up before the first turn and sleeps while others have
-theirs. training and checkpoint take torchrun too, with one contestant.
+Contestants run in turns, since a machine's speed drifts: only ratios within a turn count. Each
+figure is printed as its median, lowest and highest, and as its ratio to the first contestant's,
+which is CONFIG as the command line gives it; after it come each --versus, --checkout and --peer.
+Each is a process of its own that builds and warms up before the first turn and sleeps while others
+run. training and checkpoint also run under torchrun, with one contestant.
 
-training: `MFU` is the model's arithmetic (6 N + 12 L D T a token) against the fastest square matrix
-product of the same turn at the same type; `datasheet` against the card's. `optimizer` includes
-clipping. `communication` counts collectives in full, also where they overlap with the rest. `data`
-is the time to read a step's batches if CONFIG's dataset is prepared. `memory` is the most that the
-process held so far: resident on a CPU, allocated on a GPU.
+training: `MFU` compares the model's arithmetic (6 N + 12 L D T per token) with the fastest square
+matrix product of the same turn and type; `datasheet` with the card's. `optimizer` includes
+clipping. `communication` counts collectives in full, even where they overlap with the rest. `data`
+is the time to read a step's batches if CONFIG's dataset is prepared. `memory` is the peak of the
+process so far: resident on a CPU, allocated on a GPU.
 
-tokenizing: `ceiling`: processes that are there already and only encode texts in their memory;
-`prepare`: the program from its start to its end; `tokenizes`: its own figure, without what comes
-before and after; `datasets.map`: the same by the package datasets, if it is installed, from and to
-Arrow files, in batches, with ids as lists; `lean`: with arrays of uint16.
+tokenizing: `ceiling`: running processes that only encode texts in their memory; `prepare`: the
+program from start to end; `tokenizes`: the rate that it prints, without what comes before and
+after; `datasets.map`: the same by the package datasets, if it is installed, from and to Arrow
+files, in batches, with ids as lists; `lean`: with arrays of uint16.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import multiprocessing
 import os
@@ -44,8 +43,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -69,20 +67,20 @@ FLAGS = {
     "--shape=NAME": "step or memory: a small model, for comparisons on a CPU",
     "--versus=OVERRIDES": "compare with settings such as '--train.dtype=float32'; repeatable",
     "--checkout=PATH": "compare with another checkout of Rocket, by its own bench.py; repeatable",
-    "--peer=NAME": "compare with nanogpt:CLONE, llama2.c:CLONE or transformers, repeatable; with"
+    "--peer=NAME": "compare with nanogpt:CLONE, llama2.c:CLONE or transformers; repeatable; with"
     " :compile behind it torch.compile trains it",
     "--warmup=3": "training: steps before the first turn",
-    "--steps=5": "training: steps a turn",
+    "--steps=5": "training: steps per turn",
     "--trace=PATH": "training: where to write a Chrome trace of three steps (which takes memory)",
     "--batch=1,8,64": "sampling: batch sizes",
     "--prompt=128": "sampling: tokens of each prompt",
     "--new=128": "sampling: tokens of each completion",
     "--workers=1,2": "tokenizing: numbers of processes",
-    "--copies=1": "tokenizing: measure a short corpus so many times over, as JSON lines",
-    "--json=PATH": "where to write the figures too",
+    "--copies=1": "tokenizing: repeat a short corpus this many times, as JSON lines",
+    "--json=PATH": "where to write the figures, too",
 }
-# Both tie the embeddings, as the peers do, and have 8 dim² parameters a layer in the feed-forward,
-# as GPT-2 has: all have the same number of parameters, but for nanoGPT's learnt positions.
+# Both tie the embeddings, as the peers do, and have 8 dim² parameters per layer in the
+# feed-forward, as GPT-2 has. So parameter counts are equal, but for nanoGPT's learnt positions.
 SHARED = (
     "--model.n_kv_heads=0 --model.max_seq_len=512 --model.tie_embeddings=true"
     " --optimizer.name=adamw"
@@ -95,21 +93,17 @@ SHAPES = {
     " --model.ffn_dim=2048 --tokenizer.vocab_size=32000 --data.seq_len=512"
     " --train.global_batch_size=8 --train.micro_batch_size=8",
 }
+BENCHMARKS = ("training", "sampling", "startup", "checkpoint", "tokenizing")
+RATIOS = (
+    ("prepare", "ceiling"),
+    ("tokenizes", "ceiling"),
+    ("prepare", "datasets.map"),
+    ("prepare", "datasets.map, lean"),
+)
 Json = dict[str, Any]
-Options = dict[str, str]
-Contestant = Iterator[dict[str, Any]]  # see compare
-Measured = tuple[dict[str, float], int]  # seconds by what took them, and tokens made
-Values = dict[tuple[str, str], list[float]]  # by what and its unit, one of each turn
-
-
-class Times(NamedTuple):
-    """Seconds of completing a batch: to the first token of each row (None: not told), of each token
-    from then on, and what was spent once between them, such as on a CUDA graph."""
-
-    first: float | None
-    token: float
-    once: float = 0.0
-
+Options = dict[str, Any]  # flags: whole numbers, lists of them where the default has a comma, texts
+Figures = dict[str, float]  # of a turn, by what they are and, as the last word, their unit
+Contestant = Iterator[dict[str, Any]]  # first what it is, once warmed up, then Figures of each turn
 
 TOKENIZER: Tokenizer  # forked processes find both in their memory
 TEXTS: list[str] = []
@@ -147,7 +141,23 @@ def read_arguments(arguments: list[str]) -> tuple[str, Config, Options]:
         raise ConfigError(f"--shape is one of {', '.join(SHAPES)}, not {shape!r}")
     shaped = SHAPES[shape].split() if shape else []
     config, flags = load_config([*shaped, *rest], usage=str(__doc__), flags=FLAGS)
-    return name, config, dict(flag[2:].split("=", 1) for flag in (*FLAGS, *flags))
+    defaults, given = (dict(f[2:].split("=", 1) for f in found) for found in (FLAGS, flags))
+    options: Options = defaults | given
+    for flag, default in defaults.items():
+        if default[0].isdigit():
+            options[flag] = whole_numbers(flag, options[flag], several="," in default)
+    return name, config, options
+
+
+def whole_numbers(flag: str, text: str, several: bool) -> int | list[int]:
+    if not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", text):
+        raise ConfigError(f"--{flag}: whole numbers above 0, such as 1,2, not {text!r}")
+    numbers = [int(number) for number in text.split(",")]
+    if several:
+        return numbers
+    if len(numbers) > 1:
+        raise ConfigError(f"--{flag}: one number, not {text}")
+    return numbers[0]
 
 
 def is_first_rank() -> bool:
@@ -166,38 +176,29 @@ def version(package: str) -> str:
         return "absent"
 
 
-def whole_numbers(options: Options, name: str) -> list[int]:
-    if not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", options[name]):
-        raise ConfigError(f"--{name}: whole numbers above 0, such as 1,2, not {options[name]!r}")
-    return [int(text) for text in options[name].split(",")]
-
-
-def whole_number(options: Options, name: str) -> int:
-    numbers = whole_numbers(options, name)
-    if len(numbers) > 1:
-        raise ConfigError(f"--{name}: one number, not {options[name]}")
-    return numbers[0]
-
-
-def report(who: Json, label: str, values: Values, base: Values | None = None) -> list[Json]:
-    """Prints median, lowest and highest; returns them, each with what it is of (`who`).
+def report(
+    who: Json, label: str, turns: list[Figures], base: list[Figures] | None = None
+) -> list[Json]:
+    """Prints each figure's median, lowest and highest over turns; returns them, led by `who`.
 
     Args:
-        base: what a figure is divided by within its turn, if it is there.
+        base: the same turns of another, for ratios.
     """
     rows = []
-    for (what, unit), found in values.items():
-        row = {"what": what, **who, "unit": unit} | spread(found)
+    for key in turns[0]:
+        what, unit = key.rsplit(" ", 1)
+        row = {"what": what, **who, "unit": unit} | spread([turn[key] for turn in turns])
         text = f"{label}: {what:<22} {written(row)} {unit}".rstrip()
-        if base and all(base.get((what, unit), [0])):
-            row["ratio"] = spread([a / b for a, b in zip(found, base[what, unit], strict=True)])
+        if base and all(other.get(key) for other in base):
+            ratios = [turn[key] / other[key] for turn, other in zip(turns, base, strict=True)]
+            row["ratio"] = spread(ratios)
             text = f"{text:<{len(label) + 67}} × {written(row['ratio'])}"
         say(text)
         rows.append(row)
     return rows
 
 
-def spread(found: list[float]) -> dict[str, float]:
+def spread(found: list[float]) -> Figures:
     return {"low": min(found), "median": statistics.median(found), "high": max(found)}
 
 
@@ -205,103 +206,76 @@ def written(of: Json) -> str:
     return f"{of['median']:6,.2f} ({of['low']:,.2f} to {of['high']:,.2f})"
 
 
-def contestant(name: str, config: Config, options: Options, peer: str) -> Contestant:
-    """A contestant in this process. torch is imported late: it takes seconds and memory."""
-    if name == "startup":
-        return startup(config, options, peer)
-    from tools import measure
-
-    return measure.contestant(name, config, options, peer)
-
-
-def load_module(path: Path) -> ModuleType:
-    """A module from a file, whatever else goes by its name."""
-    name = re.sub(r"\W", "_", str(path))
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def compare(name: str, config: Config, options: Options, arguments: list[str]) -> Json:
-    """Measures all contestants in turn; prints and returns what they are and what the turns gave.
-
-    A contestant is an iterator. It first gives what it is, once it has warmed up, and then figures
-    of a turn, again and again: their names, the last word of which is a unit, and values.
+    """Measures all contestants in turns; prints and returns what they are and their figures.
 
     Raises:
-        UserError: contestants that this benchmark can't have; what one of them raised.
+        UserError: contestants that this benchmark can't have; the error of one of them.
     """
-    repeats = whole_number(options, "repeats")
     rivals = [a for a in arguments if a.startswith(("--versus=", "--checkout=", "--peer="))]
     if rivals and "RANK" in os.environ:
         raise ConfigError(f"{rivals[0]}: contestants are single processes; leave out torchrun")
-    own = [a for a in arguments if a not in rivals and not a.startswith("--json=")]
-    common = [name, *(a for a in own if not a.startswith("--trace="))]
-    if rivals:
-        contestants = [("rocket", remote("rocket", [name, *own]))]
-    else:
-        contestants = [("rocket", contestant(name, config, options, ""))]
-    for rival in rivals:
-        kind, _, value = rival.partition("=")
-        label = value
+    own = [name, *(a for a in arguments if a not in rivals and not a.startswith("--json="))]
+    common = [a for a in own if not a.startswith("--trace=")]
+    first = remote("rocket", own) if rivals else contestant(name, config, options, "")
+    contestants = [("rocket", first)]  # labels may repeat
+    for argument in rivals:
+        kind, _, value = argument.partition("=")
         if kind == "--versus":
-            one = remote(label, common + shlex.split(value))
+            contestants.append((value, remote(value, common + shlex.split(value))))
         elif kind == "--checkout":
-            one = remote(label, common, checkout=value)
+            contestants.append((value, remote(value, common, checkout=value)))
         elif name in ("training", "sampling"):
             label = re.sub(":.*?(:compile)?$", r"\1", value)
-            one = remote(label, common, peer=value)
+            contestants.append((label, remote(label, common, peer=value)))
         else:
             raise ConfigError("--peer: only training and sampling are compared with peers")
-        contestants.append((label, one))
     about: Json = {}
     with contextlib.ExitStack() as stack:
         for label, one in contestants:
             stack.callback(one.close)
             about[label] = next(one)
             say(f"{label}: " + ", ".join(f"{key} {value}" for key, value in about[label].items()))
-        turns = [[next(one) for _, one in contestants] for _ in range(repeats)]
+        turns = [[next(one) for _, one in contestants] for _ in range(options["repeats"])]
     rows, width = [], max(len(label) for label, _ in contestants)
-    values: list[Values] = [
-        {tuple(key.rsplit(" ", 1)): [turn[i][key] for turn in turns] for key in figures}
-        for i, figures in enumerate(turns[0])
-    ]
-    for (label, _), own in zip(contestants, values, strict=True):
-        base = values[0] if own is not values[0] else None
-        rows += report({"contestant": label}, f"{label:<{width}}", own, base)
+    for i, (label, _) in enumerate(contestants):
+        found, base = ([turn[which] for turn in turns] for which in (i, 0))
+        rows += report({"contestant": label}, f"{label:<{width}}", found, base if i else None)
     return {"contestants": about, "rows": rows}
+
+
+def contestant(name: str, config: Config, options: Options, peer: str) -> Contestant:
+    """A contestant in this process. torch is imported late: it takes seconds and memory."""
+    if name == "startup":
+        return startup(config)
+    from tools import measure
+
+    return measure.contestant(name, config, options, peer)
 
 
 def remote(label: str, arguments: list[str], *, peer: str = "", checkout: str = "") -> Contestant:
     """A contestant in a process of its own, which sleeps between its turns.
 
     Raises:
-        UserError: it failed; with the last line that it said.
+        UserError: it failed; with the last line that it printed.
     """
     root, environment = ROOT, dict(os.environ)
     if checkout:
         root = Path(checkout).resolve()
         environment["ROCKET_ROOT"] = str(root)
-    programs = (root / "tools" / "bench.py", root / "bench.py")  # one of before the folders
+    programs = (root / "tools" / "bench.py", root / "bench.py")  # an older one has no folders
     found = next((path for path in programs if path.exists()), None)
     if not found:
         raise ConfigError(f"--checkout={checkout}: no checkout of Rocket")
-    program = [str(found), "worker", peer, *arguments]
+    command = [sys.executable, str(found), "worker", peer, *arguments]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (
         tempfile.TemporaryFile() as errors,
-        subprocess.Popen(
-            [sys.executable, *program],
-            bufsize=0,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env=environment,
-        ) as process,
+        subprocess.Popen(command, bufsize=0, stderr=errors, env=environment, **pipes) as process,
     ):
         while line := process.stdout.readline():
             yield json.loads(line)
-            with contextlib.suppress(BrokenPipeError):  # it died; there is no line either
+            with contextlib.suppress(BrokenPipeError):  # it died, so there is no next line either
                 process.stdin.write(b"\n")
         errors.seek(0)
         said = errors.read().decode(errors="replace").strip().splitlines() or ["it was killed"]
@@ -311,60 +285,58 @@ def remote(label: str, arguments: list[str], *, peer: str = "", checkout: str = 
 def work(peer: str, name: str, config: Config, options: Options) -> None:
     """The process of a contestant: a line for its parent at the beginning and for each turn."""
     answers = sys.stdout
-    with contextlib.redirect_stdout(sys.stderr):  # peers talk
+    with contextlib.redirect_stdout(sys.stderr):  # peers print, too
         for figures in contestant(name, config, options, peer):
             print(json.dumps(figures), file=answers, flush=True)
             if not sys.stdin.readline():
                 return
 
 
-def startup(config: Config, options: Options, _: str) -> Contestant:
+def startup(config: Config) -> Contestant:
     """Launches of rocket.py: `--help`, and a new run to the row of its first step."""
-
-    def seconds(*command: str) -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - start
-
     program = str(ROOT / "rocket.py")
     config.train.log_interval = config.train.stop_at_step = 1
     yield {"program": program}
     while True:
-        bare = seconds("-c", "pass")
-        yield {
-            "--help s": seconds(program, "--help") - bare,
-            "first step s": first_step(program, config),
-        }
+        taken = []
+        for command in ((program, "--help"), ("-c", "pass")):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
+            taken.append(time.perf_counter() - start)
+        with tempfile.TemporaryDirectory() as scratch:
+            config.train.out_dir = f"{scratch}/run"
+            lines = launch(program, config, Path(scratch))
+        first = next((at for at, line in lines if line.startswith("step 1/")), None)
+        if first is None:
+            raise UserError("rocket.py printed no step")
+        yield {"--help s": taken[0] - taken[1], "first step s": first}
 
 
-def first_step(program: str, config: Config) -> float:
-    """Seconds from launch to the row of the first step; UserError: what rocket.py said instead."""
-    with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile("w+") as errors:
-        config.train.out_dir, path = f"{scratch}/run", f"{scratch}/config.toml"
-        Path(path).write_text(dump_toml(config), encoding="utf-8")
-        start, taken = time.perf_counter(), None
-        command = [sys.executable, program, path]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, encoding="utf-8"
-        ) as process:
-            for line in process.stdout:
-                if line.startswith("step 1/"):
-                    taken = taken or time.perf_counter() - start
-        if process.returncode or not taken:
-            errors.seek(0)
-            raise UserError(errors.read().strip() or "rocket.py printed no step")
-        return taken
+def launch(program: str, config: Config, scratch: Path, *flags: str) -> list[tuple[float, str]]:
+    """Runs a program on a configuration: what it printed, each line with the seconds since launch,
+    and its end as an empty line. UserError: what it printed when it failed."""
+    path = scratch / "config.toml"
+    path.write_text(dump_toml(config), encoding="utf-8")
+    command, start = [sys.executable, program, str(path), *flags], time.perf_counter()
+    streams = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    with tempfile.TemporaryFile("w+") as errors:
+        with subprocess.Popen(command, stderr=errors, **streams) as process:
+            lines = [(time.perf_counter() - start, line) for line in process.stdout]
+        lines.append((time.perf_counter() - start, ""))
+        errors.seek(0)
+        if process.returncode:
+            raise UserError(errors.read().strip() or f"{program} failed without a word")
+    return lines
 
 
 def tokenizing(config: Config, options: Options) -> list[Json]:
-    """MB of text (UTF-8) a second by all processes together, and ratios; printed as they come.
+    """MB of text (UTF-8) per second by all processes together, and ratios.
 
     Raises:
         UserError: what prepare.py says of the corpus; one that is not text.
     """
     global TOKENIZER
-    workers = whole_numbers(options, "workers")
-    repeats, copies = whole_number(options, "repeats"), whole_number(options, "copies")
+    repeats, copies = options["repeats"], options["copies"]
     data = config.data = hub.local_sources(config.data)
     if data.format != "text" or data.mixture:
         raise ConfigError("bench.py tokenizing takes data.format = text, and no mixture")
@@ -386,38 +358,32 @@ def tokenizing(config: Config, options: Options) -> list[Json]:
             print("the package datasets is not installed, so it is not compared")
         else:
             ways.append(map_with_datasets(scratch))
-        for count in workers:
-            turns = [measure(ways, count) for _ in range(repeats)]
-            rows += report({"workers": count}, f"{count} workers", rates(turns, size))
+        for count in options["workers"]:
+            turns = [turn([way(count) for way in ways], size) for _ in range(repeats)]
+            rows += report({"workers": count}, f"{count} workers", turns)
     return rows
 
 
-def measure(ways: list[Callable[[int], Measured]], count: int) -> dict[str, float]:
-    """One turn: its seconds. RuntimeError where the ways did not do the same work."""
-    results = [way(count) for way in ways]
+def turn(results: list[tuple[Figures, int]], size: float) -> Figures:
+    """Rates from the seconds of each way, and their ratios; `size` in MB.
+
+    Raises:
+        RuntimeError: not all made the same number of tokens.
+    """
     if len({tokens for _, tokens in results}) > 1:
         raise RuntimeError(f"different numbers of tokens: {results}")
-    return {what: taken for seconds, _ in results for what, taken in seconds.items()}
+    seconds = {what: taken for found, _ in results for what, taken in found.items()}
+    rates = {f"{what} MB/s": size / taken for what, taken in seconds.items()}
+    for what, base in RATIOS:
+        if base in seconds:
+            rates[f"{what} / {base} "] = seconds[base] / seconds[what]  # it has no unit
+    return rates | {"prepare, the rest s": seconds["prepare"] - seconds["tokenizes"]}
 
 
-def rates(turns: list[dict[str, float]], size: float) -> Values:
-    """Rates, and their ratios within a turn; `size` in MB."""
-    values = {(what, "MB/s"): [size / turn[what] for turn in turns] for what in turns[0]}
-    for what, base in (
-        ("prepare", "ceiling"),
-        ("tokenizes", "ceiling"),
-        ("prepare", "datasets.map"),
-        ("prepare", "datasets.map, lean"),
-    ):
-        if base in turns[0]:
-            values[f"{what} / {base}", ""] = [turn[base] / turn[what] for turn in turns]
-    values["prepare, the rest", "s"] = [turn["prepare"] - turn["tokenizes"] for turn in turns]
-    return values
-
-
-def encode_only(count: int) -> Measured:
+def encode_only(count: int) -> tuple[Figures, int]:
+    """Seconds, and tokens, as of each way to tokenize the corpus."""
     with multiprocessing.get_context("fork").Pool(count) as pool:
-        pool.map(encode_share, [slice(0, 1)] * count, 1)  # all are there
+        pool.map(encode_share, [slice(0, 1)] * count, 1)  # all have started
         start = time.perf_counter()
         shares = [slice(i, None, 16 * count) for i in range(16 * count)]  # small: they end as one
         ids = pool.map(encode_share, shares, 1)
@@ -429,42 +395,34 @@ def encode_share(share: slice) -> bytes:
     return b"".join(TOKENIZER.encode(text).tobytes() for text in TEXTS[share])
 
 
-def run_prepare(config: Config, count: int, scratch: Path) -> Measured:
+def run_prepare(config: Config, count: int, scratch: Path) -> tuple[Figures, int]:
     config.data.workers, config.data.dir = count, str(scratch / "data")
-    (scratch / "config.toml").write_text(dump_toml(config), encoding="utf-8")
-    command = [sys.executable, str(ROOT / "prepare.py"), str(scratch / "config.toml"), "--force"]
-    start = time.perf_counter()
-    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8")
-    seconds = time.perf_counter() - start
-    if result.returncode:
-        raise UserError(result.stderr.strip())
-    own = re.search(r"^tokenized .*, (\S+) MB in .*, (\S+) MB/s$", result.stdout, re.MULTILINE)
+    lines = launch(str(ROOT / "prepare.py"), config, scratch, "--force")
+    printed = "".join(line for _, line in lines)
+    own = re.search(r"^tokenized .*, (\S+) MB in .*, (\S+) MB/s$", printed, re.MULTILINE)
     if not float(own[1]) or not float(own[2]):
         raise UserError("the corpus is too short to be measured; raise --copies")
     splits = json.loads((scratch / "data" / "manifest.json").read_bytes())["splits"].values()
     tokens = sum(split["tokens"] - 2 * split["documents"] for split in splits)
-    return {"prepare": seconds, "tokenizes": float(own[1]) / float(own[2])}, tokens
+    return {"prepare": lines[-1][0], "tokenizes": float(own[1]) / float(own[2])}, tokens
 
 
-def map_with_datasets(scratch: Path) -> Callable[[int], Measured]:
+def map_with_datasets(scratch: Path) -> Callable[[int], tuple[Figures, int]]:
     import datasets
     import pyarrow.compute as pc
 
     datasets.disable_progress_bars()
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(scratch / "rows")
-    options = {"remove_columns": ["text"], "load_from_cache_file": False}
+    options = {"batched": True, "remove_columns": ["text"], "load_from_cache_file": False}
     lean = datasets.Features({"ids": datasets.List(datasets.Value("uint16"))})
-    variants = (
-        ("datasets.map", lists_of_rows, {"batched": True}),
-        ("datasets.map, lean", arrays_of_rows, {"batched": True, "features": lean}),
-    )
+    variants = (("datasets.map", lists_of_rows, None), ("datasets.map, lean", arrays_of_rows, lean))
 
-    def way(count: int) -> Measured:
-        taken = {}
-        for name, function, more in variants:
+    def way(count: int) -> tuple[Figures, int]:
+        taken, workers = {}, count if count > 1 else None
+        for name, function, features in variants:
             rows = datasets.load_from_disk(scratch / "rows")
             start = time.perf_counter()
-            rows = rows.map(function, num_proc=count if count > 1 else None, **more, **options)
+            rows = rows.map(function, num_proc=workers, features=features, **options)
             taken[name] = time.perf_counter() - start
         return taken, pc.sum(pc.list_value_length(rows.data.column("ids"))).as_py()
 
@@ -478,8 +436,6 @@ def lists_of_rows(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
 def arrays_of_rows(rows: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
     return {"ids": [TOKENIZER.encode(text) for text in rows["text"]]}
 
-
-BENCHMARKS = ("training", "sampling", "startup", "checkpoint", "tokenizing")
 
 if __name__ == "__main__":
     run_program(main)
