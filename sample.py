@@ -194,14 +194,8 @@ def answer(
 ) -> list[str]:
     """Samples from each prompt, printed and returned; a single sample streams to a terminal."""
     encoded = sampler.encode(prompts, options.max_tokens or 1, history)
-    settings = Settings(
-        options.max_tokens or MAX_TOKENS,
-        options.temperature,
-        options.top_k,
-        options.top_p,
-        options.repetition_penalty,
-        options.seed,
-    )
+    drawing = options.temperature, options.top_k, options.top_p, options.repetition_penalty
+    settings = Settings(options.max_tokens or MAX_TOKENS, *drawing, options.seed)
     rows = [(i, sample) for i in range(len(prompts)) for sample in range(options.num_samples)]
     shown = [""] * len(prompts) if options.chat else prompts  # a completion continues its prompt
     if len(rows) == 1 and not options.json and sys.stdout.isatty():

@@ -198,34 +198,27 @@ def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) ->
         raise UserError(
             f"{source.path} has no dataset: --evaluate={split} needs a run; give a text file"
         )
-    data, totals = open_source_split(source, split), []
-    bytes_of = torch.from_numpy(source.tokenizer.byte_lengths())
-    device = model.lm_head.weight.device
+    config, tokenizer, device = source.run_config, source.tokenizer, model.lm_head.weight.device
+    weights = mixture_weights(config.data)
+    manifests = {name: read_manifest(resolve_path(name), tokenizer.sha256) for name in weights}
+    names = [name for name, manifest in manifests.items() if split in manifest["splits"]]
+    if not names:
+        raise UserError(f"{' and '.join(weights)}: no {split} split; see data.{split}_fraction")
+    data, totals = open_split(split, names, manifests, weights, config.data.seq_len), []
+    bytes_of = torch.from_numpy(tokenizer.byte_lengths())
     for windows in data.evenly_spaced(0):
         nats, count, size = 0.0, 0, 0
         for start in range(0, len(windows), batch_size):
             tokens, targets = data.batch(windows[start : start + batch_size])
             documents = None
-            if source.run_config.data.document_mask:
-                documents = (tokens == source.tokenizer.bos_id).cumsum(dim=1).to(device)
+            if config.data.document_mask:
+                documents = (tokens == tokenizer.bos_id).cumsum(dim=1).to(device)
             nats += model(tokens.to(device), targets.to(device), documents).item()
             trained = targets[targets != IGNORE]
             count += len(trained)
             size += int(bytes_of[trained].sum())
         totals.append((nats, count, size))
     return mixture_scores(data, totals, f"the {split} split has no text that is trained on")[0]
-
-
-def open_source_split(source: Source, split: str) -> Mixture:
-    """The split of a run's datasets, of those that have it."""
-    assert source.run_config is not None
-    data = source.run_config.data
-    weights, sha256 = mixture_weights(data), source.tokenizer.sha256
-    manifests = {name: read_manifest(resolve_path(name), sha256) for name in weights}
-    names = [name for name, manifest in manifests.items() if split in manifest["splits"]]
-    if not names:
-        raise UserError(f"{' and '.join(weights)}: no {split} split; see data.{split}_fraction")
-    return open_split(split, names, manifests, weights, data.seq_len)
 
 
 @torch.inference_mode()

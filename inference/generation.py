@@ -91,13 +91,12 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llam
 
 
 def fit_to_device(model: Llama, single: bool, compiled: bool) -> None:
-    """Makes a model fast at continuing a single row, or several at a time, in place.
+    """Makes a model fast at continuing a single row, or several, in place.
 
-    On a CPU a token takes as long as reading the weights, which the library reads, in the order in
-    which they are stored, at half of memory's speed or less. So it gets each matrix in an order of
-    its own, a copy in memory. Compiled, what stands between a token's products becomes a few
-    kernels, and the compiler writes the products of a single row itself, which read the weights
-    where they are.
+    On a CPU a token takes as long as reading the weights, and the library reads them at half of
+    memory's speed or less in the order in which they are stored. So each matrix is copied into the
+    library's own order. Compiling fuses what stands between a token's products into a few kernels,
+    and for a single row also writes the products, which read the weights where they are.
 
     Raises:
         UserError: there is no compiler.
