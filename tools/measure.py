@@ -77,14 +77,20 @@ def training(config: Config, options: Options, peer: str, world: World) -> Conte
     device, seq_len, batches = world.device, config.data.seq_len, random_batches(config, world)
     trainer = of_peers("trainer") if peer else rocket_trainer
     step, parameters = trainer(peer, config, world, batches)
-    read, unread = (None, "") if peer else reader(config, world)
+    about, reads = describe(world, parameters), None
+    if not peer:
+        try:
+            reads = reading(config, world)
+            next(reads)  # opens the dataset
+        except UserError as error:
+            about["data"], reads = f"not measured, {error}", None
     for _ in range(options["warmup"]):
         step()
     if options["trace"] != "PATH":
         profile = profiled(step, 3, device)
         if world.rank == 0:
             profile.export_chrome_trace(options["trace"])
-    yield describe(world, parameters) | ({"data": unread} if unread else {})
+    yield about
     tokens = config.train.global_batch_size * seq_len
     flops = tokens * flops_per_token(config.model, config.tokenizer.vocab_size, seq_len)
     while True:
@@ -93,8 +99,8 @@ def training(config: Config, options: Options, peer: str, world: World) -> Conte
         figures = {"training tokens/s": tokens / seconds, "step ms": 1000 * seconds}
         figures |= {f"{part} ms": 1000 * taken for part, taken in parts.items()}
         figures["communication ms"] = 1000 * communication(step, world)
-        if read:
-            figures["data ms"] = 1000 * read()
+        if reads:
+            figures["data ms"] = 1000 * next(reads)
         figures |= {"memory GB": memory, "matmul GFLOP/s": peak / 1e9}
         figures["MFU %"] = 100 * flops / seconds / peak
         if datasheet := device_peak(device):
@@ -147,24 +153,16 @@ def random_batches(config: Config, world: World) -> list[Batch]:
     return [Batch(*batch) for batch in zip(tokens, targets, documents, strict=True)]
 
 
-def reader(config: Config, world: World) -> tuple[Callable[[], float] | None, str]:
-    """A function that reads a step's batches, in seconds, or why there is none."""
-    try:
-        inputs = world.once(lambda: check_inputs(Path(os.devnull), config, False))
-        data, _ = open_datasets(config, inputs)
-    except UserError as error:
-        return None, f"not measured, {error}"
-    steps = itertools.count()
-
-    def read() -> float:
+def reading(config: Config, world: World) -> Iterator[float]:
+    """Seconds that it takes to read each next step's batches; UserError without a dataset."""
+    inputs = world.once(lambda: check_inputs(Path(os.devnull), config, False))
+    (data, _), train = open_datasets(config, inputs), config.train
+    for step in itertools.count():
         start = time.perf_counter()
-        train = config.train
-        windows = data.step_windows(train.seed, next(steps), train.global_batch_size)
+        windows = data.step_windows(train.seed, step, train.global_batch_size)
         for share in rank_share(windows, train.micro_batch_size, world.rank, world.size):
             data.batch(share)
-        return time.perf_counter() - start
-
-    return read, ""
+        yield time.perf_counter() - start
 
 
 def now(device: torch.device) -> float:
