@@ -112,7 +112,7 @@ from pathlib import Path
 
 import torch
 
-from inference.evaluation import Scores, evaluate_choices, evaluate_split, evaluate_text
+from inference.evaluation import evaluate_choices, evaluate_split, evaluate_text
 from inference.generation import Settings, Source, load_model, open_source, take_any_shape
 from inference.sampler import Messages, Sampler, device_and_dtype
 
@@ -175,18 +175,8 @@ def measure(source: Source, options: argparse.Namespace) -> None:
             found = evaluate_text(model, source.tokenizer, path, options.batch_size)
     if options.json:
         print(json.dumps({"model": str(source.path), "step": source.step, **found._asdict()}))
-    elif isinstance(found, Scores):
-        print(
-            f"loss {found.loss:.4f} nats/token | perplexity {found.perplexity:.2f}"
-            f" | {found.bits_per_byte:.4f} bits/byte"
-            f" | {found.tokens:,} tokens, {found.bytes:,} bytes"
-        )
     else:
-        print(
-            f"accuracy {100 * found.accuracy:.1f}% ± {100 * found.accuracy_error:.1f}"
-            f" | by bytes {100 * found.accuracy_by_bytes:.1f}% ±"
-            f" {100 * found.accuracy_by_bytes_error:.1f} | {found.questions} questions"
-        )
+        print(found)
 
 
 def answer(

@@ -48,6 +48,11 @@ class Scores(NamedTuple):
         perplexity = math.exp(min(loss, 700.0))  # finite in JSON, however bad the model
         return cls(loss, perplexity, bits_per_byte, int(tokens), int(size))
 
+    def __str__(self) -> str:
+        loss = f"loss {self.loss:.4f} nats/token | perplexity {self.perplexity:.2f}"
+        size = f"{self.tokens:,} tokens, {self.bytes:,} bytes"
+        return f"{loss} | {self.bits_per_byte:.4f} bits/byte | {size}"
+
 
 class Answers(NamedTuple):
     """Shares of questions answered right, with their standard errors: by the log-likelihood of a
@@ -58,6 +63,11 @@ class Answers(NamedTuple):
     accuracy_by_bytes: float
     accuracy_by_bytes_error: float
     questions: int
+
+    def __str__(self) -> str:
+        first, error, by_bytes, other_error = (f"{100 * share:.1f}" for share in self[:4])
+        shares = f"accuracy {first}% ± {error} | by bytes {by_bytes}% ± {other_error}"
+        return f"{shares} | {self.questions} questions"
 
 
 @torch.no_grad()
