@@ -8,10 +8,10 @@
     python sample.py out/tiny --evaluate=book.txt              (a text file)
     python sample.py out/tiny --choices=questions.jsonl        (multiple choice)
 
-It reads a run directory, a checkpoint of one, or a Hugging Face directory of a Llama (the optional
-package safetensors). A sample depends on its prompt, the settings, the seed and its number, never
-on its neighbours. Log-probabilities are the model's own, in nats: before temperature, penalty and
-filters.
+It reads a run directory, a checkpoint of one, or a Hugging Face directory of a Llama (which needs
+the package safetensors). A sample depends on its prompt, the settings, the seed and its number,
+never on its neighbours. Log-probabilities are the model's own, in nats: before temperature, penalty
+and filters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 from config import Parser, UserError, existing_path, read_rows, run_program, told_in_one_line
 
-MAX_TOKENS = 256  # where --max-tokens is not given, or what the model's context leaves
+MAX_TOKENS = 256  # without --max-tokens, or what the model's context leaves
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -45,14 +45,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     likeliest = "0, and what is below 0.001: the likeliest token (0.8)"
     add("--temperature", type=number(float, 0, 100), default=0.8, help=likeliest)
     add("--top-k", type=number(int, 0), default=0, help="draw from the k likeliest; 0: all (0)")
-    add("--top-p", type=number(float, 0, 1), default=0.95, help="and from the share p (0.95)")
+    add("--top-p", type=number(float, 0, 1), default=0.95, help="and from those that hold p (0.95)")
     add("--repetition-penalty", type=number(float, 0.01), default=1.0, help="1: none (1)")
     add("--chat", action="store_true", help="prompts are a user's messages; the model answers")
     add("--system", help="system message of a chat")
     add("--stop", action="append", default=[], help="text that ends a sample; may be repeated")
-    add("--seed", type=number(int, 0), default=0, help="of the drawing (0)")
+    add("--seed", type=number(int, 0), default=0, help="seed of the drawing (0)")
     add("--batch-size", type=number(int, 1), default=32, help="samples at a time (32)")
-    add("--compile", action="store_true", help="seconds at the start for faster tokens")
+    add("--compile", action="store_true", help="start seconds later, for faster tokens")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     add("--json", action="store_true", help="a JSON object per sample, or of the evaluation")
