@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointPolicy as Policy
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 IGNORE = -100  # a target that is not trained on
-SHORT = 256  # tokens of which all scores may exist at once
+SHORT = 256  # tokens in a row whose scores may all exist at once
 Mask = Tensor | BlockMask | None  # what attention may see; None: causal
 
 
@@ -231,8 +231,9 @@ def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def recomputed(recompute: str, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
-    """function(*inputs), of which the backward pass computes again, to save memory, nothing, all
-    (block) or all but products and attention (selective; Korthikanti et al., arXiv 2205.05198)."""
+    """function(*inputs), where the backward pass computes results again instead of keeping them:
+    none of them, all (block), or all but those of matrix products and attention (selective;
+    Korthikanti et al., arXiv 2205.05198)."""
     if recompute == "none" or not torch.is_grad_enabled():
         return function(*inputs)
     # without dropout there is no random state to restore
@@ -243,7 +244,7 @@ def recomputed(recompute: str, function: Callable[..., Tensor], *inputs: Any) ->
 
 
 def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Policy:
-    """Of selective recomputation: which results stay in memory."""
+    """Which results selective recomputation keeps."""
     return Policy.MUST_SAVE if operator in PRODUCTS else Policy.PREFER_RECOMPUTE
 
 
