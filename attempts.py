@@ -86,6 +86,11 @@ def checkpoints(directory: Path) -> set[str]:
     return {f"{path.name} {path.stat().st_ino}" for path in found}
 
 
+def signal_note(directory: Path, attempt: str) -> Path:
+    """The file by which train.sh says that a signal came, which processes that start would miss."""
+    return directory / "logs" / f"signal.{attempt}"
+
+
 def newest_step(directory: Path) -> int:
     """The step of the newest checkpoint; 0 if there is none."""
     return max((int(name.split()[0][5:]) for name in checkpoints(directory)), default=0)
@@ -261,6 +266,8 @@ def _take_notes(directory: Path, attempt: str) -> dict[str, dict[str, int]]:
     for path in sorted((directory / "logs").glob(f"{prefix}*.json")):
         ended[path.name.removeprefix(prefix).removesuffix(".json")] = read_json(path) or {}
         path.unlink()
+    for path in (directory / "logs").glob("signal.*"):
+        path.unlink()
     innocent = {0, UserError.code, LOST_RANK, -signal.SIGTERM}
     if len(ended) > 1 and all(1 in codes.values() for codes in ended.values()):
         innocent.add(1)
@@ -282,6 +289,8 @@ def agent(directory: Path, attempt: str, arguments: list[str]) -> None:
     from torch.distributed.run import main as torchrun
 
     node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    if signal_note(directory, attempt).exists():
+        sys.exit(1)  # before training begins
     try:
         torchrun(arguments)
         return

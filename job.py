@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attempts import EXPIRY_SECONDS, holder_lives, process_start, read_json
+from attempts import ATTEMPT, EXPIRY_SECONDS, holder_lives, process_start, read_json, signal_note
 from checkpoint import Saver
 from config import UserError, tell, write_atomically
 from dataset import DataCheck
@@ -113,10 +113,11 @@ class StopConditions:
     save_minutes: float  # between saves; 0: off
     check: DataCheck | None = None
 
-    FILE_SECONDS = 1.0  # between looks for the STOP file
+    FILE_SECONDS = 1.0  # between looks for the STOP file and for the note of a signal
 
     def __post_init__(self) -> None:
         self.stop_file = self.directory / "STOP"
+        self.signal_note = signal_note(self.directory, os.environ.get(ATTEMPT, ""))
         self.margin = min(30.0, 0.05 * (self.end - time.time()))
         self.seconds = {"step": 0.0, "evaluation": 0.0, "save": self.save_seconds}
         self.saved_at = self.stepped_at = time.monotonic()
@@ -162,6 +163,7 @@ class StopConditions:
         if rank == 0:  # one clock, and one process that asks the file system
             if now - self.looked_at >= self.FILE_SECONDS:
                 self.looked_at, self.stop_file_seen = now, self.stop_file.exists()
+                self.signals.received |= self.signal_note.exists()
             save = 1.5 * max(self.seconds["save"], self.saver.seconds)
             needed = save + self.saver.busy * save + self.margin + steps * self.seconds["step"]
             needed += evaluation * self.seconds["evaluation"]

@@ -19,10 +19,14 @@ set -euo pipefail
 
 # Signals stop the run in good order. Slurm sends USR1 to this shell alone; srun relays it to the
 # agents, they to the workers. TERM it sends to all by itself: at preemption, scancel or the limit.
-stopping='' srun=''
+# Until the workers are there USR1 is lost on that way: srun ignores it in its first moments, and so
+# do agents. So it is written down too, for agents that are starting and for rank 0.
+stopping='' srun='' note=''
 stop() {
     stopping=$1
-    [ "$1" = TERM ] || [ -z "$srun" ] || kill -USR1 "$srun" 2>/dev/null || true
+    [ "$1" != TERM ] || return 0
+    [ -z "$note" ] || : >"$note" || true
+    [ -z "$srun" ] || kill -USR1 "$srun" 2>/dev/null || true
 }
 trap 'stop USR1' USR1
 trap 'stop TERM' TERM
@@ -239,6 +243,7 @@ give_up() {
 
 for ((number = 1; ; number++)); do
     export ROCKET_ATTEMPT=$job-$restarts-$number # its id
+    note=$run/logs/signal.$ROCKET_ATTEMPT
     asked='' sick=''
     [ "$number$returning" != 1 ] || asked=yes
     choose_program

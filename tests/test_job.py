@@ -78,6 +78,22 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(name, ranks, run, tmp_path):
     assert [*steps_kept(out)] == [status(out)["step"]] == [rows(out)[-1]["step"]]
 
 
+def test_a_signal_that_all_ranks_missed_is_found_in_a_note(run, tmp_path, monkeypatch):
+    """As slurm/train.sh leaves it when USR1 comes before the ranks are there."""
+    monkeypatch.setitem(ENVIRONMENT, attempts.ATTEMPT, "7-0-1")
+    out = tmp_path / "run"
+    (out / "logs").mkdir(parents=True)
+    (out / "logs" / "signal.7-0-0").touch()  # of another attempt
+    with started(run(**LONG), ranks=2) as launched:
+        until(lambda: trains(out))
+        attempts.signal_note(out, "7-0-1").touch()
+        assert launched.wait() == 0
+    assert (status(out)["reason"], status(out)["requeue"]) == ("signal", True)
+    assert [*steps_kept(out)] == [status(out)["step"]]
+    assert attempts.judge(out, "7-0-1", received=True).action == "back"
+    assert not [*out.glob("logs/signal.*")]
+
+
 def test_a_stopped_run_ends_in_the_same_bits(run, tmp_path):
     """Stopped by signals wherever they fall, evaluation and saving included, and resumed."""
     out = tmp_path / "run"

@@ -84,11 +84,13 @@ class Cluster:
         assert process.returncode == 0, process.stderr
         return process.stdout.strip()
 
-    def train(self, *arguments: object, flags: str = "", root: Path = ROOT) -> str:
+    def train(
+        self, *arguments: object, flags: str = "", root: Path = ROOT, **environment: str
+    ) -> str:
         """Submits slurm/train.sh from the repository; the job's id."""
         output = f"--output={self.directory}/%j.out"
         command = ["sbatch", "--parsable", output, *flags.split(), "slurm/train.sh"]
-        return self.call(*command, *arguments, cwd=root)
+        return self.call(*command, *arguments, cwd=root, **environment)
 
     def job(self, job: str) -> dict[str, str]:
         """What Slurm says of a job."""
@@ -277,6 +279,24 @@ def test_killed_before_a_new_checkpoint(nodes, cluster, arguments, undisturbed, 
     assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
     assert "comes back" in cluster.log(job)
     assert_finished(tmp_path, undisturbed[nodes])
+
+
+def test_a_signal_that_srun_loses(cluster, arguments, undisturbed, tmp_path):
+    """It comes while the first attempt's srun starts, which then ignores it."""
+    lossy = tmp_path / "bin" / "srun"
+    lossy.parent.mkdir()
+    lossy.write_text(
+        '#!/bin/bash\ntrap "" USR1\n'
+        '[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || { kill -USR1 "$PPID"; sleep 0.5; }\n'
+        f'exec {shutil.which("srun")} "$@"\n'
+    )
+    lossy.chmod(0o755)
+    path = f"{lossy.parent}:{cluster.environment['PATH']}"
+    job = cluster.train(*arguments(tmp_path / "run"), PATH=path)
+    found = cluster.end(job)
+    assert (found["JobState"], found["Restarts"]) == ("COMPLETED", "1")
+    assert "comes back: ended before training began" in cluster.log(job)
+    assert_finished(tmp_path / "run", undisturbed[1])
 
 
 def test_attempts_without_progress_end(cluster, arguments, tmp_path):
