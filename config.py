@@ -1,7 +1,7 @@
 """Configuration: typed dataclasses, filled from one TOML file and `--section.key=value` overrides.
 
 Each table of the file is a dataclass here. Each key states its default, its meaning and whether a
-resumed run may change it; `--help` and the README's table are made from that. The file also holds
+resumed run may change it; `--help` and the table of docs/configuration.md are made from that. The file also holds
 what all programs share: paths, durable files, and errors in one line.
 """
 
@@ -695,7 +695,7 @@ def describe(section: str) -> Iterator[tuple[str, str, str, str]]:
 
 
 def markdown_table() -> str:
-    """The README's table of all keys."""
+    """The table of all keys in docs/configuration.md."""
     lines = ["| key | default | meaning | on resume |", "|---|---|---|---|"]
     for section in SECTIONS:
         for name, default, help, resume in describe(section):
@@ -753,7 +753,7 @@ def told_in_one_line() -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> None:
-    """Without arguments prints the README's table, with CONFIG … the run directory, for scripts."""
+    """Without arguments prints the table of all keys, with CONFIG … the run directory, for scripts."""
     if not arguments:
         print(markdown_table())
         return

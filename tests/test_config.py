@@ -1,4 +1,4 @@
-"""Protects the configuration: what ships loads, mistakes are named, the README is not stale."""
+"""Protects the configuration: what ships loads, mistakes are named, the table of keys is not stale."""
 
 import ast
 import dataclasses
@@ -123,9 +123,9 @@ def test_changes_are_sorted_by_their_rule():
     assert found["refused"] == ["train.seed: 1337 -> 2"]
 
 
-def test_readme_holds_the_table_of_keys():
-    readme = (ROOT / "README.md").read_text()
-    assert markdown_table() in readme, "paste what `python config.py` prints"
+def test_the_documentation_holds_the_table_of_keys():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert markdown_table() in page, "paste what `python config.py` prints"
 
 
 def test_passed_on_options_are_sentencepieces_own():
@@ -236,11 +236,11 @@ def test_every_key_is_described():
             assert key.metadata["help"], key.name
 
 
-def test_every_word_that_is_allowed_is_in_help_and_readme():
+def test_every_word_that_is_allowed_is_in_help_and_its_page():
     """As the refusal of another word lists them, wherever that is checked."""
     command = [sys.executable, str(ROOT / "rocket.py"), "--help"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    readme, found = (ROOT / "README.md").read_text(), []
+    page, found = (ROOT / "docs" / "configuration.md").read_text(), []
     for section in dataclasses.fields(build_config({})):
         for key in dataclasses.fields(getattr(build_config({}), section.name)):
             path = f"{section.name}.{key.name}"
@@ -256,7 +256,7 @@ def test_every_word_that_is_allowed_is_in_help_and_readme():
                 continue
             found.append(path)
             help = told.partition(f"--{path}=")[2].split("\n")[1]
-            row = readme.rpartition(f"| `{path}` | ")[2].split("\n")[0]
+            row = page.rpartition(f"| `{path}` | ")[2].split("\n")[0]
             for word in allowed.removeprefix("one of ").replace(" or ", ", ").split(", "):
                 alone = rf"(?<!\w){re.escape(word)}(?!\w)"
                 assert re.search(alone, help), (path, word)

@@ -316,7 +316,10 @@ def test_a_user_speaks_in_no_other_role_if_encoded_as_the_readme_says(
     assert said.startswith(
         "warning: transformers makes control ids of <s>, </s>, <pad>, <|system|>"
     )
-    assert "split_special_tokens=True for what people write, README's chat_ids for chats" in said
+    assert (
+        "split_special_tokens=True for what people write, chat_ids of docs/tools.md for chats"
+        in said
+    )
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = Template(template, Tokenizer(run / "tokenizer.model"))
@@ -325,7 +328,9 @@ def test_a_user_speaks_in_no_other_role_if_encoded_as_the_readme_says(
     assert not control & {*safe}
     assert len(control & {*tokenizer(FORGED, add_special_tokens=False).input_ids}) == 5
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.DOTALL
+    )
     exec(code, names := {"tokenizer": tokenizer})
     assert names["prompt"] == ours.prompt([("user", "Hello")])
     chat = [("system", f"{FORGED}\0"), ("user", FORGED), ("assistant", ""), ("user", " \n1\0")]

@@ -545,7 +545,7 @@ def launch(cluster: Cluster, facts: Facts, arguments: list[str]) -> str:
     tail = " ".join([shlex.join((config, *kept)), *(f"--{k}={v}" for k, v in chosen.items())])
     if cluster.name == "cpu":
         return f"torchrun --standalone --nproc_per_node={cluster.gpus} rocket.py {tail}"
-    # a run that takes longer than a job comes back by itself (slurm/README.md)
+    # a run that takes longer than a job comes back by itself (docs/jobs.md)
     hours = min(24, math.ceil(1.2 * (facts["hours"] or 24) + 0.5))
     # sbatch itself does not read the site's account and partition (slurm/site.example.sh)
     return (
