@@ -1,8 +1,8 @@
 """Configuration: typed dataclasses, filled from one TOML file and `--section.key=value` overrides.
 
 Each table of the file is a dataclass here. Each key states its default, its meaning and whether a
-resumed run may change it; `--help` and the table of docs/configuration.md are made from that. The file also holds
-what all programs share: paths, durable files, and errors in one line.
+resumed run may change it; `--help` and docs/configuration.md are made from that. The file also
+holds what all programs share: paths, durable files, and errors in one line.
 """
 
 import argparse
@@ -753,7 +753,7 @@ def told_in_one_line() -> Iterator[None]:
 
 
 def main(arguments: list[str]) -> None:
-    """Without arguments prints the table of all keys, with CONFIG … the run directory, for scripts."""
+    """Prints the table of all keys, or with CONFIG … the run directory, for scripts."""
     if not arguments:
         print(markdown_table())
         return

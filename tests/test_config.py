@@ -1,4 +1,4 @@
-"""Protects the configuration: what ships loads, mistakes are named, the table of keys is not stale."""
+"""Protects the configuration: what ships loads, mistakes are named, its table is not stale."""
 
 import ast
 import dataclasses
