@@ -316,7 +316,7 @@ def test_a_user_speaks_in_no_other_role_if_encoded_as_the_readme_says(
     assert said.startswith(
         "warning: transformers makes control ids of <s>, </s>, <pad>, <|system|>"
     )
-    advice = "split_special_tokens=True for what people write, chat_ids (docs/tools.md) for chats"
+    advice = "split_special_tokens=True for users' text, chat_ids (docs/tools.md) for chats"
     assert advice in said
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")

@@ -143,9 +143,7 @@ def export(options: argparse.Namespace) -> None:
     """Exports a run to a directory for transformers or to a GGUF file for llama.cpp."""
     if options.command == "to-hf":
         write, tool = write_hf, "transformers"
-        advice = (
-            "split_special_tokens=True for what people write, chat_ids (docs/tools.md) for chats"
-        )
+        advice = "split_special_tokens=True for users' text, chat_ids (docs/tools.md) for chats"
         if not (installed("safetensors") and installed("tokenizers")):
             raise UserError(NEEDS_HF)
     else:
