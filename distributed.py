@@ -60,6 +60,14 @@ class AgreedError(UserError):
         super().__init__(message)
         self.code = code
 
+    @classmethod
+    def about(cls, rank: int, message: str, code: int, world: World) -> AgreedError:
+        """For an error of this rank. Of a sick node all ranks exit with its code, because torchrun
+        may see only the first that exits; ranks of other nodes have lost a rank."""
+        first = world.rank - world.local_rank  # torchrun numbers a node's ranks consecutively
+        same_node = first <= rank < first + world.local_size
+        return cls(message, LOST_RANK if code == SICK_NODE and not same_node else code)
+
 
 class NodeError(UserError):
     """This node fails where other nodes may work: a requeued job avoids it."""
@@ -119,12 +127,8 @@ class World:
         for rank, failed in enumerate(self.gather(failure)):
             if failed is not None:
                 message, code = failed
-                # All ranks of a sick node exit with its code, because torchrun may see only the
-                # first that exits. torchrun numbers the ranks of a node consecutively.
-                first = self.rank - self.local_rank
-                if code == SICK_NODE and not first <= rank < first + self.local_size:
-                    code = LOST_RANK
-                raise AgreedError(f"{message} (rank {rank})" if self.size > 1 else message, code)
+                message += f" (rank {rank})" if self.size > 1 else ""
+                raise AgreedError.about(rank, message, code, self)
         results = [None] * self.size if self.rank == 0 else None
         dist.gather_object(result, results, group=self.group)
         return results
