@@ -386,7 +386,7 @@ class Run:
         """Measures throughput from now on, so that evaluation and saving don't count."""
         self.mark, self.steps = time.monotonic(), 0
 
-    def record(self, arrived: list[Arrived[tuple[int, float]]]) -> None:
+    def record(self, arrived: list[Arrived]) -> None:
         """Takes in the steps whose numbers have arrived: rows, skipped steps, votes.
 
         Raises:
