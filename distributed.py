@@ -146,7 +146,7 @@ class World:
         return values
 
 
-class Arrived(NamedTuple):
+class Arrived(NamedTuple):  # not Generic[T] too, which Python 3.10 refuses
     """Numbers of an earlier step that have reached the host."""
 
     tag: Any  # as given to Lagged.push

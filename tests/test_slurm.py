@@ -285,9 +285,13 @@ def test_a_signal_that_srun_loses(cluster, arguments, undisturbed, tmp_path):
     """It comes while the first attempt's srun starts, which then ignores it."""
     lossy = tmp_path / "bin" / "srun"
     lossy.parent.mkdir()
+    note = tmp_path / "run" / "logs" / "signal.*"
     lossy.write_text(
         '#!/bin/bash\ntrap "" USR1\n'
-        '[ "${SLURM_RESTART_COUNT:-0}" != 0 ] || { kill -USR1 "$PPID"; sleep 0.5; }\n'
+        'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then\n'
+        '    kill -USR1 "$PPID"\n'
+        f"    until compgen -G '{note}' >/dev/null; do sleep 0.05; done\n"
+        "fi\n"
         f'exec {shutil.which("srun")} "$@"\n'
     )
     lossy.chmod(0o755)
