@@ -622,6 +622,17 @@ def read_rows(path: Path) -> list[tuple[int, str]]:
     ]
 
 
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file is missing, {} if a crash has torn it."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def file_sha256(path: Path) -> str:
     """The digest of a file, read in blocks."""
     digest = hashlib.sha256()

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from attempts import read_json
 from config import (
     DATASET_VERSION,
     Config,
@@ -33,6 +32,7 @@ from config import (
     DataConfig,
     UserError,
     file_sha256,
+    read_json,
     resolve_path,
     tell,
 )

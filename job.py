@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from attempts import ATTEMPT, EXPIRY_SECONDS, holder_lives, process_start, read_json, signal_note
 from checkpoint import Saver
-from config import UserError, tell, write_atomically
+from config import UserError, read_json, tell, write_atomically
 from dataset import DataCheck
 from distributed import AgreedError, World, fetch
+from slurm.attempts import ATTEMPT, EXPIRY_SECONDS, holder_lives, process_start, signal_note
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C in between is meant; an earlier one is an echo

@@ -43,7 +43,7 @@ from distributed import AgreedError, NodeError, World, check_compiler, compiles
 from tokenizer import configured_tokenizer
 
 CODE = Path(__file__).resolve().parent
-ROOMS = ("", "corpus", "inference", "tools")  # folders of Rocket's Python files
+ROOMS = ("", "corpus", "inference", "slurm", "tools")  # folders of Rocket's Python files
 DIFF_LINES = 60  # printed at most
 
 

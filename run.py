@@ -26,7 +26,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import attempts
 from checkpoint import Checkpoint, Saver, checkpoint_paths, find_resumable, remove_leftovers
 from config import (
     LOST_RANK,
@@ -37,6 +36,7 @@ from config import (
     ConfigError,
     UserError,
     dump_toml,
+    read_json,
     resolve_path,
     tables,
     tell,
@@ -47,6 +47,7 @@ from distributed import AgreedError, Arrived, World, compiles, cudnn_version, ex
 from job import Consensus, RunLock, Signals, StopConditions
 from model import flops_per_token, parameter_count
 from preflight import CODE, Inputs, code_files, writing
+from slurm import attempts
 
 REPORT_SECONDS = 300.0  # limit for tools/report.py; it reads a million rows in 11 s
 ENDS = {  # reason for which a job ends in order: what status.json and the console say
@@ -165,7 +166,7 @@ class Run:
         self.reporter = ThreadPoolExecutor(1, "report")  # Python waits for its last report at exit
         self.next_report: Future[None] = Future()
         self.bar = tqdm(disable=True)
-        known = attempts.read_json(directory / "status.json") if self.enabled else None
+        known = read_json(directory / "status.json") if self.enabled else None
         self.status_before = known or {}  # of the job before this one
 
     def __enter__(self) -> Run:

@@ -1,18 +1,12 @@
-"""The tokenizer: a SentencePiece model file, text and conversations to uint16 ids and back.
-
-Control pieces are added to a model file without the protobuf package: they are appended, since
-protobuf messages merge when their bytes are concatenated.
-"""
+"""The tokenizer: text and conversations to uint16 ids and back, by a SentencePiece model file."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
@@ -20,8 +14,6 @@ from sentencepiece import SentencePieceProcessor
 from config import MAX_VOCAB_SIZE, TokenizerConfig, UserError, resolve_path
 
 SPACE = "\u2581"  # SentencePiece's sign for a space: in a text, it decodes to a space
-CONTROL = 3  # SentencePiece's type of the pieces that no text encodes to
-OPTIONS = b"rocket options: "
 LEARNT = "assistant"  # the role whose words are learnt
 MARKER = re.compile(r"<\|[^|<>]*\|>")  # text that can only be meant as a control piece
 
@@ -194,67 +186,3 @@ def load_model(model: bytes, name: str) -> SentencePieceProcessor:
     if processor.bos_id() < 0 or processor.eos_id() < 0:
         raise UserError(f"{name}: no BOS or no EOS piece, so documents can't be told apart")
     return processor
-
-
-def add_control_pieces(model: bytes, pieces: list[str]) -> bytes:
-    """The model with these control pieces after its own; pieces that it has stay as they are.
-
-    Field numbers are those of sentencepiece_model.proto: ModelProto.pieces = 1 (piece = 1,
-    score = 2, type = 3) and ModelProto.trainer_spec = 2 (vocab_size = 4).
-
-    Raises:
-        UserError: a piece is empty, holds whitespace or is one that text encodes to; too many.
-    """
-    processor = load_model(model, "tokenizer")
-    known = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
-    for piece in pieces:
-        check_symbol(piece, "control piece", control=True)
-        if piece in known and not processor.is_control(known[piece]):
-            raise UserError(f"control piece {piece!r}: text encodes to it already; take another")
-    new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
-    if not new:
-        return model
-    for piece in new:
-        score = b"\x15" + struct.pack("<f", 0.0)
-        model += _field(1, _field(1, piece.encode()) + score + b"\x18" + _varint(CONTROL))
-    model += _field(2, b"\x20" + _varint(len(known) + len(new)))
-    load_model(model, "tokenizer with the added pieces")
-    return model
-
-
-def check_symbol(symbol: str, name: str, control: bool) -> None:
-    """UserError, which starts with `name`, for a symbol that SentencePiece would not keep as it is.
-
-    A symbol with a space would never be found: spaces in a text become U+2581 before the search.
-    """
-    if not symbol:
-        raise UserError(f"{name} {symbol!r}: it is empty, leave it out")
-    if any(c in (" ", SPACE) or (control and c.isspace()) for c in symbol):
-        raise UserError(f"{name} {symbol!r}: write it without spaces, such as <pad> or <tool_call>")
-    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in symbol):
-        raise UserError(f"{name} {symbol!r}: SentencePiece can't store it; take printable text")
-    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", symbol):  # other tools read the digits in either case
-        raise UserError(f"{name} {symbol!r} is the name of a byte's piece; take another")
-
-
-def add_options(model: bytes, options: dict[str, Any]) -> bytes:
-    """The model with its training options in TrainerSpec.model_prefix (2), otherwise unused."""
-    return model + _field(2, _field(2, OPTIONS + json.dumps(options).encode()))
-
-
-def noted_options(model: bytes) -> dict[str, Any] | None:
-    """The options that `add_options` noted; None for a model from elsewhere."""
-    _, mark, rest = model.rpartition(OPTIONS)
-    return json.JSONDecoder().raw_decode(rest.decode(errors="replace"))[0] if mark else None
-
-
-def _field(number: int, value: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    """Protobuf's integer: seven bits a byte, the low ones first, the high bit where more follow."""
-    if value < 128:
-        return bytes([value])
-    return bytes([value & 127 | 128]) + _varint(value >> 7)

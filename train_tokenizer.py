@@ -44,7 +44,7 @@ from config import (
 )
 from corpus import hub, vocabulary
 from corpus.vocabulary import Sample, sample_corpus, train
-from tokenizer import Tokenizer, add_control_pieces, load_model, noted_options
+from tokenizer import Tokenizer, load_model
 
 
 def main(arguments: list[str]) -> None:
@@ -71,7 +71,7 @@ def main(arguments: list[str]) -> None:
 def check_existing(path: Path, config: TokenizerConfig) -> None:
     """UserError where the tokenizer at `path` is not the one that the configuration describes."""
     size, wanted, options = Tokenizer(path).vocab_size, config.vocab_size, config.options
-    trained = noted_options(path.read_bytes())
+    trained = vocabulary.noted_options(path.read_bytes())
     if size > wanted or (size < wanted and options.get("hard_vocab_limit", True)):
         differs = f"has {size} pieces, tokenizer.vocab_size is {wanted}"
     elif trained is not None and trained != options:
@@ -122,7 +122,7 @@ def add_pieces(path: Path, options: dict[str, str], force: bool) -> None:
         raise UserError("--add-pieces=<pad>,<|x|> and --output=PATH go together")
     output = resolve_path(options["--output"])
     size = Tokenizer(path).vocab_size
-    model = add_control_pieces(path.read_bytes(), options["--add-pieces"].split(","))
+    model = vocabulary.add_control_pieces(path.read_bytes(), options["--add-pieces"].split(","))
     if output.exists() and output.read_bytes() == model:
         print(f"up to date: {output}")
     elif output.exists() and not force:

@@ -1,4 +1,8 @@
-"""The text that a tokenizer is trained on, its training, and the checks that it loses no text."""
+"""The text that a tokenizer is trained on, its training, and the checks that it loses no text.
+
+Control pieces are added to a model file without the protobuf package: they are appended, since
+protobuf messages merge when their bytes are concatenated.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,9 @@ import math
 import os
 import random
 import re
+import struct
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
@@ -19,7 +25,7 @@ from tqdm import tqdm
 from config import Config, TokenizerConfig, UserError
 from corpus import readers
 from corpus.sources import Survey
-from tokenizer import SPACE, add_options, check_symbol
+from tokenizer import SPACE, load_model
 
 # As Llama 2's tokenizer, but without a space before each text: exactly what was written is encoded.
 DEFAULTS = {
@@ -39,6 +45,8 @@ DEFAULTS = {
     "minloglevel": 2,  # errors only
 }
 
+OPTIONS = b"rocket options: "
+CONTROL = 3  # SentencePiece's type of the pieces that no text encodes to
 CHUNK = 1000  # characters fed at a time: SentencePiece skips texts longer than 4,192 bytes
 HELD_OUT_BYTES = 1_000_000
 READ_FACTOR = 16  # at most this many times the sample is read of a larger corpus
@@ -228,3 +236,67 @@ def check_round_trips(processor: SentencePieceProcessor, texts: list[str]) -> No
                 f" {back[at : at + 20]!r}; look at byte_fallback, normalization_rule_name and the"
                 " whitespace options of [tokenizer]"
             )
+
+
+def add_control_pieces(model: bytes, pieces: list[str]) -> bytes:
+    """The model with these control pieces after its own; pieces that it has stay as they are.
+
+    Field numbers are those of sentencepiece_model.proto: ModelProto.pieces = 1 (piece = 1,
+    score = 2, type = 3) and ModelProto.trainer_spec = 2 (vocab_size = 4).
+
+    Raises:
+        UserError: a piece is empty, holds whitespace or is one that text encodes to; too many.
+    """
+    processor = load_model(model, "tokenizer")
+    known = {processor.id_to_piece(i): i for i in range(processor.vocab_size())}
+    for piece in pieces:
+        check_symbol(piece, "control piece", control=True)
+        if piece in known and not processor.is_control(known[piece]):
+            raise UserError(f"control piece {piece!r}: text encodes to it already; take another")
+    new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
+    if not new:
+        return model
+    for piece in new:
+        score = b"\x15" + struct.pack("<f", 0.0)
+        model += _field(1, _field(1, piece.encode()) + score + b"\x18" + _varint(CONTROL))
+    model += _field(2, b"\x20" + _varint(len(known) + len(new)))
+    load_model(model, "tokenizer with the added pieces")
+    return model
+
+
+def check_symbol(symbol: str, name: str, control: bool) -> None:
+    """UserError, which starts with `name`, for a symbol that SentencePiece would not keep as it is.
+
+    A symbol with a space would never be found: spaces in a text become U+2581 before the search.
+    """
+    if not symbol:
+        raise UserError(f"{name} {symbol!r}: it is empty, leave it out")
+    if any(c in (" ", SPACE) or (control and c.isspace()) for c in symbol):
+        raise UserError(f"{name} {symbol!r}: write it without spaces, such as <pad> or <tool_call>")
+    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in symbol):
+        raise UserError(f"{name} {symbol!r}: SentencePiece can't store it; take printable text")
+    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", symbol):  # other tools read the digits in either case
+        raise UserError(f"{name} {symbol!r} is the name of a byte's piece; take another")
+
+
+def add_options(model: bytes, options: dict[str, Any]) -> bytes:
+    """The model with its training options in TrainerSpec.model_prefix (2), otherwise unused."""
+    return model + _field(2, _field(2, OPTIONS + json.dumps(options).encode()))
+
+
+def noted_options(model: bytes) -> dict[str, Any] | None:
+    """The options that `add_options` noted; None for a model from elsewhere."""
+    _, mark, rest = model.rpartition(OPTIONS)
+    return json.JSONDecoder().raw_decode(rest.decode(errors="replace"))[0] if mark else None
+
+
+def _field(number: int, value: bytes) -> bytes:
+    """A length-delimited protobuf field."""
+    return _varint(number << 3 | 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    """Protobuf's integer: seven bits a byte, the low ones first, the high bit where more follow."""
+    if value < 128:
+        return bytes([value])
+    return bytes([value & 127 | 128]) + _varint(value >> 7)

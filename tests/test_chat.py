@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from config import DataConfig, UserError
-from tokenizer import Template, Tokenizer, add_control_pieces
+from corpus.vocabulary import add_control_pieces
+from tokenizer import Template, Tokenizer
 
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "é?")]

@@ -20,11 +20,11 @@ from training import ENVIRONMENT, copy_code, overrides, rocket
 import sample
 from checkpoint import find_checkpoint, write_weights
 from config import ROOT, DataConfig, ModelConfig, UserError, build_config, dump_toml, tables
-from corpus.vocabulary import DEFAULTS
+from corpus.vocabulary import DEFAULTS, add_control_pieces
 from inference.generation import Settings, drawable, generate, load_model, open_source
 from inference.pretrained import Pretrained
 from model import Llama, initial_weight
-from tokenizer import Template, Tokenizer, add_control_pieces
+from tokenizer import Template, Tokenizer
 from tools.convert import HARD_TEXTS, main
 
 pytest.importorskip("safetensors", reason="the extra hf is not installed")

@@ -26,7 +26,8 @@ from training import ENVIRONMENT
 
 from config import Config, UserError
 from corpus import inspection
-from tokenizer import Tokenizer, add_control_pieces
+from corpus.vocabulary import add_control_pieces
+from tokenizer import Tokenizer
 
 WORDS = "def return import class 🦙 مرحبا é 漢字 lambda yield \t \r\n x = 5".split(" ")
 SEQ_LEN = 48

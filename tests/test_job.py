@@ -33,13 +33,13 @@ from training import (
     until,
 )
 
-import attempts
 import job
 from checkpoint import find_checkpoint
 from config import UserError, available_cores
 from dataset import Mixture, TokenDataset
 from distributed import explain_lost_rank
 from job import RunLock
+from slurm import attempts
 
 LONG = {"train__max_steps": 100_000, "train__eval_interval": 0, "checkpoint__interval": 0}
 
@@ -706,7 +706,7 @@ def test_a_device_that_does_not_answer_a_signal_is_a_lost_rank(tmp_path):
 WAITING = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-import attempts
+from slurm import attempts
 import job
 from config import run_program
 from distributed import explain_lost_rank

@@ -29,7 +29,8 @@ import prepare as program
 from config import DataConfig, UserError
 from corpus import build, readers
 from corpus.build import verify
-from tokenizer import Template, Tokenizer, add_control_pieces
+from corpus.vocabulary import add_control_pieces
+from tokenizer import Template, Tokenizer
 
 VOCAB_SIZE = 600
 WORDS = "def return import for while with class yield lambda try except 🦙 é".split()

@@ -432,7 +432,7 @@ def test_init_from_starts_anew_with_old_weights(run, finished, tmp_path, tiny_to
 @pytest.mark.long
 def test_init_from_accepts_a_grown_tokenizer(run, dataset, finished, tmp_path, tiny_tokenizer):
     grown = tmp_path / "grown.model"
-    from tokenizer import add_control_pieces
+    from corpus.vocabulary import add_control_pieces
 
     grown.write_bytes(add_control_pieces(tiny_tokenizer.read_bytes(), ["<|new|>", "<|newer|>"]))
     data = tmp_path / "data"

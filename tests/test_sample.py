@@ -37,7 +37,7 @@ from inference.generation import (
     penalise_repetition,
     uniform_numbers,
 )
-from kernels import PackedLinear, RowLinear, can_pack, pack
+from inference.linear import PackedLinear, RowLinear, can_pack, pack
 from model import Llama, initial_weight
 from sample import main
 from tokenizer import Tokenizer

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training
 from training import ROOT, assert_identical, copy_code, overrides, rows, steps_kept
 
-from attempts import process_start
 from checkpoint import Checkpoint, checkpoint_paths
 from config import UserError
+from slurm.attempts import process_start
 
 ENVIRONMENT = {**training.ENVIRONMENT, "ROCKET_ROOT": str(ROOT)}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -29,8 +29,8 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-from attempts import is_alive
 from config import UserError, build_config, existing_path, read_toml, run_program, tables
+from slurm.attempts import is_alive
 from tools import page
 from tools.page import Line, Point, date, details, duration, figure, short, swatch, table, text
 
