@@ -58,7 +58,8 @@ from preflight import Inputs, check_inputs, preflight
 from run import NotFiniteError, Run
 from tokenizer import Tokenizer
 
-NORM_DECAY, NORM_STEPS = 0.98, 20  # decay of the mean gradient norm; good steps before it is used
+NORM_DECAY = 0.98  # of the running mean of the gradient norm, see should_skip
+NORM_STEPS = 20  # steps in the mean before steps are compared with it
 
 
 def main(arguments: list[str]) -> None:
@@ -96,7 +97,7 @@ def train_job(run: Run, checkpoint: Checkpoint | None, signals: Signals, end: fl
         run.describe(batches, checkpoint)
         run.start(model, optimizer, signals, end)
         if inputs.model_changed and check_model(run, model, batches):
-            world.once(run.record_start)  # where the model is the same, run.open did
+            world.once(run.record_start)  # if model.py has not changed, run.open has done that
         return train_steps(run, model, optimizer, batches)
 
 
@@ -188,13 +189,13 @@ def train_step(
     # Without a trained token, old moments and weight decay would still move the weights.
     skip = torch.where(trained > 0, skip, 1.0)
     agreed = world.sum(torch.cat((loss[None], votes, skip[None])))
-    skip = agreed[-1].clamp(max=1.0)  # all ranks skip if one does: their last bits may differ
+    skip = agreed[-1].clamp(max=1.0)  # all ranks skip if one does: norms may differ in the last bit
     if config.train.spike_factor:
         taken = torch.stack((grad_norm, torch.ones_like(grad_norm)))
         norm_ema.lerp_(torch.where(skip > 0, norm_ema, taken), 1 - NORM_DECAY)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    # Mixed precision reports an overflow to fused optimizers in the same way. Where found_inf is 1,
+    # Mixed precision reports an overflow to fused optimizers by these attributes. With found_inf 1,
     # the optimizer changes nothing, not even its step counts, and the host need not know.
     optimizer.grad_scale, optimizer.found_inf = None, skip
     optimizer.step()
@@ -205,8 +206,8 @@ def train_step(
 def should_skip(loss: Tensor, grad_norm: Tensor, norm_ema: Tensor, spike_factor: float) -> Tensor:
     """1.0 if loss or gradient is not finite, or the gradient norm spikes; else 0.0. On the device.
 
-    norm_ema (2,) holds two decaying sums over the good steps: of their gradient norms and of their
-    weights. The quotient is the running mean.
+    norm_ema (2,) holds two decaying sums over the steps that were not skipped: of their gradient
+    norms, and of ones. The quotient is the running mean of the norms.
     """
     skip = (loss + grad_norm).isfinite().logical_not()
     if spike_factor:
@@ -246,7 +247,7 @@ def check_model(run: Run, model: nn.Module, batches: Batches) -> bool:
     recorded = run.progress.val_loss
     run.say("model.py has changed: these weights were trained by another model")
     if recorded is None or not run.val_data:
-        run.say("that it computes the same can't be checked: this step was not evaluated")
+        run.say("can't check whether it computes the same: this step was not evaluated")
         return True
     scores = evaluate(model, run.val_data, batches, run.inputs.byte_lengths, run.agreed)
     reshard(model)
@@ -259,7 +260,7 @@ def check_model(run: Run, model: nn.Module, batches: Batches) -> bool:
             f"model.py has changed what the model computes: {losses}; go back to the old code in"
             f" {run.directory / 'code'}, or start a new run from these weights with train.init_from"
         )
-    run.say(f"it computes the same: {losses}")
+    run.say(f"model.py still computes the same: {losses}")
     return True
 
 
@@ -302,7 +303,7 @@ def start_from(
 ) -> None:
     """Loads the weights of train.init_from into the model of a new run.
 
-    The tokenizer may have more tokens than theirs: the new ones start from the mean embedding.
+    The run's tokenizer may extend that of the weights: new tokens start from the mean embedding.
     """
     checkpoint, known = world.once(lambda: find_weights(config, inputs))
     world.each(lambda: load_weights(model, checkpoint, known))
@@ -315,11 +316,11 @@ def find_weights(config: Config, inputs: Inputs) -> tuple[Checkpoint, int | None
     """The checkpoint of train.init_from and, for load_weights, how many tokens both models know.
 
     Raises:
-        UserError: there is no checkpoint; it has another shape, or a tokenizer that this run's does
-            not extend.
+        UserError: there is no checkpoint, or the checkpoint has another shape, or this run's
+            tokenizer does not extend the checkpoint's.
     """
     checkpoint = find_checkpoint(resolve_path(config.train.init_from))
-    free = ("model.max_seq_len", "model.init_std")  # neither shapes a weight or changes an output
+    free = ("model.max_seq_len", "model.init_std")  # they change no shape and no output
     for change in chain(*changes(checkpoint.config, config).values()):
         if change.startswith("model.") and not change.startswith(free):
             raise ConfigError(f"train.init_from: {checkpoint.path} has another model: {change}")
@@ -330,8 +331,8 @@ def find_weights(config: Config, inputs: Inputs) -> tuple[Checkpoint, int | None
     new = Tokenizer(resolve_path(config.tokenizer.path))
     if not new.extends(old):
         raise UserError(
-            f"train.init_from: {new.path} does not extend {old.path}, with which"
-            f" {checkpoint.path} was trained; use that one, or add pieces to it"
+            f"train.init_from: {checkpoint.path} was trained with {old.path}, which {new.path} does"
+            f" not extend; use {old.path}, or add pieces to it"
         )
     return checkpoint, old.vocab_size
 

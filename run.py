@@ -1,7 +1,7 @@
-"""The run directory while a job trains it: progress, rows, status.json, console, code snapshot.
+"""What a job writes and prints about the run that it trains: rows of metrics, status.json, console.
 
-Rank 0 alone writes. Rows are durable before the checkpoint of their step. Resuming cuts the rows
-behind its checkpoint, so the files have each step once.
+Only rank 0 writes. Rows are durable before the checkpoint of their step. Resuming removes the rows
+after the checkpoint that it resumes from, so each step is in the files once.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ from preflight import CODE, Inputs, code_files, writing
 from slurm import attempts
 
 REPORT_SECONDS = 300.0  # limit for tools/report.py; it reads a million rows in 11 s
-ENDS = {  # reason for which a job ends in order: what status.json and the console say
+ENDS = {  # reasons to end a job in order, and what status.json and the console say
     "max_steps": "finished",
     "early_stop": "finished early, no new best",
     "stop_at_step": "stopped as asked",
@@ -102,7 +102,7 @@ class Progress:
 
     step: int = 0
     hours: float = 0.0
-    best_val_losses: list[float] = field(default_factory=list)  # ascending, as many as are kept
+    best_val_losses: list[float] = field(default_factory=list)  # ascending, see record_evaluation
     evaluations_since_best: int = 0
     val_loss: float | None = None  # of this very step, if it was evaluated
     bad_steps: int = 0  # skipped steps in a row, up to this one
@@ -131,7 +131,7 @@ class Run:
 
     Attributes:
         saved: position of the newest checkpoint; from resume() on.
-        saver: saves checkpoints; from start() on, as the next two.
+        saver: saves checkpoints. It and the next two exist from start() on.
         agreed: what all ranks have agreed on: to stop, to save.
         check: compares the bytes of the dataset with its digests.
     """
@@ -221,10 +221,10 @@ class Run:
     # ---- start
 
     def resume(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies, whose progress the run takes over; None if new.
+        """The newest checkpoint that verifies; the run takes over its progress. None for a new run.
 
         Raises:
-            AgreedError: another job trains the run; it has checkpoints, but none that verifies.
+            AgreedError: another job trains the run, or the run has checkpoints but none verifies.
         """
         self.world.once(self.lock.check)
         self.seen = self.world.once(lambda: checkpoint_paths(self.directory))
@@ -235,10 +235,11 @@ class Run:
         return checkpoint
 
     def open(self) -> None:
-        """On rank 0: locks the run for this job, cleans it up, counts the attempt, says it runs.
+        """On rank 0: locks the run, removes leftovers, counts the attempt, writes status.json.
 
         Raises:
-            UserError: another job trains it, or has since resume(); it can't be written.
+            UserError: another job trains the run, or has trained it since resume(), or the run
+                directory can't be written.
         """
         with writing(self.directory, "set train.out_dir"):
             self.lock.take()
@@ -252,7 +253,7 @@ class Run:
             attempt = os.environ.get(attempts.ATTEMPT, by_hand)
             attempts.count(self.directory, attempt, self.config.train.max_attempts)
         self.status("running", None, self.progress.step)
-        if not self.inputs.model_changed:  # else once the new model has been checked
+        if not self.inputs.model_changed:  # else rocket.py does it, after check_model
             self.record_start()
 
     def record_start(self) -> None:
@@ -295,12 +296,13 @@ class Run:
         evaluated = self.progress.val_loss is not None
         for name in self.FILES:
             path, saved = self.directory / name, rows.get(name, 0)
-            last = math.inf if name == "jobs.jsonl" else step  # jobs whose steps are lost stay
+            # the row of a job stays, even if its steps are lost
+            last = math.inf if name == "jobs.jsonl" else step
             rows[name] = cut_rows(path, last, evaluated)
             if missing := max(0, saved - rows[name]):
                 self.say(
-                    f"{path}: {missing} of the {saved} rows up to step {step} are missing; it was"
-                    " changed or deleted since that was saved"
+                    f"{path}: {missing} of the {saved} rows up to step {step} are missing; the file"
+                    " was changed or deleted after that step was saved"
                 )
             self.files[name] = open(path, "ab", buffering=0)  # noqa: SIM115
         if sys.stderr.isatty():
@@ -312,8 +314,8 @@ class Run:
                 folder = str(self.directory / "tensorboard" / kind)
                 self.boards[kind] = SummaryWriter(folder, purge_step=first)
         if self.config.log.wandb:
-            # A process beside training can't delay or end it. It ends when its standard input does,
-            # which is when this process ends; signals to this one must not reach it.
+            # A process of its own can't delay or end training. It ends when its standard input is
+            # closed, at the latest when training ends. Training's signals must not reach it.
             options = {"stdin": subprocess.PIPE, "start_new_session": True}
             try:
                 self.tracker = subprocess.Popen([*self._tool("track.py"), "--follow"], **options)
@@ -348,7 +350,7 @@ class Run:
             f"{self.parameters / 1e6:.1f}M parameters,"
             f" {config.parallel.strategy} on {world.size} × {world.device.type},"
             f" compute in {str(world.dtype).removeprefix('torch.')}"
-            + (" with TF32 products" if world.dtype == torch.float32 and on_gpu else "")
+            + (" with TF32 matrix products" if world.dtype == torch.float32 and on_gpu else "")
             + (", compiled" if compiles(config.train.compile, world.device) else "")
             + (", deterministic" if config.train.deterministic else "")
             + (f", cuDNN {cudnn_version()}" if on_gpu else "")
@@ -356,7 +358,7 @@ class Run:
         self.say(
             f"{data.tokens:,} tokens in {data.windows:,} windows of {data.seq_len}"
             f" ({data.unused_tokens} tokens at the end unused); {self.tokens_per_step:,} tokens per"
-            f" step in {micro_batches} micro-batches of {size}"
+            f" step, {micro_batches} micro-batches of {size} sequences per process"
         )
         if len(data.names) > 1:
             epochs = data.epochs(self.max_steps * batch_size)
@@ -388,7 +390,7 @@ class Run:
         self.mark, self.steps = time.monotonic(), 0
 
     def record(self, arrived: list[Arrived]) -> None:
-        """Takes in the steps whose numbers have arrived: rows, skipped steps, votes.
+        """Handles the numbers of steps: writes rows, counts skipped steps, hands on the votes.
 
         Raises:
             AgreedError: a rank has failed, or too many steps in a row were skipped.
@@ -578,7 +580,7 @@ class Run:
     def status(
         self, state: str, reason: str | None, step: int, requeue: bool = False, why: str = ""
     ) -> None:
-        """Writes status.json, the contract for scripts: torchrun turns every exit code into 1.
+        """Writes status.json, which scripts read, because torchrun turns every failure into 1.
 
         Args:
             state: running, finished, stopped or failed.
@@ -591,14 +593,14 @@ class Run:
             return
         if requeue and (too_many := attempts.exhausted(self.directory)):
             requeue, why = False, f"{too_many}; the last one: {why or reason}"
-            self.say(f"does not come back: {too_many}")
+            self.say(f"the job does not come back: {too_many}")
         status = {"state": state, "reason": reason, "step": step, "requeue": requeue}
         status |= {"why": why, "attempt": os.environ.get(attempts.ATTEMPT)}
         with writing(self.directory):
             attempts.write_status(self.directory, status)
 
     def _failed(self, error: BaseException) -> None:
-        """Records a failure. If that fails too, prints why and lets the first error pass."""
+        """Records a failure. If that fails too, prints why; the first error is still raised."""
         step = self.progress.step if self.saver else attempts.newest_step(self.directory)
         try:
             self.status("failed", *explain_failure(error, step, self.status_before))
@@ -635,7 +637,7 @@ def run_length(config: Config, data: Mixture) -> int:
 
 
 def due(step: int, interval: int) -> bool:
-    """Whether what happens every interval steps happens at this one; never if interval is 0."""
+    """Whether something that is done every interval steps is due at this one; never for 0."""
     return interval > 0 and step % interval == 0
 
 
@@ -647,14 +649,15 @@ def skip_reason(loss: float, grad_norm: float) -> str:
 
 
 def finite(number: float) -> float | None:
-    """The number, or None where JSON has none for it."""
+    """The number, or None if it is infinite or NaN, which JSON can't express."""
     return number if math.isfinite(number) else None
 
 
 def cut_rows(path: Path, step: float, evaluated: bool) -> int:
     """Removes torn rows and those after a step from a file; returns how many rows are left.
 
-    Unless the step was evaluated, its evaluation rows go too: an earlier job was interrupted there.
+    If the checkpoint has no evaluation of the step, the step's evaluation rows go too: the job
+    wrote them, but was killed before it saved the evaluation.
     """
 
     def belongs(line: bytes) -> bool:
@@ -689,10 +692,11 @@ def describe_seconds(seconds: float) -> str:
 def explain_failure(
     error: BaseException, step: int, before: dict[str, Any]
 ) -> tuple[str, int, bool, str]:
-    """What status.json says of a failure: reason, step, whether to try again, and why.
+    """What status.json says of a failure: reason, step, whether to try again, cause in words.
 
-    After a lost rank or on a sick node, another try may always succeed. Any other failure is tried
-    again unless the user has to act, or the job before failed at the same step for the same reason.
+    After a lost rank or on a sick node, the job is always tried again: another try may succeed.
+    After other failures it is, unless the user has to act, or the job before this one failed at the
+    same step for the same reason.
 
     Args:
         before: status.json as the job before left it.

@@ -409,7 +409,7 @@ def test_weights_are_not_continued_by_a_model_that_computes_otherwise(run, tmp_p
     assert "F.silu" in (out / "code" / "model.py").read_text()  # which made these weights
     accepted = resumed("F.silu(", "torch.nn.functional.silu(")
     assert accepted.returncode == 0, accepted.stderr
-    assert "it computes the same: validation loss" in accepted.stdout
+    assert "model.py still computes the same: validation loss" in accepted.stdout
 
 
 def test_where_nothing_can_be_written_it_is_said(run, tmp_path):
