@@ -205,7 +205,7 @@ def test_requeued_job_keeps_its_code_and_configuration(cluster, arguments, undis
     """scontrol requeue in mid-run; somebody edits the repository while the job waits."""
     repository, out = tmp_path / "repository", tmp_path / "out"
     copy_code(repository)
-    shutil.copytree(ROOT / "slurm", repository / "slurm")
+    shutil.copytree(ROOT / "slurm", repository / "slurm", dirs_exist_ok=True)
     config = repository / "mine.toml"
     tiny = (ROOT / "config" / "tiny.toml").read_text()
     config.write_text(tiny.replace("out/tiny", str(out)))
