@@ -11,7 +11,6 @@ import json
 import math
 import re
 from collections.abc import Iterable
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 440, 250, 50, 10, 36, 13  # of a chart, in its own units
@@ -198,13 +197,10 @@ def chart(title: str, said: str, lines: list[Line], marks: Marks, axis: int, y: 
     )
 
 
-def swatch(line: Line, width: int = 30) -> str:
+def swatch(line: Line) -> str:
     """A short sample of a line, for legends."""
-    return (
-        f'<svg class="swatch" viewBox="0 0 {width} 12" aria-hidden="true">'
-        f"{line.polyline(f'0,6 {width},6')}"
-        f"{line.markers([(width / 2, 6)]) if line.marked else ''}</svg>"
-    )
+    drawn = line.polyline("0,6 30,6") + (line.markers([(15, 6)]) if line.marked else "")
+    return f'<svg class="swatch" viewBox="0 0 30 12" aria-hidden="true">{drawn}</svg>'
 
 
 def end_labels(ends: list[tuple[tuple[float, float], Line]], right: float) -> str:
@@ -213,12 +209,10 @@ def end_labels(ends: list[tuple[tuple[float, float], Line]], right: float) -> st
     room = (FLOOR - TOP) // GAP
     if len(ends) > room:
         ends = [ends[index * (len(ends) - 1) // (room - 1)] for index in range(room)]
-    # down until none overlaps the one above it, then up until none is below the floor
-    tops = accumulate((top for (_, top), _ in ends), lambda above, top: max(top, above + GAP))
-    rising = [FLOOR + GAP, *reversed([*tops])]
-    tops = [*accumulate(rising, lambda below, top: min(top, below - GAP))][:0:-1]
-    parts = []
-    for ((left, y), line), top in zip(ends, tops, strict=True):
+    parts, lowest = [], -math.inf
+    for below, ((left, y), line) in zip(reversed(range(len(ends))), ends, strict=True):
+        lowest = max(y, lowest + GAP)
+        top = min(lowest, FLOOR - below * GAP)  # leaves room for those below
         parts.append(f'<path class="leader" d="M{left:.1f} {y:.1f}L{right + 8:.1f} {top:.1f}"/>')
         parts.append(
             f'<text class="end t{line.style % COLOURS}" x="{right + 10:.1f}" y="{top + 4:.1f}">'
@@ -260,16 +254,21 @@ def details(summary: str, content: str, is_open: bool = False) -> str:
     return f"<details{' open' * is_open}><summary>{summary}</summary>{content}</details>"
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str) -> str:
-    """A table of HTML cells that scrolls where it is too wide; a row's first cell is its header."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+def table(rows: list[dict[str, str]], caption: str) -> str:
+    """A table that scrolls where it is too wide, of rows that map each column's title to a cell.
+
+    Titles and cells are HTML. A row's first cell is its header. No rows make no table.
+    """
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{title}</th>' for title in rows[0])
     body = []
-    for first, *rest in rows:
+    for first, *rest in (row.values() for row in rows):
         cells = "".join(f"<td>{cell}</td>" for cell in rest)
         body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}"><table>'
-        f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -329,6 +328,7 @@ addEventListener("beforeprint", () => {
 });
 const round = v => !v ? "0" : Math.abs(v) < 1e-3 ? v.toExponential(2)
   : Math.abs(v) >= 1e4 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
+const nearest = (list, far) => list.reduce((a, b) => far(b) < far(a) ? b : a);
 for (const svg of document.querySelectorAll(".charts figure > svg")) {
   const out = svg.parentNode.querySelector(".readout"), cursor = svg.querySelector(".cursor");
   const [, xHigh, left, right] = svg.dataset.x.split(" ").map(Number);
@@ -348,12 +348,11 @@ for (const svg of document.querySelectorAll(".charts figure > svg")) {
     const x = (event.clientX - box.left) * unit, y = (event.clientY - box.top) * unit;
     if (x < left || x > right + 4) return leave();
     let found = lines.map(({label, points}) => {
-      const near = points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+      const near = nearest(points, p => Math.abs(p[0] - x));
       return {label, x: near[0], y: near[1]};
     });
-    const far = f => Math.hypot(f.x - x, f.y - y);
-    if (found.length > 8) found = [found.reduce((a, b) => far(b) < far(a) ? b : a)];
-    const at = found.reduce((a, b) => Math.abs(b.x - x) < Math.abs(a.x - x) ? b : a).x;
+    if (found.length > 8) found = [nearest(found, f => Math.hypot(f.x - x, f.y - y))];
+    const at = nearest(found, f => Math.abs(f.x - x)).x;
     cursor.setAttribute("d", `M${at} ${end}V${start}`);
     out.textContent = `${svg.dataset.unit} ${round((at - left) / (right - left) * xHigh)}: `
       + found.map(f => `${f.label} ${round(value(f.y))}`.trim()).join(", ");

@@ -10,6 +10,7 @@ Training writes a run's report at each evaluation, so this program needs neither
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import difflib
 import io
@@ -21,7 +22,7 @@ import statistics
 import sys
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,15 +30,16 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
 
-from config import UserError, build_config, existing_path, read_toml, run_program, tables
+from config import UserError, build_config, existing_path, read_json, read_toml, run_program, tables
 from slurm.attempts import is_alive
 from tools import page
-from tools.page import Line, Point, date, details, duration, figure, short, swatch, table, text
+from tools.page import Line, Point, date, details, duration, figure, short, table, text
 
 STRETCHES = 600  # of a curve; each keeps two points
 ALL_STRETCHES = 2_500  # of all curves of one panel, when runs are compared
 SAMPLES, SAMPLE_STEPS, EXCERPT = 7, 12, 600  # prompts, evaluations, characters of each text
 LISTED = 50  # jobs and skipped steps
+PAGE = b"Content-Security-Policy"  # in the first 500 bytes of each page
 NAMED = 8  # more curves than these are labelled by number
 Json = dict[str, Any]
 
@@ -106,14 +108,15 @@ class Run:
     name: str = ""
     status: Json = field(default_factory=dict)
     jobs: list[Json] = field(default_factory=list)  # in order, without those whose steps were lost
-    started: int = 0  # jobs, with those
+    job: Json = field(default_factory=dict)  # the last one
+    started: int = 0  # jobs, with those whose steps were lost
     step: float = 0
     tokens: float = 0
     hours: float = 0
     best: Json = field(default_factory=dict)  # the evaluation of the lowest validation loss
     skipped: Curve = field(default_factory=lambda: Curve(STRETCHES))
     reasons: Counter = field(default_factory=Counter)  # of skipped steps
-    last_skipped: list[Json] = field(default_factory=list)
+    last_skipped: deque[Json] = field(default_factory=lambda: deque(maxlen=LISTED))
     samples: list[tuple[float, list[Json]]] = field(default_factory=list)  # (step, rows), some
     sampled: int = 0  # evaluations with samples
     unreadable: Counter = field(default_factory=Counter)  # rows, by file
@@ -123,7 +126,7 @@ class Run:
         """Hours × ranks of all jobs, of the steps that count; None without a jobs.jsonl."""
         ends = [*(job["hours"] for job in self.jobs[1:]), self.hours]
         spans = zip(self.jobs, ends, strict=False)
-        used = [(end - job["hours"]) * job["ranks"] for job, end in spans if end >= job["hours"]]
+        used = [max(0.0, end - job["hours"]) * job["ranks"] for job, end in spans]
         return sum(used) if self.jobs else None
 
     def marks(self) -> dict[str, list[Point]]:
@@ -136,34 +139,29 @@ class Run:
         restarts = [(job["step"], job["tokens"], job["hours"], 0.0) for job in self.jobs[1:]]
         return {"restart": restarts, "skipped": skipped}
 
-    def about(self, name: str) -> Any:
-        """A value from the last job's row."""
-        return self.jobs[-1].get(name) if self.jobs else None
+    def rows(self, file: str, *required: str) -> Iterator[Json]:
+        """The rows of a file whose step and other required values are numbers from 0 on.
+
+        Others count as unreadable, except a torn last one: a job writes it just now, or died.
+        """
+        if not (self.path / file).is_file():
+            return
+        with open(self.path / file, "rb") as lines:
+            for line in lines:
+                try:
+                    row = json.loads(line)
+                    known = all(number(row[name]) >= 0 for name in ("step", *required))
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    known = False
+                if known:
+                    yield row
+                elif line.endswith(b"\n"):
+                    self.unreadable[file] += 1
 
 
 def number(value: Any) -> float | None:
     """A JSON value as a finite number, else None."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300:
-        return float(value)
-    return None
-
-
-def read_rows(path: Path, unreadable: Counter) -> Iterator[Json]:
-    """The rows of a file that have a step. Others are counted, but not a torn last one: a job is
-    writing it just now, or died while it did."""
-    if not path.is_file():
-        return
-    with open(path, "rb") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-                known = number(row["step"]) is not None and row["step"] >= 0
-            except (ValueError, KeyError, TypeError, RecursionError):
-                known = False
-            if known:
-                yield row
-            elif line.endswith(b"\n"):
-                unreadable[path.name] += 1
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
 
 
 def read_run(path: Path, stretches: int = STRETCHES) -> Run:
@@ -188,30 +186,23 @@ def read_run(path: Path, stretches: int = STRETCHES) -> Run:
 
 
 def read_files(run: Run) -> None:
-    for row in read_rows(run.path / "metrics.jsonl", run.unreadable):
-        position = tuple(number(row.get(name)) for name in ("step", "tokens", "hours"))
-        if None in position or min(position) < 0:
-            run.unreadable["metrics.jsonl"] += 1
-            continue
-        run.step, run.tokens, run.hours = position
-        for name in CURVES:
+    for row in run.rows("metrics.jsonl", "tokens", "hours"):
+        run.step, run.tokens, run.hours = map(float, (row["step"], row["tokens"], row["hours"]))
+        for name, curve in run.curves.items():
             if (value := number(row.get(name))) is not None:
-                run.curves[name].add((*position, value))
+                curve.add((run.step, run.tokens, run.hours, value))
         loss = number(row.get("val_loss"))
         if loss is not None and loss < run.best.get("val_loss", math.inf):
             run.best = row
-    for row in read_rows(run.path / "jobs.jsonl", run.unreadable):
-        if any(number(row.get(name)) is None for name in ("tokens", "hours", "ranks")):
-            run.unreadable["jobs.jsonl"] += 1
-            continue
-        run.started += 1
+    for row in run.rows("jobs.jsonl", "tokens", "hours", "ranks"):
+        run.job, run.started = row, run.started + 1
         run.jobs = [job for job in run.jobs if job["step"] < row["step"]] + [row]
-    for row in read_rows(run.path / "bad_steps.jsonl", run.unreadable):
+    for row in run.rows("bad_steps.jsonl"):
         reason = str(row.get("reason") or row.get("skipped") or "skipped")
         run.reasons[reason] += 1
-        run.last_skipped = [*run.last_skipped[1 - LISTED :], {**row, "reason": reason}]
+        run.last_skipped.append({**row, "reason": reason})
         run.skipped.add((row["step"], 0.0, 0.0, 0.0))
-    rows, stride = read_rows(run.path / "samples.jsonl", run.unreadable), 1
+    rows, stride = run.rows("samples.jsonl"), 1
     for step, of_step in itertools.groupby(rows, key=lambda row: row["step"]):
         last = (step, list(itertools.islice(of_step, SAMPLES)))
         if run.sampled % stride == 0:
@@ -221,11 +212,8 @@ def read_files(run: Run) -> None:
         run.sampled += 1
     if run.samples and run.samples[-1] is not last:
         run.samples.append(last)
-    try:
-        status = json.loads((run.path / "status.json").read_bytes())
-    except (FileNotFoundError, ValueError, RecursionError):
-        status = None
-    run.status = status if isinstance(status, dict) else {}
+    with contextlib.suppress(RecursionError):
+        run.status = read_json(run.path / "status.json") or {}
 
 
 def flat(values: Json) -> Json:
@@ -259,41 +247,40 @@ def state(run: Run) -> str:
 def report(run: Run) -> bytes:
     """The page of one run."""
     factor, unit = duration(run.hours)
-    where = text(f"{run.path}, {run.status.get('state', 'state unknown')}")
-    where += f" {date(run.status.get('time', ''))}"
-    best, gpu = run.best, run.gpu_hours
-    last = number(run.about("max_steps"))
+    best, gpu, job, marks = run.best, run.gpu_hours, run.job, run.marks()
+    planned = number(job.get("max_steps"))
     losses = run.curves["loss"].points()
     at_best = f"<small>at step {short(number(best.get('step')))}</small>" if best else ""
+    ranks = f"<small>{job['ranks']} × {text(job.get('device'))}</small>" if gpu else ""
     facts = {
         "Status": text(state(run)),
-        "Step": f"{run.step:,.0f}" + (f"<small>of {last:,.0f}</small>" if last else ""),
+        "Step": f"{run.step:,.0f}" + (f"<small>of {planned:,.0f}</small>" if planned else ""),
         "Tokens": short(run.tokens),
         "Best validation loss": short(best.get("val_loss")) + at_best,
         "Bits per byte": short(number(best.get("val_bits_per_byte"))),
         "Training loss": short(losses[-1][3] if losses else None) + "<small>last row</small>",
-        "Parameters": short(number(run.about("parameters"))),
+        "Parameters": short(number(job.get("parameters"))),
         "Time": f"{short(run.hours * factor, 3)}<small>{unit}</small>",
-        hours_name([run]): short(gpu, 3)
-        + (f"<small>{run.about('ranks')} × {text(run.about('device'))}</small>" if gpu else ""),
+        hours_name([run]): short(gpu, 3) + ranks,
         "Jobs": str(run.started or "–"),
         "Skipped steps": f"{run.reasons.total():,}",
-        "Code commit": f"<code>{text(str(run.about('commit') or '–')[:12])}</code>",
+        "Code commit": code(str(job.get("commit") or "–")[:12]),
     }
     cards = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    figures, marks = [], run.marks()
-    for panel in PANELS:
-        lines = [
-            Line(label, index, run.curves[name].points(), name.startswith("val_"))
-            for index, (name, label) in enumerate(panel.curves.items())
-        ]
-        figures.append(figure(panel.title, panel.unit, lines, panel.from_zero, marks))
     legend = '<span><i class="restart">┆</i> restart</span>' if marks["restart"] else ""
     if marks["skipped"]:
         legend += '<span><i class="skipped">✕</i> skipped step</span>'
-    body = f"<dl>{cards}</dl>" + page.charts(figures, f'<span class="marks">{legend}</span>')
-    body += samples_part(run) + jobs_part(run) + config_part(run)
-    heading = f"<h1>{text(run.name)}</h1><p>{where}</p>"
+    figures = []
+    for panel in PANELS:
+        lines = [
+            Line(label, style, run.curves[name].points(), marked=name.startswith("val_"))
+            for style, (name, label) in enumerate(panel.curves.items())
+        ]
+        figures.append(figure(panel.title, panel.unit, lines, panel.from_zero, marks))
+    charts = page.charts(figures, f'<span class="marks">{legend}</span>')
+    body = f"<dl>{cards}</dl>{charts}{samples_part(run)}{jobs_part(run)}{config_part(run)}"
+    known = f"{run.path}, {run.status.get('state', 'state unknown')}"
+    heading = f"<h1>{text(run.name)}</h1><p>{text(known)} {date(run.status.get('time', ''))}</p>"
     return page_about([run], f"{run.name}: report", heading, body)
 
 
@@ -314,7 +301,7 @@ def page_about(runs: list[Run], title: str, heading: str, body: str) -> bytes:
 
 def hours_name(runs: list[Run]) -> str:
     """The name of hours × ranks, by the devices of the runs."""
-    devices = {run.about("device") for run in runs if run.jobs}
+    devices = {run.job.get("device") for run in runs if run.job}
     if "cpu" not in devices:
         return "GPU-hours"
     return "Rank-hours" if len(devices) > 1 else "CPU rank-hours"
@@ -342,16 +329,18 @@ def samples_part(run: Run) -> str:
 
 def over_time(groups: list[tuple[float, list[Json]]], kind: str) -> str:
     """The rows of a kind for each prompt, by step; groups are (step, all its rows)."""
-    kept = [(step, [row for row in rows if kind in row]) for step, rows in groups]
+    prompts: dict[int, list[tuple[float, Json]]] = defaultdict(list)
+    for step, rows in groups:
+        for index, row in enumerate(row for row in rows if kind in row):
+            prompts[index].append((step, row))
     parts = ""
-    for index in range(max(len(rows) for _, rows in kept)):
-        found = [(f"step {step:,.0f}", rows[index]) for step, rows in kept if index < len(rows)]
-        last = found[-1][1]
-        rows = [(name, excerpt(row[kind])) for name, row in found]
-        rows += [("truth", excerpt(last["truth"]))] if "truth" in last else []
-        shown = table(("after", kind), rows, f"{kind} {index + 1}")
-        prompt = excerpt(last.get("prompt", ""))
-        parts += details(f"Prompt {index + 1}", prompt + shown, is_open=index == 0)
+    for index, found in prompts.items():
+        shown = [{"after": f"step {step:,.0f}", kind: excerpt(row[kind])} for step, row in found]
+        _, last = found[-1]
+        if "truth" in last:
+            shown.append({"after": "truth", kind: excerpt(last["truth"])})
+        content = excerpt(last.get("prompt", "")) + table(shown, f"{kind} {index + 1}")
+        parts += details(f"Prompt {index + 1}", content, is_open=index == 0)
     return parts
 
 
@@ -361,23 +350,25 @@ def excerpt(value: Any) -> str:
 
 def jobs_part(run: Run) -> str:
     """Tables of jobs and of skipped steps."""
+    columns = ("host", "job_id", "ranks", "device", "commit")
+    jobs = [
+        {"from step": f"{job['step']:,.0f}", "time": date(job.get("time") or "–")}
+        | {name: text(job.get(name) or "–", 40) for name in columns}
+        for job in run.jobs[-LISTED:]
+    ]
+    skipped = [
+        {"step": f"{row['step']:,.0f}"}
+        | {name: text(row.get(name)) for name in ("reason", "loss", "grad_norm")}
+        for row in run.last_skipped
+    ]
     parts = ""
-    if run.jobs:
-        keys, rows = ("host", "job_id", "ranks", "device", "commit"), []
-        for job in run.jobs[-LISTED:]:
-            cells = (text(job.get(key) or "–", 40) for key in keys)
-            rows.append((f"{job['step']:,.0f}", date(job.get("time") or "–"), *cells))
-        head = ("from step", "time", *keys)
+    if jobs:
         lost = run.started - len(run.jobs)
         note = f", {lost} more whose steps were lost" if lost else ""
-        parts += details(f"{len(run.jobs)} jobs{note}", table(head, rows, "Jobs"))
-    if run.reasons:
-        said = ", ".join(f"{text(reason)}: {count:,}" for reason, count in run.reasons.items())
-        keys, rows = ("reason", "loss", "grad_norm"), []
-        for row in run.last_skipped:
-            rows.append((f"{row['step']:,.0f}", *(text(row.get(key)) for key in keys)))
-        skipped = table(("step", *keys), rows, "Skipped steps")
-        parts += details(f"Skipped steps ({said})", skipped)
+        parts += details(f"{len(run.jobs)} jobs{note}", table(jobs, "Jobs"))
+    if skipped:
+        counts = ", ".join(f"{text(reason)}: {count:,}" for reason, count in run.reasons.items())
+        parts += details(f"Skipped steps ({counts})", table(skipped, "Skipped steps"))
     return f"<section><h2>Jobs</h2>{parts}</section>" if parts else ""
 
 
@@ -385,17 +376,17 @@ def config_part(run: Run) -> str:
     """The configuration, what differs from the defaults first."""
     defaults, changed, others = flat(tables(build_config({}))), [], []
     for key, value in run.config.items():
-        cells = (code(key), text(value))
-        if key in defaults and value == defaults[key]:
-            others.append(cells)
+        row = {"key": code(key), "value": text(value)}
+        if value == defaults.get(key):
+            others.append(row)
         else:
-            changed.append((*cells, text(defaults[key]) if key in defaults else "–"))
-    first = table(("key", "value", "default"), changed, "Keys that differ")
-    rest = table(("key", "value"), others, "Keys with their default")
+            changed.append(row | {"default": text(defaults.get(key, "–"))})
     title = f"{len(changed)} key{'s' * (len(changed) != 1)} with a value other than the default"
     return (
-        f"<section><h2>Configuration</h2>{details(title, first, is_open=True)}"
-        f"{details(f'{len(others)} with the default', rest)}</section>"
+        "<section><h2>Configuration</h2>"
+        + details(title, table(changed, "Keys that differ"), is_open=True)
+        + details(f"{len(others)} with the default", table(others, "Keys with their default"))
+        + "</section>"
     )
 
 
@@ -442,7 +433,7 @@ def comparison(runs: list[Run]) -> bytes:
         if run.best and run.best["val_loss"] == lowest:
             loss = f"<b>{loss}</b> ★"
         row = {
-            "run": f"{index + 1} {swatch(lines[-1])}{text(run.name)}",
+            "run": f"{index + 1} {page.swatch(lines[-1])}{text(run.name)}",
             "best validation loss": loss,
             "bits per byte": short(number(run.best.get("val_bits_per_byte"))),
             "tokens": short(run.tokens),
@@ -451,21 +442,17 @@ def comparison(runs: list[Run]) -> bytes:
             "step": f"{run.step:,.0f}",
             "status": text(state(run)),
         }
-        for key in keys:
-            row[code(key)] = text(run.config[key]) if key in run.config else "–"
-        rows.append(row)
+        rows.append(row | {code(key): text(run.config.get(key, "–")) for key in keys})
     figures = []
     for panel in COMPARED:
         (name,) = panel.curves
-        drawn = [
-            line._replace(points=run.curves[name].points())
-            for line, run in zip(lines, runs, strict=True)
-        ]
+        points = (run.curves[name].points() for run in runs)
+        drawn = [line._replace(points=p) for line, p in zip(lines, points, strict=True)]
         figures.append(figure(panel.title, panel.unit, drawn, panel.from_zero))
-    listed = table(rows[0], (row.values() for row in rows), "Runs")
     body = (
-        f"{listed}<p>★ lowest. {spent}: hours × ranks, for the steps that count; – where the run"
-        f" has no jobs.jsonl.</p>{seeds_part(runs, keys)}<h2>Curves</h2>{page.charts(figures)}"
+        f"{table(rows, 'Runs')}<p>★ lowest. {spent}: hours × ranks, for the steps that count; –"
+        f" where the run has no jobs.jsonl.</p>{seeds_part(runs, keys)}<h2>Curves</h2>"
+        f"{page.charts(figures)}"
     )
     title = f"{len(runs)} runs compared"
     return page_about(runs, title, f"<h1>{title}</h1>", body)
@@ -473,19 +460,20 @@ def comparison(runs: list[Run]) -> bytes:
 
 def seeds_part(runs: list[Run], keys: list[str]) -> str:
     """Mean and deviation over runs that differ in nothing but their seed."""
-    groups = [group for group in seed_groups(runs) if len(group) > 1]
-    if not groups:
-        return ""
     keys = [key for key in keys if key != "train.seed"]
-    numbers, rows = {run: str(index + 1) for index, run in enumerate(runs)}, []
+    groups, rows = [group for group in seed_groups(runs) if len(group) > 1], []
     for group in groups:
         spreads = [spread(group, name) for name in ("val_loss", "val_bits_per_byte")]
-        members, known = ", ".join(numbers[run] for run in group), str(spreads[0][2])
-        cells = [short(m) + (f" ± {short(d, 2)}" if d is not None else "") for m, d, _ in spreads]
-        values = (text(group[0].config.get(key, "–")) for key in keys)
-        rows.append((members, known, *cells, *values))
-    head = ["runs", "with evaluations", "best validation loss", "bits per byte", *map(code, keys)]
-    return f"<h2>Seeds: mean ± standard deviation</h2>{table(head, rows, 'Seeds')}"
+        loss, bits = (short(m) + f" ± {short(d, 2)}" * (d is not None) for m, d, _ in spreads)
+        row = {
+            "runs": ", ".join(str(runs.index(run) + 1) for run in group),
+            "with evaluations": str(spreads[0][2]),
+            "best validation loss": loss,
+            "bits per byte": bits,
+        }
+        row |= {code(key): text(group[0].config.get(key, "–")) for key in keys}
+        rows.append(row)
+    return f"<h2>Seeds: mean ± standard deviation</h2>{table(rows, 'Seeds')}" if rows else ""
 
 
 def comparison_csv(runs: list[Run]) -> bytes:
@@ -495,7 +483,7 @@ def comparison_csv(runs: list[Run]) -> bytes:
     for run in runs:
         row = {"run": run.name, "path": run.path, "status": state(run), "step": run.step}
         row |= {"tokens": run.tokens, "hours": run.hours, "gpu_hours": run.gpu_hours}
-        row |= {name: run.about(name) for name in ("device", "ranks", "parameters")}
+        row |= {name: run.job.get(name) for name in ("device", "ranks", "parameters")}
         row |= {"best_val_loss": run.best.get("val_loss"), "best_step": run.best.get("step")}
         row |= {"bits_per_byte": run.best.get("val_bits_per_byte"), "seeds": len(group_of[run])}
         row["seeds_mean"], row["seeds_deviation"], _ = spread(group_of[run], "val_loss")
@@ -513,46 +501,36 @@ def comparison_csv(runs: list[Run]) -> bytes:
 # ---- program
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, even while another process writes the same file."""
+def write(path: Path, content: bytes, replaces: bytes = b"") -> None:
+    """Writes a file whole or not at all, even while another process writes the same file.
+
+    Raises:
+        UserError: it can't be written, or a file exists there that does not begin as `replaces`.
+    """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            if replaces not in file.read(500):
+                raise UserError(f"{path} exists and is no report; name another --output")
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise UserError(f"{path} can't be written: {error.strerror}") from None
-
-
-def page_target(name: str) -> Path:
-    """The path to write a page to; UserError if there is a file that is no report."""
-    path = Path(name)
-    try:
-        with open(path, "rb") as file:
-            ours = b"Content-Security-Policy" in file.read(500)
-    except FileNotFoundError:
-        return path
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror}") from None
-    if not ours:
-        raise UserError(f"{path} exists and is no report; name another --output")
-    return path
 
 
 def main(arguments: list[str]) -> None:
     if "--help" in arguments or "-h" in arguments:
         print(__doc__.strip())
         return
-    options = [argument for argument in arguments if argument.startswith("-")]
-    names = [argument for argument in arguments if not argument.startswith("-")]
-    output = ""
-    for option in options:
+    output, names = "", [argument for argument in arguments if not argument.startswith("-")]
+    for option in (argument for argument in arguments if argument.startswith("-")):
         name, _, output = option.partition("=")
         if name != "--output":
             near = difflib.get_close_matches(name, ("--output", "--help"), n=1)
-            raise UserError(
-                f"unknown option {option}{f'; did you mean {near[0]}?' if near else ''}"
-            )
+            suggestion = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"unknown option {option}{suggestion}")
         if not output:
             raise UserError("--output lacks a value: write --output=FILE.html")
     paths = [*dict.fromkeys(existing_path(name).resolve() for name in names)]
@@ -570,17 +548,17 @@ def main(arguments: list[str]) -> None:
         raise UserError("none of these directories is a run with metrics")
     name_runs(runs)
     if len(paths) == 1:
-        target = page_target(output or str(runs[0].path / "report.html"))
-        write(target, report(runs[0]))
+        target = Path(output or runs[0].path / "report.html")
+        write(target, report(runs[0]), PAGE)
     else:
-        table = Path(output or "comparison.html").with_suffix(".csv")
-        if str(table) == output:
-            raise UserError(f"--output={output}: name the page; its table becomes {table.name}")
-        target = page_target(output or "comparison.html")
-        if table.exists() and not target.exists():
-            raise UserError(f"{table} exists, and no page beside it; name another --output")
-        write(target, comparison(runs))
-        write(table, comparison_csv(runs))
+        target = Path(output or "comparison.html")
+        listed = target.with_suffix(".csv")
+        if listed == target:
+            raise UserError(f"--output={output}: name the page; its table becomes {listed.name}")
+        if listed.exists() and not target.exists():
+            raise UserError(f"{listed} exists, and no page beside it; name another --output")
+        write(target, comparison(runs), PAGE)
+        write(listed, comparison_csv(runs))
     print(target)
 
 
