@@ -113,10 +113,9 @@ class Scale(NamedTuple):
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = math.log10(value), math.log10(low), math.log10(high)
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
+        place = math.log10 if self.log else float
+        low, high = place(self.low), place(self.high)
+        return self.start + (place(value) - low) / (high - low) * (self.end - self.start)
 
 
 def value_scale(values: list[float], from_zero: bool) -> Scale:
@@ -182,7 +181,7 @@ def chart(title: str, said: str, lines: list[Line], marks: Marks, axis: int, y: 
         name = f"<title>{text(line.label or title)}</title>"
         parts.append(line.polyline(drawn, f' data-label="{text(line.label)}"', name))
         every = 1 if line.marked and len(spots) <= 40 else 1 + len(spots) // 7
-        if line.marked or marks is None or len(spots) == 1:
+        if line.marked or len(spots) == 1:
             parts.append(line.markers(spots[line.style % every :: every]))
         ends.append((spots[-1], line))
     if marks is None:

@@ -22,7 +22,7 @@ import statistics
 import sys
 import time
 from bisect import bisect_left
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,7 @@ class Run:
     skipped: Curve = field(default_factory=lambda: Curve(STRETCHES))
     reasons: Counter = field(default_factory=Counter)  # of skipped steps
     last_skipped: deque[Json] = field(default_factory=lambda: deque(maxlen=LISTED))
-    samples: list[tuple[float, list[Json]]] = field(default_factory=list)  # (step, rows), some
+    samples: list[list[Json]] = field(default_factory=list)  # the rows of some evaluations
     sampled: int = 0  # evaluations with samples
     unreadable: Counter = field(default_factory=Counter)  # rows, by file
 
@@ -203,8 +203,8 @@ def read_files(run: Run) -> None:
         run.last_skipped.append({**row, "reason": reason})
         run.skipped.add((row["step"], 0.0, 0.0, 0.0))
     rows, stride = run.rows("samples.jsonl"), 1
-    for step, of_step in itertools.groupby(rows, key=lambda row: row["step"]):
-        last = (step, list(itertools.islice(of_step, SAMPLES)))
+    for _, of_step in itertools.groupby(rows, key=lambda row: row["step"]):
+        last = list(itertools.islice(of_step, SAMPLES))
         if run.sampled % stride == 0:
             run.samples.append(last)
         if len(run.samples) > SAMPLE_STEPS:
@@ -327,20 +327,16 @@ def samples_part(run: Run) -> str:
     )
 
 
-def over_time(groups: list[tuple[float, list[Json]]], kind: str) -> str:
-    """The rows of a kind for each prompt, by step; groups are (step, all its rows)."""
-    prompts: dict[int, list[tuple[float, Json]]] = defaultdict(list)
-    for step, rows in groups:
-        for index, row in enumerate(row for row in rows if kind in row):
-            prompts[index].append((step, row))
-    parts = ""
-    for index, found in prompts.items():
-        shown = [{"after": f"step {step:,.0f}", kind: excerpt(row[kind])} for step, row in found]
-        _, last = found[-1]
-        if "truth" in last:
-            shown.append({"after": "truth", kind: excerpt(last["truth"])})
-        content = excerpt(last.get("prompt", "")) + table(shown, f"{kind} {index + 1}")
-        parts += details(f"Prompt {index + 1}", content, is_open=index == 0)
+def over_time(evaluations: list[list[Json]], kind: str) -> str:
+    """The rows of a kind for each prompt, by step."""
+    parts, of_kind = "", ([row for row in rows if kind in row] for rows in evaluations)
+    for number, rows in enumerate(itertools.zip_longest(*of_kind), 1):
+        known = [row for row in rows if row]
+        shown = [{"after": f"step {row['step']:,.0f}", kind: excerpt(row[kind])} for row in known]
+        if "truth" in known[-1]:
+            shown.append({"after": "truth", kind: excerpt(known[-1]["truth"])})
+        content = excerpt(known[-1].get("prompt", "")) + table(shown, f"{kind} {number}")
+        parts += details(f"Prompt {number}", content, is_open=number == 1)
     return parts
 
 

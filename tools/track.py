@@ -3,15 +3,14 @@
     python tools/track.py RUN
 
 Training starts it in a process of its own (log.wandb); by hand it does the same for any run.
-Nothing is sent unless WANDB_MODE=online: compute nodes have no network. What it writes to RUN/wandb
-holds all rows of metrics.jsonl from the first on. So `wandb sync` replaces what earlier jobs sent,
-and steps that were lost and trained again appear once.
+Nothing is sent unless WANDB_MODE=online: compute nodes have no network. RUN/wandb gets all rows of
+metrics.jsonl from the first on. So `wandb sync` replaces what earlier jobs sent, and steps that
+were lost and trained again appear once.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import os
 import secrets
@@ -67,21 +66,19 @@ def main(arguments: list[str]) -> None:
             signal.signal(getattr(signal, f"SIG{name}"), signal.SIG_IGN)
     else:
         over.set()
+
+    def busy(holder: str) -> None:
+        if not options.follow:  # training waits for the other process, a person need not
+            print(f"{holder} hands over the rows of this run already")
+            sys.exit()
+
     try:
         (directory / "wandb").mkdir(exist_ok=True)
-        busy = functools.partial(leave_to, options.follow)
         with locked(directory / "wandb" / "lock", busy):
             track(directory, over)
     except Exception as error:  # whatever the package raises: training goes on without it
         reason = f"{type(error).__name__}: {error}".partition("\n")[0].rstrip(" .:")
         give_up(f"{reason}; python tools/track.py {directory} hands over all rows anew")
-
-
-def leave_to(waits: bool, holder: str) -> None:
-    """Called if another process hands over the rows: training waits for it, a person need not."""
-    if not waits:
-        print(f"{holder} hands over the rows of this run already")
-        sys.exit()
 
 
 def give_up(reason: str) -> NoReturn:
