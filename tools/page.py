@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 440, 250, 50, 10, 36, 13  # of a chart, in its own units
 FLOOR = HEIGHT - BOTTOM
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "5 2 1 2 1 2")
-SHAPES = (  # around a point; their number and that of the dashes have no common divisor
+SHAPES = (  # of markers; 6 dashes and 7 shapes make 42 kinds of lines
     "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
     "m-3-3h6v6h-6z",
     "m0-4l3.6 6.6h-7.2z",
@@ -61,7 +61,7 @@ def text(value: Any, limit: int = 400) -> str:
 
 
 def date(value: Any) -> str:
-    """A date in any form, which no narrow screen breaks in the middle."""
+    """A date in any form, which stays on one line."""
     return f"<time>{text(value, 40)}</time>"
 
 
@@ -129,7 +129,7 @@ def value_scale(values: list[float], from_zero: bool) -> Scale:
 
 
 def figure(title: str, unit: str, lines: list[Line], from_zero: bool, marks: Marks = None) -> str:
-    """Lines against each of the axes, of which the page shows one; "" without a point.
+    """A chart for each axis, of which the page shows one at a time; "" if there are no points.
 
     Without marks the lines are labelled at their ends, else in a legend.
     """
@@ -138,11 +138,11 @@ def figure(title: str, unit: str, lines: list[Line], from_zero: bool, marks: Mar
         return ""
     scale = value_scale([point[3] for line in lines for point in line.points], from_zero)
     unit += ", log scale" * scale.log
-    said = "; ".join(
+    summary = "; ".join(
         f"{line.label or title}: first {short(line.points[0][3])}, last {short(line.points[-1][3])}"
         for line in lines[:8]
     )
-    charts = (chart(title, said, lines, marks, axis, scale) for axis in range(len(AXES)))
+    charts = (chart(title, summary, lines, marks, axis, scale) for axis in range(len(AXES)))
     legend = ""
     if marks is not None and len(lines) > 1:
         legend = "".join(f"<span>{swatch(line)}{text(line.label)}</span>" for line in lines)
@@ -152,10 +152,10 @@ def figure(title: str, unit: str, lines: list[Line], from_zero: bool, marks: Mar
     )
 
 
-def chart(title: str, said: str, lines: list[Line], marks: Marks, axis: int, y: Scale) -> str:
+def chart(title: str, summary: str, lines: list[Line], marks: Marks, axis: int, y: Scale) -> str:
     """Lines against one axis as an SVG."""
     right = WIDTH - 14.0
-    if marks is None:  # labels in a wide typeface: a page can't know which one it gets
+    if marks is None:  # room for labels in a wide typeface: the browser chooses it
         wide = (sum(11.5 if c in "mwMW@%" or c > "\u2e80" else 7.4 for c in n.label) for n in lines)
         right = WIDTH - 12 - max(wide)
     furthest = max(point[axis] for line in lines for point in line.points) or 1.0
@@ -189,7 +189,7 @@ def chart(title: str, said: str, lines: list[Line], marks: Marks, axis: int, y: 
     named = f"{title} against {AXES[axis]}"
     return (
         f'<svg class="by-{AXES[axis]}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{text(named)}. {text(said)}" data-unit="{unit}"'
+        f' aria-label="{text(named)}. {text(summary)}" data-unit="{unit}"'
         f' data-x="0 {x.high:.6g} {LEFT} {right:.1f}"'
         f' data-y="{y.low:.6g} {y.high:.6g} {y.start} {y.end} {int(y.log)}">'
         f'<title>{text(named)}</title>{"".join(parts)}<path class="cursor"/></svg>'

@@ -142,7 +142,7 @@ class Run:
     def rows(self, file: str, *required: str) -> Iterator[Json]:
         """The rows of a file whose step and other required values are numbers from 0 on.
 
-        Others count as unreadable, except a torn last one: a job writes it just now, or died.
+        Others count as unreadable, except a torn last one: its job still writes it, or died.
         """
         if not (self.path / file).is_file():
             return
@@ -330,13 +330,13 @@ def samples_part(run: Run) -> str:
 def over_time(evaluations: list[list[Json]], kind: str) -> str:
     """The rows of a kind for each prompt, by step."""
     parts, of_kind = "", ([row for row in rows if kind in row] for rows in evaluations)
-    for number, rows in enumerate(itertools.zip_longest(*of_kind), 1):
+    for index, rows in enumerate(itertools.zip_longest(*of_kind), 1):
         known = [row for row in rows if row]
         shown = [{"after": f"step {row['step']:,.0f}", kind: excerpt(row[kind])} for row in known]
         if "truth" in known[-1]:
             shown.append({"after": "truth", kind: excerpt(known[-1]["truth"])})
-        content = excerpt(known[-1].get("prompt", "")) + table(shown, f"{kind} {number}")
-        parts += details(f"Prompt {number}", content, is_open=number == 1)
+        content = excerpt(known[-1].get("prompt", "")) + table(shown, f"{kind} {index}")
+        parts += details(f"Prompt {index}", content, is_open=index == 1)
     return parts
 
 
@@ -410,7 +410,7 @@ def seed_groups(runs: list[Run]) -> list[list[Run]]:
 
 
 def spread(runs: list[Run], name: str) -> tuple[float | None, float | None, int]:
-    """Mean and sample deviation of a figure at the runs' best evaluations, and how many have it."""
+    """Mean and sample deviation of a score at the runs' best evaluations; how many runs have it."""
     known = [value for run in runs if (value := number(run.best.get(name))) is not None]
     mean = statistics.fmean(known) if known else None
     return mean, statistics.stdev(known) if len(known) > 1 else None, len(known)
@@ -501,7 +501,7 @@ def write(path: Path, content: bytes, replaces: bytes = b"") -> None:
     """Writes a file whole or not at all, even while another process writes the same file.
 
     Raises:
-        UserError: it can't be written, or a file exists there that does not begin as `replaces`.
+        UserError: it can't be written, or the file there lacks `replaces` at its beginning.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     directory = existing_path(options.run)
     for name in ("config.toml", "metrics.jsonl"):
         if not (directory / name).is_file():
-            raise UserError(f"{directory}: not a run directory, or too young: {name} is missing")
+            raise UserError(f"{directory}: {name} is missing: no run, or one that has just begun")
     if not installed("wandb"):
         raise UserError("the package wandb is missing: pip install 'rocket-llama[wandb]'")
     over = threading.Event()
