@@ -186,6 +186,7 @@ def read_run(path: Path, stretches: int = STRETCHES) -> Run:
 
 
 def read_files(run: Run) -> None:
+    """Fills in what the run's rows and its status say."""
     for row in run.rows("metrics.jsonl", "tokens", "hours"):
         run.step, run.tokens, run.hours = map(float, (row["step"], row["tokens"], row["hours"]))
         for name, curve in run.curves.items():
@@ -503,11 +504,12 @@ def write(path: Path, content: bytes, replaces: bytes = b"") -> None:
     Raises:
         UserError: it can't be written, or the file there lacks `replaces` at its beginning.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            if replaces not in file.read(500):
-                raise UserError(f"{path} exists and is no report; name another --output")
+        if replaces and os.path.exists(path):
+            with open(path, "rb") as file:
+                if replaces not in file.read(500):
+                    raise UserError(f"{path} exists and is no report; name another --output")
         temporary.write_bytes(content)
         temporary.replace(path)
     except OSError as error:
@@ -548,7 +550,7 @@ def main(arguments: list[str]) -> None:
         write(target, report(runs[0]), PAGE)
     else:
         target = Path(output or "comparison.html")
-        listed = target.with_suffix(".csv")
+        listed = Path(os.path.splitext(target)[0] + ".csv")
         if listed == target:
             raise UserError(f"--output={output}: name the page; its table becomes {listed.name}")
         if listed.exists() and not target.exists():
