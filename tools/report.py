@@ -322,9 +322,9 @@ def samples_part(run: Run) -> str:
         )
     return (
         f"{parts}<h3>Its next token at each position</h3><p>One-step predictions, which are not a"
-        " text that it writes: at each position the model saw the true text so far, and the token"
-        " shown is the one that it found most likely next. In a row they read as nonsense wherever"
-        f" it was wrong, even a good model's.</p>{over_time(run.samples, 'prediction')}</section>"
+        " text that it writes: each is the token that the model found most likely after the true"
+        " text so far. Where it is wrong they read as nonsense, even a good model's.</p>"
+        f"{over_time(run.samples, 'prediction')}</section>"
     )
 
 
