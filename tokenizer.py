@@ -14,7 +14,7 @@ from sentencepiece import SentencePieceProcessor
 from config import MAX_VOCAB_SIZE, TokenizerConfig, UserError, resolve_path
 
 SPACE = "\u2581"  # SentencePiece's sign for a space: in a text, it decodes to a space
-LEARNT = "assistant"  # the role whose words are learnt
+ASSISTANT = "assistant"  # the role whose messages are trained on
 MARKER = re.compile(r"<\|[^|<>]*\|>")  # text that can only be meant as a control piece
 
 
@@ -83,7 +83,7 @@ class Tokenizer:
 
 
 class Rendered(NamedTuple):
-    """A conversation from BOS to EOS: ids (T,) uint16, and a mask (T,) uint8, 1 where learnt."""
+    """A conversation from BOS to EOS: ids (T,) uint16, and a mask (T,) uint8, 1 where trained."""
 
     ids: np.ndarray
     mask: np.ndarray
@@ -103,16 +103,18 @@ class Template:
         self.tokenizer = tokenizer
         self.texts = {role: text.split("{content}") for role, text in template.items()}
         self.control = tokenizer.control_pieces()
+        known = sorted(self.control, key=len, reverse=True)  # of two that match, the longer
+        self.pattern = re.compile(f"({'|'.join(map(re.escape, known))})")
         self.before = {role: self._ids(before) for role, (before, _) in self.texts.items()}
         self.after = {role: self._ids(after) for role, (_, after) in self.texts.items()}
 
     def render(self, messages: Iterable[tuple[str, str]], train_on: str) -> Rendered:
-        """The tokens of (role, content) pairs; learnt are the responses with their ends, or all."""
+        """The tokens of (role, content) pairs; the mask takes responses with their ends, or all."""
         pieces, masks = [np.array([self.tokenizer.bos_id])], [0]
         for role, content in messages:
-            learnt = train_on == "all" or role == LEARNT
+            trained = train_on == "all" or role == ASSISTANT
             pieces += [self.before[role], self.tokenizer.encode(content), self.after[role]]
-            masks += [train_on == "all", learnt, learnt]
+            masks += [train_on == "all", trained, trained]
         pieces.append(np.array([self.tokenizer.eos_id]))
         masks.append(masks[-1])
         mask = np.repeat(np.array(masks, np.uint8), [len(ids) for ids in pieces])
@@ -121,7 +123,7 @@ class Template:
     def prompt(self, messages: Iterable[tuple[str, str]]) -> list[int]:
         """The ids after which the model answers."""
         ids = self.render(messages, "all").ids[:-1]
-        return [*ids.tolist(), *self.before[LEARNT].tolist()]
+        return [*ids.tolist(), *self.before[ASSISTANT].tolist()]
 
     def stops(self) -> tuple[list[int], list[str]]:
         """What ends an answer: ids, or texts where the template marks the end without one.
@@ -131,23 +133,17 @@ class Template:
         """
         ids, texts = {self.tokenizer.eos_id: None}, {}
         for before, _ in self.texts.values():
-            parts = self._split(self.texts[LEARNT][1] + before)
-            control = [self.control[part] for part in parts if part in self.control]
-            if control:
-                ids[control[0]] = None
-            elif "".join(parts).strip():  # blanks alone may stand within an answer
-                texts["".join(parts)] = None
+            text = self.texts[ASSISTANT][1] + before
+            if control := self.pattern.search(text):
+                ids[self.control[control[0]]] = None
+            elif text.strip():  # blanks alone may stand within an answer
+                texts[text] = None
         return [*ids], [*texts]
-
-    def _split(self, text: str) -> list[str]:
-        """The template's own text, split into control pieces and the texts between them."""
-        known = sorted(self.control, key=len, reverse=True)  # of two that match, the longer
-        return [*filter(None, re.split(f"({'|'.join(map(re.escape, known))})", text))]
 
     def _ids(self, text: str) -> np.ndarray:
         """The ids of the template's own text."""
         ids: list[int] = []
-        for part in self._split(text):
+        for part in filter(None, self.pattern.split(text)):
             if part in self.control:
                 ids.append(self.control[part])
             elif missing := MARKER.search(part):
@@ -171,6 +167,11 @@ def configured_tokenizer(config: TokenizerConfig) -> Tokenizer:
             f" {config.vocab_size}: set it to {tokenizer.vocab_size}, or train the tokenizer anew"
         )
     return tokenizer
+
+
+def printable(text: str, kept: str = "") -> str:
+    """The text with escapes for what does not print, but for the characters in `kept`."""
+    return "".join(c if c.isprintable() or c in kept else ascii(c)[1:-1] for c in text)
 
 
 def load_model(model: bytes, name: str) -> SentencePieceProcessor:

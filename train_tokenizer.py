@@ -1,59 +1,55 @@
-"""Trains a tokenizer: raw sources -> tokenizer.model, and beside it tokenizer.vocab to read.
+"""python train_tokenizer.py [CONFIG] [--section.key=value ...] [--force]
+python train_tokenizer.py [CONFIG] --add-pieces='<pad>,<|tool|>' --output=data/more.model
 
-python train_tokenizer.py config/tiny.toml --tokenizer.vocab_size=8000
-python train_tokenizer.py config/tiny.toml --add-pieces='<pad>,<|tool|>' --output=data/more.model
+Trains a SentencePiece model on the training split of data.sources, checks that it gives every text
+back unchanged, and writes it to tokenizer.path, with a list of its pieces beside it (.vocab).
+Beside <unk>, <s> and </s> it has control pieces for conversations, so that a model of text can be
+fine-tuned on them later: <pad>, <|system|>, <|user|>, <|assistant|> and <|end|>. Only data.template
+puts them into tokens; a text that spells them out does not. tokenizer.control_symbols names others,
+or none.
+
+With --add-pieces nothing is trained: the tokenizer at tokenizer.path is written to --output with
+more control pieces.
 """
 
 from __future__ import annotations
 
-from config import check_command_line
-from corpus.locks import locked
-
-USAGE = """python train_tokenizer.py [CONFIG] [--section.key=value ...] [--force]
-
-Trains a SentencePiece model on the training split of data.sources, checks that it gives every text
-back unchanged, and writes it to tokenizer.path. Beside <unk>, <s> and </s> it has control pieces
-for conversations, so that a model of text can be fine-tuned on them later: <pad>, <|system|>,
-<|user|>, <|assistant|> and <|end|>. Only data.template puts them into tokens; a text that spells
-them out does not. tokenizer.control_symbols names others, or none.
-
-With --add-pieces nothing is trained: the tokenizer at tokenizer.path is written to --output with
-more control pieces."""
+from config import (
+    Config,
+    TokenizerConfig,
+    UserError,
+    check_command_line,
+    load_config,
+    resolve_path,
+    run_program,
+    write_atomically,
+)
 
 FLAGS = {
     "--force": "overwrite what exists, although datasets and models may have been built on it",
     "--add-pieces=<pad>,<|x|>": "control pieces to add (the ones that exist stay as they are)",
     "--output=PATH": "where the tokenizer with the added pieces goes; tokenizer.path needs --force",
 }
+COMMAND = {"usage": __doc__, "sections": ("tokenizer", "data"), "flags": FLAGS}
 
 if __name__ == "__main__":  # before imports that take longer than this
-    check_command_line(usage=USAGE, sections=("tokenizer", "data"), flags=FLAGS)
+    check_command_line(**COMMAND)
 
 import json
 import time
 from pathlib import Path
 
-from config import (
-    Config,
-    TokenizerConfig,
-    UserError,
-    load_config,
-    resolve_path,
-    run_program,
-    write_atomically,
-)
 from corpus import hub, vocabulary
-from corpus.vocabulary import Sample, sample_corpus, train
-from tokenizer import Tokenizer, load_model
+from corpus.locks import locked
+from corpus.vocabulary import HELD_OUT_BYTES, Sample, sample_corpus, train
+from tokenizer import Tokenizer, load_model, printable
 
 
 def main(arguments: list[str]) -> None:
-    own = [a for a in arguments if a.startswith(("--add-pieces=", "--output="))]
-    rest = [a for a in arguments if a not in own]
-    config, flags = load_config(rest, usage=USAGE, sections=("tokenizer", "data"), flags=FLAGS)
+    config, flags = load_config(arguments, **COMMAND)
     path, force = resolve_path(config.tokenizer.path), "--force" in flags
-    if own:
-        add_pieces(path, dict(a.split("=", 1) for a in own), force)
+    if options := dict(flag.split("=", 1) for flag in flags if "=" in flag):
+        add_pieces(path, options, force)
         return
     vocabulary.check_symbols(config.tokenizer)
     if path.exists() and not force:
@@ -74,7 +70,7 @@ def check_existing(path: Path, config: TokenizerConfig) -> None:
     trained = vocabulary.noted_options(path.read_bytes())
     if size > wanted or (size < wanted and options.get("hard_vocab_limit", True)):
         differs = f"has {size} pieces, tokenizer.vocab_size is {wanted}"
-    elif trained is not None and trained != options:
+    elif trained not in (None, options):
         differs = f"was trained with {json.dumps(trained)}, [tokenizer] has {json.dumps(options)}"
     else:
         return
@@ -92,13 +88,12 @@ def train_and_write(path: Path, config: Config, force: bool) -> None:
             "data.sources hold no training text (a single one may be held out: set"
             " data.val_fraction = 0), or tokenizer.sample_bytes is too small"
         )
-    print(
-        f"training {config.tokenizer.vocab_size} pieces on {training.size / 1e6:.1f} MB", flush=True
-    )
+    size = config.tokenizer.vocab_size
+    print(f"training {size} pieces on {training.size / 1e6:.1f} MB", flush=True)
     model = train(training.texts(), config.tokenizer)
 
     processor = load_model(model, "the trained tokenizer")
-    judge = held_out if held_out.size else Sample(vocabulary.HELD_OUT_BYTES, training.texts())
+    judge = held_out if held_out.size else Sample(HELD_OUT_BYTES, training.texts())
     texts = [text.decode() for text in judge.texts()]
     vocabulary.check_encoded(processor, config.tokenizer)
     vocabulary.check_round_trips(processor, texts)
@@ -125,13 +120,12 @@ def add_pieces(path: Path, options: dict[str, str], force: bool) -> None:
     model = vocabulary.add_control_pieces(path.read_bytes(), options["--add-pieces"].split(","))
     if output.exists() and output.read_bytes() == model:
         print(f"up to date: {output}")
-    elif output.exists() and not force:
+    elif write_model(output, model, force):
+        print(f"{output}: {size} pieces and {Tokenizer(output).vocab_size - size} more")
+    else:
         raise UserError(
             f"{output} exists and would change: choose another --output, or use --force"
         )
-    else:
-        write_model(output, model, replace=True)
-        print(f"{output}: {size} pieces and {Tokenizer(output).vocab_size - size} more")
 
 
 def write_model(path: Path, model: bytes, replace: bool) -> bool:
@@ -145,7 +139,7 @@ def write_model(path: Path, model: bytes, replace: bool) -> bool:
     """
     processor = load_model(model, str(path))
     rows = (
-        f"{one_line(processor.id_to_piece(i))}\t{processor.get_score(i):g}\n"
+        f"{printable(processor.id_to_piece(i))}\t{processor.get_score(i):g}\n"
         for i in range(processor.vocab_size())
     )
     try:
@@ -158,11 +152,6 @@ def write_model(path: Path, model: bytes, replace: bool) -> bool:
             return True
     except OSError as error:
         raise UserError(f"{path}: can't be written: {error.strerror}") from None
-
-
-def one_line(piece: str) -> str:
-    """The piece with its line breaks and other unprintable characters escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in piece)
 
 
 if __name__ == "__main__":

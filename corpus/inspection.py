@@ -16,14 +16,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from config import MAX_VOCAB_SIZE, Config, UserError, resolve_path, write_atomically
-from tokenizer import SPACE, Tokenizer, configured_tokenizer
+from config import Config, UserError, resolve_path, write_atomically
+from tokenizer import SPACE, Tokenizer, configured_tokenizer, printable
 
 BLOCK_TOKENS = 4_000_000  # read at a time; a longer document is still read whole
 LIMIT_TOKENS = 2_000_000_000  # of a larger split, evenly spaced shards are read
@@ -40,25 +41,56 @@ Json = dict[str, Any]
 say = functools.partial(print, flush=True)  # so that a closed pipe (`| head`) ends the program
 
 
-class Place(NamedTuple):
-    """Where a document lies: its tokens with BOS and EOS, its shard, and its first token there."""
+class Document(NamedTuple):
+    """A document that is shown: its tokens with BOS and EOS, where it lies, and how it begins."""
 
     length: int
-    path: Path
-    offset: int
+    place: str  # shard and first token
+    ids: list[int]
+    mask: list[int]  # 1 where trained
 
 
 @dataclass
 class Content:
     """What is in the shards of a split, as far as they were read."""
 
-    shards: list[Json]  # those that were read, as in the manifest
+    tokenizer: Tokenizer
+    seq_len: int  # of instruction data, else 0
+    shards: int  # that were read
     pieces: np.ndarray  # (vocabulary,) how often each occurs, fill left out
     lengths: Counter[int] = field(default_factory=Counter)  # documents of each length
-    longest: list[Place] = field(default_factory=list)
-    first: list[Place] = field(default_factory=list)
+    longest: list[Document] = field(default_factory=list)
+    first: list[Document] = field(default_factory=list)
     trained: int = 0
     filled: int = 0
+
+    def add(self, path: Path, offset: int, ids: np.ndarray, starts: np.ndarray) -> None:
+        """Adds a block that `read_blocks` gave; UserError where it is damaged."""
+        if (top := ids.max()) >= len(self.pieces):
+            raise damage(path, f"id {top}, but the tokenizer has {len(self.pieces)} pieces")
+        kept, mask = np.ones(len(ids), bool), np.zeros(len(ids), np.uint8)
+        if self.seq_len:
+            mask = read_tokens(path.with_suffix(".mask"), offset, len(ids), "u1")
+            kept = ~find_fill(ids, mask, self.seq_len, self.tokenizer.eos_id)
+        self.trained += int(np.count_nonzero(mask))
+        self.filled += int(np.count_nonzero(~kept))
+        self.pieces += np.bincount(ids[kept], minlength=len(self.pieces))
+        lengths = np.add.reduceat(kept, starts, dtype=np.int64)
+        if len(bad := np.flatnonzero(ids[starts + lengths - 1] != self.tokenizer.eos_id)):
+            raise damage(path, f"no EOS behind the document at token {offset + starts[bad[0]]}")
+        self.lengths.update(lengths.tolist())
+
+        def document(i: int) -> Document:
+            start, length = int(starts[i]), int(lengths[i])
+            # A conversation is kept whole, since its answers are shown; of a text a little more
+            # than is shown, so that `marked_text` knows that there is more.
+            stop = start + (length if self.seq_len else min(length, 4 * EXCERPT + 5))
+            place = f"{path.name}:{offset + start}"
+            return Document(length, place, ids[start:stop].tolist(), mask[start:stop].tolist())
+
+        self.first += map(document, range(len(starts))[: FIRST - len(self.first)])
+        self.longest += map(document, np.argsort(-lengths, kind="stable")[:LONGEST])
+        self.longest = sorted(self.longest, key=lambda document: -document.length)[:LONGEST]
 
 
 def inspect(directory: Path, tokenizer: Tokenizer) -> None:
@@ -81,12 +113,11 @@ def inspect(directory: Path, tokenizer: Tokenizer) -> None:
     for name, head in heads.items():
         split = manifest["splits"][name]
         contents[name] = content = read_split(directory, split, seq_len, tokenizer)
-        say("\n".join(["", name, *head, *describe_content(content, split, seq_len, tokenizer)]))
-        say("\n".join(["", *describe_lengths(content.lengths)]))
-        say("\n".join(["", *describe_documents(content, seq_len, tokenizer)]))
+        say("", name, *head, *describe_content(content, split), sep="\n")
+        say("", *describe_lengths(content.lengths), "", *describe_documents(content), sep="\n")
     if "train" in contents:
-        say("\n" + describe_vocabulary(contents["train"], tokenizer))
-    say("\n".join(["", *origin, ""]))
+        say("", describe_vocabulary(contents["train"]), sep="\n")
+    say("", *origin, "", sep="\n")
     lengths = {name: content.lengths for name, content in contents.items()}
     say(draw_lengths(directory / "lengths.png", lengths, seq_len))
 
@@ -101,84 +132,55 @@ def read_split(directory: Path, split: Json, seq_len: int, tokenizer: Tokenizer)
     if split["tokens"] > LIMIT_TOKENS:
         count = max(1, len(shards) * LIMIT_TOKENS // split["tokens"])
         shards = [shards[i * len(shards) // count] for i in range(count)]
-    content = Content(shards, np.zeros(tokenizer.vocab_size, dtype=np.int64))
+    content = Content(tokenizer, seq_len, len(shards), np.zeros(tokenizer.vocab_size, np.int64))
     total = sum(shard["tokens"] for shard in shards)
     with tqdm(total=total, unit=" tokens", unit_scale=True, leave=False, disable=None) as bar:
         for shard in shards:
             path, before = directory / shard["file"], content.lengths.total()
-            for offset, ids, starts in read_documents(path, shard["tokens"], seq_len, tokenizer):
-                add_documents(content, path, offset, ids, starts, seq_len, tokenizer)
+            blocks = read_blocks(path, shard["tokens"], seq_len, tokenizer.bos_id)
+            for offset, ids, starts in blocks:
+                content.add(path, offset, ids, starts)
                 bar.update(len(ids))
             if (found := content.lengths.total() - before) != shard["documents"]:
                 raise damage(path, f"{found} documents instead of {shard['documents']}")
-    content.pieces[tokenizer.eos_id] -= content.filled
     return content
 
 
-def read_documents(
-    path: Path, tokens: int, seq_len: int, tokenizer: Tokenizer
+def read_blocks(
+    path: Path, tokens: int, seq_len: int, bos: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """A shard in blocks of whole documents, or of whole windows for instruction data.
 
     Yields:
         A block's first token, its ids (n,), and where documents start in it.
     """
-    block = max(1, BLOCK_TOKENS // seq_len) * seq_len if seq_len else BLOCK_TOKENS
     if seq_len and tokens % seq_len:
         raise damage(path, f"{tokens} tokens are no whole windows of {seq_len}")
-    offset, size = 0, block
+    usual = max(1, BLOCK_TOKENS // seq_len) * seq_len if seq_len else BLOCK_TOKENS
+    offset, size = 0, usual
     while offset < tokens:
         ids = read_tokens(path, offset, min(size, tokens - offset))
-        starts = np.flatnonzero(ids == tokenizer.bos_id)
-        if not len(starts) or starts[0]:
-            raise damage(path, f"no BOS at token {offset}")
+        if len(bad := np.flatnonzero(ids[:: seq_len or len(ids)] != bos)):  # each window begins so
+            raise damage(path, f"no BOS at token {offset + bad[0] * seq_len}")
+        starts = np.flatnonzero(ids == bos)
         if offset + len(ids) < tokens and not seq_len:  # the last document may go on
             if len(starts) == 1:
                 size *= 2
                 continue
             ids, starts = ids[: starts[-1]], starts[:-1]
         yield offset, ids, starts
-        offset, size = offset + len(ids), block
+        offset, size = offset + len(ids), usual
 
 
-def add_documents(
-    content: Content,
-    path: Path,
-    offset: int,
-    ids: np.ndarray,
-    starts: np.ndarray,
-    seq_len: int,
-    tokenizer: Tokenizer,
-) -> None:
-    """Adds a block that `read_documents` gave; UserError where it is damaged."""
-    pieces = np.bincount(ids, minlength=MAX_VOCAB_SIZE)
-    if pieces[tokenizer.vocab_size :].any():
-        raise damage(path, f"id {ids.max()}, but the tokenizer has {tokenizer.vocab_size} pieces")
-    content.pieces += pieces[: tokenizer.vocab_size]
-    lengths = np.diff(starts, append=len(ids))
-    if seq_len:
-        windows = ids.reshape(-1, seq_len)
-        if len(bad := np.flatnonzero(windows[:, 0] != tokenizer.bos_id)):
-            raise damage(path, f"no BOS at token {offset + bad[0] * seq_len}")
-        mask = read_tokens(path.with_suffix(".mask"), offset, len(ids), "u1")
-        # Untrained EOS at a window's end are fill, but one of them may end a cut conversation.
-        untrained = ((ids == tokenizer.eos_id) & (mask == 0)).reshape(windows.shape)
-        tails = (~untrained)[:, ::-1].argmax(axis=1)
-        before = windows[np.arange(len(windows)), seq_len - 1 - tails]
-        fill = np.maximum(tails - (before != tokenizer.eos_id), 0)
-        lengths[np.flatnonzero(np.diff(starts // seq_len, append=-1))] -= fill
-        content.filled += int(fill.sum())
-        content.trained += int(np.count_nonzero(mask))
-    if len(bad := np.flatnonzero(ids[starts + lengths - 1] != tokenizer.eos_id)):
-        raise damage(path, f"no EOS behind the document at token {offset + starts[bad[0]]}")
-    content.lengths.update(lengths.tolist())
-    longest = np.argsort(-lengths, kind="stable")[:LONGEST]
-    first, longer = (
-        [Place(int(lengths[i]), path, offset + int(starts[i])) for i in which]
-        for which in (range(min(len(starts), FIRST - len(content.first))), longest)
-    )
-    content.first += first
-    content.longest = sorted(content.longest + longer, key=lambda p: -p.length)[:LONGEST]
+def find_fill(ids: np.ndarray, mask: np.ndarray, seq_len: int, eos: int) -> np.ndarray:
+    """Which tokens of windows are fill (n,): the untrained EOS at a window's end.
+
+    But an EOS that follows another token ends a conversation: of a truncated one, it is untrained.
+    """
+    is_eos = (ids == eos).reshape(-1, seq_len)
+    untrained = is_eos & (mask == 0).reshape(-1, seq_len)
+    tail = np.logical_and.accumulate(untrained[:, ::-1], axis=1)[:, ::-1]
+    return (tail & np.roll(is_eos, 1, axis=1)).ravel()
 
 
 def damage(path: Path, what: str) -> UserError:
@@ -187,6 +189,14 @@ def damage(path: Path, what: str) -> UserError:
 
 def row(name: str, figure: str, note: str = "") -> str:
     return f"  {name:<14} {figure:>17}  {note}".rstrip()
+
+
+def table(rows: list[list[str]], sides: str) -> Iterator[str]:
+    """Lines of aligned cells; `sides` has < (left) or > (right) for each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        columns = zip(cells, sides, widths, strict=True)
+        yield "  " + " ".join(f"{cell:{side}{width}}" for cell, side, width in columns).rstrip()
 
 
 def describe_split(split: Json) -> Iterator[str]:
@@ -198,18 +208,16 @@ def describe_split(split: Json) -> Iterator[str]:
     yield row("shards", f"{len(split['shards']):,}")
 
 
-def describe_content(
-    content: Content, split: Json, seq_len: int, tokenizer: Tokenizer
-) -> Iterator[str]:
+def describe_content(content: Content, split: Json) -> Iterator[str]:
     """What the tokens of a split are."""
-    processor, tokens = tokenizer.processor, int(content.pieces.sum())
-    in_bytes = sum(content.pieces[i] for i in range(tokenizer.vocab_size) if processor.is_byte(i))
+    processor, tokens = content.tokenizer.processor, int(content.pieces.sum())
+    in_bytes = content.pieces @ processor.is_byte([*range(len(content.pieces))])
     unknown = content.pieces[processor.unk_id()]
-    if len(content.shards) < len(split["shards"]):
-        yield f"  looked at {len(content.shards)} of {len(split['shards'])} shards for what follows"
-    if seq_len:
+    if content.shards < (shards := len(split["shards"])):
+        yield f"  looked at {content.shards} of {shards} shards for what follows"
+    if content.seq_len:
         space = tokens + content.filled
-        yield row("windows", f"{space // seq_len:,}", f"of {seq_len:,} tokens")
+        yield row("windows", f"{space // content.seq_len:,}", f"of {content.seq_len:,} tokens")
         yield row("fill rate", f"{tokens / space:.2%}", "of the windows is conversations")
         yield row("trained", f"{content.trained / tokens:.2%}", "of the tokens without fill")
     yield row("byte pieces", f"{in_bytes / tokens:.3%}", "of the tokens: bytes of rare characters")
@@ -222,19 +230,18 @@ def describe_lengths(lengths: Counter[int]) -> Iterator[str]:
     total = counts.sum()
     quantiles = np.percentile(values, QUANTILES, weights=counts, method="inverted_cdf")
     names = ["min", *(f"{percent}%" for percent in QUANTILES[1:-1]), "max", "mean"]
-    cells = [f"{figure:,}" for figure in (*quantiles, round(values @ counts / total))]
-    wide = max(6, *map(len, cells))
+    cells = [f"{figure:>6,}" for figure in (*quantiles, round(values @ counts / total))]
     yield "  tokens per document, BOS and EOS counted"
-    yield "  " + " ".join(name.rjust(wide) for name in names)
-    yield "  " + " ".join(cell.rjust(wide) for cell in cells)
+    yield from table([names, cells], ">" * len(names))
     yield ""
     octaves = np.frexp(values)[1] - 1
     documents = np.bincount(octaves, weights=counts).astype(np.int64)
+    rows = []
     for octave in range(octaves[0], octaves[-1] + 1):
-        count = documents[octave]
-        bar = "█" * round(BAR * count / documents.max()) or ("▏" if count else "")
-        low, high = f"{2**octave:,}", f"{2 ** (octave + 1) - 1:,}"
-        yield f"  {low:>11} – {high:<11} {count:>15,} {count / total:>6.1%} {bar}".rstrip()
+        count, low, high = documents[octave], 2**octave, 2 ** (octave + 1) - 1
+        bar = "█" * round(BAR * count / documents.max()) or "▏" * bool(count)
+        rows.append([f"{low:,}", "–", f"{high:,}", f"{count:>9,}", f"{count / total:.1%}", bar])
+    yield from table(rows, "><<>><")
 
 
 def sorted_lengths(lengths: Counter[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -242,28 +249,20 @@ def sorted_lengths(lengths: Counter[int]) -> tuple[np.ndarray, np.ndarray]:
     return tuple(np.array(sorted(lengths.items()), dtype=np.int64).T)
 
 
-def describe_documents(content: Content, seq_len: int, tokenizer: Tokenizer) -> Iterator[str]:
+def describe_documents(content: Content) -> Iterator[str]:
     """The longest documents, and how the first ones read."""
     yield "  longest documents: tokens, shard:first token, beginning"
-    heads = [[f"{p.length:,}", f"{p.path.name}:{p.offset}"] for p in content.longest]
-    wide = [max(map(len, column)) for column in zip(*heads, strict=True)]
-    for place, (length, where) in zip(content.longest, heads, strict=True):
+    heads = [*table([[f"{d.length:,}", d.place] for d in content.longest], ">>")]
+    for head, document in zip(heads, content.longest, strict=True):
         # A character takes at most four tokens; the BOS is left out.
-        ids = read_tokens(place.path, place.offset, min(place.length, 4 * BEGINNING + 1))[1:]
-        text = visible_text(ids, tokenizer)[:BEGINNING].replace("\n", "\\n").replace("\t", "\\t")
-        head = f"  {length:>{wide[0]}} {where:<{wide[1]}} "
-        yield head + text[: fitting(text, COLUMNS - len(head))]
-    legend = f", trained text between {OPEN} and {CLOSE}" if seq_len else ""
-    for number, (length, path, offset) in enumerate(content.first, 1):
-        # A conversation is read whole, since its answers are shown; of a text a little more than
-        # is shown, so that `marked_text` knows that there is more.
-        count = length if seq_len else min(length, 4 * EXCERPT + 5)
-        mask = np.zeros(count, dtype=np.uint8)
-        if seq_len:
-            mask = read_tokens(path.with_suffix(".mask"), offset, count, "u1")
+        text = visible_text(document.ids[1 : 4 * BEGINNING + 1], content.tokenizer)
+        text = printable(text[:BEGINNING])
+        yield f"{head} {text[: fitting(text, COLUMNS - len(head) - 1)]}"
+    legend = f", trained text between {OPEN} and {CLOSE}" if content.seq_len else ""
+    for number, document in enumerate(content.first, 1):
         yield ""
-        yield f"  document {number}, {length:,} tokens{legend}"
-        yield from framed(marked_text(read_tokens(path, offset, count), mask, tokenizer))
+        yield f"  document {number}, {document.length:,} tokens{legend}"
+        yield from framed(marked_text(document.ids, document.mask, content.tokenizer))
 
 
 def framed(text: str) -> Iterator[str]:
@@ -295,14 +294,13 @@ def fitting(text: str, columns: int) -> int:
     return max(1, sum(end <= columns for end in itertools.accumulate(wide)))
 
 
-def describe_vocabulary(content: Content, tokenizer: Tokenizer) -> str:
+def describe_vocabulary(content: Content) -> str:
     """How many pieces never occur, by kind."""
-    processor = tokenizer.processor
+    processor, size = content.tokenizer.processor, len(content.pieces)
     unused = np.flatnonzero(content.pieces == 0).tolist()
-    in_bytes = sum(map(processor.is_byte, unused))
-    control = sum(map(processor.is_control, unused))
+    in_bytes, control = sum(processor.is_byte(unused)), sum(processor.is_control(unused))
     kinds = f"{in_bytes} bytes, {control} control, {len(unused) - in_bytes - control:,} others"
-    return f"{len(unused):,} of {tokenizer.vocab_size:,} pieces never occur in train ({kinds})"
+    return f"{len(unused):,} of {size:,} pieces never occur in train ({kinds})"
 
 
 def describe_origin(directory: Path, manifest: Json) -> Iterator[str]:
@@ -351,14 +349,14 @@ def draw_lengths(path: Path, lengths: dict[str, Counter[int]], seq_len: int) -> 
         edges = np.unique(np.ceil(2 ** np.arange(low - 1, high + 0.1, 0.5)))
         percent = np.histogram(values, edges, weights=100 * counts / counts.sum())[0]
         shares.stairs(percent / np.diff(np.log2(edges)), edges, label=name, **look)
-        total = np.append(0, 100 * counts.cumsum() / counts.sum())
-        sums.step(np.append(values[0], values), total, where="post", **look)
-    shares.set(title=f"Document lengths of {path.parent.name}")
-    shares.set(ylabel="% of documents per doubling of length")
-    sums.set(ylabel="% of documents up to this length")
-    sums.set(xlabel="tokens per document, BOS and EOS counted")
+        sums.ecdf(values, counts, **look)
+    shares.set_title(f"Document lengths of {path.parent.name}")
+    shares.set_ylabel("% of documents per doubling of length")
+    sums.set_ylabel("% of documents up to this length")
+    sums.set_xlabel("tokens per document, BOS and EOS counted")
     sums.set_xscale("log", base=2)
-    sums.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    sums.xaxis.set_major_formatter("{x:,.0f}")
+    sums.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f}")
     for axes in (shares, sums):
         axes.grid(color="0.9")
         axes.set_axisbelow(True)
@@ -389,8 +387,8 @@ def show_bad_steps(config: Config) -> None:
         try:
             step = json.loads(line)
             loss, norm = (
-                "not finite" if step[name] is None else f"{step[name]:.4g}"
-                for name in ("loss", "grad_norm")
+                "not finite" if number is None else f"{number:.4g}"
+                for number in (step["loss"], step["grad_norm"])
             )
             say(f"step {step['step']}: {step['reason']}, loss {loss}, gradient norm {norm}")
             show_windows(step["windows"], tokenizer)
@@ -409,7 +407,7 @@ def show_windows(windows: list[Json], tokenizer: Tokenizer) -> None:
         places = [f"{p['tokens']} tokens of {p['shard']} from {p['offset']}" for p in pieces]
         say(f"window {window['window']} in {directory}: {', '.join(places)}")
         shards = [read_tokens(directory / p["shard"], p["offset"], p["tokens"]) for p in pieces]
-        text = visible_text(np.concatenate(shards), tokenizer)
+        text = visible_text(np.concatenate(shards).tolist(), tokenizer)
         say(textwrap.indent(text, "  | ", lambda line: True))
 
 
@@ -422,44 +420,40 @@ def read_tokens(path: Path, offset: int, count: int, kind: str = "<u2") -> np.nd
     return ids
 
 
-def visible_text(ids: np.ndarray, tokenizer: Tokenizer) -> str:
+def visible_text(ids: list[int], tokenizer: Tokenizer) -> str:
     """The text of ids: special tokens by name, and escapes for what does not print."""
-    return "".join(text for text, _ in visible_runs(ids, np.zeros(len(ids)), tokenizer))
+    return "".join(text for text, _ in visible_runs(ids, [0] * len(ids), tokenizer))
 
 
-def marked_text(ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer) -> str:
+def marked_text(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
     """The beginning of `visible_text`, with marks around the text where the mask is not 0.
 
     Of a conversation, the beginning of each message, so that a long question hides no answer.
     """
-    marked, left, most = "", EXCERPT, EXCERPT // 2 if mask.any() else EXCERPT
-    for trained, runs in itertools.groupby(visible_runs(ids, mask, tokenizer), lambda run: run[1]):
+    marked, left, most = "", EXCERPT, EXCERPT // 2 if any(mask) else EXCERPT
+    for trained, runs in itertools.groupby(visible_runs(ids, mask, tokenizer), itemgetter(1)):
         text = "".join(text for text, _ in runs)
-        shown = text if len(text) <= min(left, most) else text[: min(left, most)] + "…"
+        count = min(len(text), left, most)
+        shown = text[:count] + "…" * (count < len(text))
         marked += OPEN + shown + CLOSE if trained else shown
-        left -= min(len(text), most)
-        if left <= 0:
+        left -= count
+        if not left:
             break
     return marked
 
 
 def visible_runs(
-    ids: np.ndarray, mask: np.ndarray, tokenizer: Tokenizer
-) -> Iterator[tuple[str, bool]]:
+    ids: list[int], mask: list[int], tokenizer: Tokenizer
+) -> Iterator[tuple[str, int]]:
     """Texts of runs of ids that are alike, special or not and trained or not; with the latter."""
     processor = tokenizer.processor
-    kinds = zip(ids.tolist(), (mask != 0).tolist(), strict=True)
+    tokens = zip(ids, processor.is_control(ids), mask, strict=True)
     begins = True  # SentencePiece drops the space before a text, but a run may be amid a text
-    for (special, trained), run in itertools.groupby(
-        kinds, lambda pair: (processor.is_control(pair[0]), pair[1])
-    ):
-        run_ids = [i for i, _ in run]
+    for (special, trained), run in itertools.groupby(tokens, itemgetter(1, 2)):
+        run_ids = [i for i, _, _ in run]
         pieces = processor.id_to_piece(run_ids)
-        text = "".join(pieces) if special else tokenizer.decode(run_ids)
+        text = "".join(pieces) if special else processor.decode(run_ids)
         if not (special or begins) and not text.startswith(pieces[0].replace(SPACE, " ")):
             text = " " * pieces[0].startswith(SPACE) + text
         begins = special
-        yield (
-            "".join(c if c.isprintable() or c in "\t\n" else ascii(c)[1:-1] for c in text),
-            trained,
-        )
+        yield printable(text, "\t\n"), trained

@@ -23,7 +23,7 @@ import numpy as np
 from config import DataConfig, sync_directory
 from corpus import readers
 from corpus.readers import Bad, Document, Part
-from tokenizer import LEARNT, Template, Tokenizer
+from tokenizer import ASSISTANT, Template, Tokenizer
 
 COUNTS = ("tokens", "documents", "bytes")
 MASK_COUNTS = ("trained", "filled")
@@ -190,9 +190,9 @@ def encode(document: Document, encoder: Encoder) -> Encoded | str:
     messages = json.loads(document.text)
     if not any(text for _, text in messages):
         return "empty"
-    if not any(text for role, text in messages if role == LEARNT):
+    if not any(text for role, text in messages if role == ASSISTANT):
         return "no_response"
-    asked = [text for role, text in messages if role not in ("system", LEARNT)]
+    asked = [text for role, text in messages if role not in ("system", ASSISTANT)]
     if asked and not any(asked):
         return "no_prompt"
     ids, mask = template.render(messages, data.train_on)

@@ -66,8 +66,7 @@ class Sample:
     """
 
     def __init__(self, budget: int, texts: Iterable[bytes] = ()):
-        self.budget = budget
-        self.size = self.count = 0
+        self.budget, self.size, self.count = budget, 0, 0
         self.limit = 1.0
         self.heap: list[tuple[float, int, bytes]] = []
         self.random = random.Random(0)
@@ -215,13 +214,13 @@ def check_encoded(processor: SentencePieceProcessor, config: TokenizerConfig) ->
     for symbol in symbols(config, "user_defined_symbols"):
         own, alone = processor.piece_to_id(symbol), processor.encode(symbol)
         within = processor.encode(f"\0{symbol}\0")
-        if alone == [own] and within.count(own) == 1:
-            continue
-        became = " ".join(map(repr, processor.id_to_piece(alone if alone != [own] else within)))
-        raise UserError(
-            f"tokenizer.user_defined_symbols: {symbol!r} would be encoded as {became}; leave it"
-            " out, or mend tokenizer.add_dummy_prefix or tokenizer.model_type"
-        )
+        if alone != [own] or within.count(own) != 1:
+            ids = alone if alone != [own] else within
+            raise UserError(
+                f"tokenizer.user_defined_symbols: {symbol!r} would be encoded as"
+                f" {' '.join(map(repr, processor.id_to_piece(ids)))}; leave it out, or change"
+                " tokenizer.add_dummy_prefix or tokenizer.model_type"
+            )
 
 
 def check_round_trips(processor: SentencePieceProcessor, texts: list[str]) -> None:
@@ -229,8 +228,7 @@ def check_round_trips(processor: SentencePieceProcessor, texts: list[str]) -> No
     for text in (*HARD_TEXTS, *texts):
         text, back = text.replace(SPACE, " "), processor.decode(processor.encode(text))
         if text != back:
-            pairs = enumerate(zip(text, back, strict=False))
-            at = next((i for i, (a, b) in pairs if a != b), min(len(text), len(back)))
+            at = next(i for i in range(len(text) + 1) if text[: i + 1] != back[: i + 1])
             raise UserError(
                 f"this tokenizer would lose text: {text[at : at + 20]!r} came back as"
                 f" {back[at : at + 20]!r}; look at byte_fallback, normalization_rule_name and the"
@@ -269,14 +267,17 @@ def check_symbol(symbol: str, name: str, control: bool) -> None:
 
     A symbol with a space would never be found: spaces in a text become U+2581 before the search.
     """
-    if not symbol:
-        raise UserError(f"{name} {symbol!r}: it is empty, leave it out")
-    if any(c in (" ", SPACE) or (control and c.isspace()) for c in symbol):
-        raise UserError(f"{name} {symbol!r}: write it without spaces, such as <pad> or <tool_call>")
-    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in symbol):
-        raise UserError(f"{name} {symbol!r}: SentencePiece can't store it; take printable text")
-    if re.fullmatch("<0x[0-9A-Fa-f]{2}>", symbol):  # other tools read the digits in either case
-        raise UserError(f"{name} {symbol!r} is the name of a byte's piece; take another")
+    spaces = r"[\s\u2581]" if control else r"[ \u2581]"
+    faults = {
+        r"\A\Z": "it is empty, leave it out",
+        spaces: "write it without spaces, such as <pad> or <tool_call>",
+        r"[\0\ud800-\udfff]": "SentencePiece can't store it; take printable text",
+        # Other tools read the digits in either case.
+        r"\A<0x[0-9A-Fa-f]{2}>\Z": "it is the name of a byte's piece; take another",
+    }
+    for pattern, fault in faults.items():
+        if re.search(pattern, symbol):
+            raise UserError(f"{name} {symbol!r}: {fault}")
 
 
 def add_options(model: bytes, options: dict[str, Any]) -> bytes:

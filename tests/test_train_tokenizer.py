@@ -16,7 +16,7 @@ from config import ROOT, DataConfig, UserError
 from corpus import readers
 from corpus.vocabulary import CHUNK, Sample, chunks
 from tokenizer import Tokenizer
-from train_tokenizer import USAGE, main
+from train_tokenizer import main
 
 LINE = "def function_{0}(value):\n    return value * {0}\n\n"
 
@@ -53,7 +53,7 @@ def test_trains_proves_and_writes(work, capsys):
     tokenizer = Tokenizer(work / "out" / "tokenizer.model")
     spelt = tokenizer.processor.encode(f"<s></s>{''.join(chat)}")
     assert not {tokenizer.pieces().index(piece) for piece in ["<s>", "</s>", *chat]} & {*spelt}
-    assert all(piece in USAGE for piece in chat)
+    assert all(piece in train_tokenizer.__doc__ for piece in chat)
     assert tokenizer.vocab_size == 320
     assert tokenizer.pieces()[:3] == ["<unk>", "<s>", "</s>"]
     rows = (work / "out" / "tokenizer.vocab").read_text().split("\n")
@@ -321,8 +321,8 @@ SYMBOLS = {  # what is given, and the symbol that is named
     "BOS": (["<s>"], "'<s>' is the piece BOS already"),
     "EOS": (["</s>"], "'</s>' is the piece EOS already"),
     "unknown": (["<unk>"], "'<unk>' is the unknown piece already"),
-    "a byte": (["<0x41>"], "'<0x41>' is the name of a byte's piece"),
-    "a byte in other letters": (["<0x0a>"], "'<0x0a>' is the name of a byte's piece"),
+    "a byte": (["<0x41>"], "'<0x41>': it is the name of a byte's piece"),
+    "a byte in other letters": (["<0x0a>"], "'<0x0a>': it is the name of a byte's piece"),
     "NUL": (["a\0b"], r"'a\\x00b': SentencePiece can't store it"),
 }
 
