@@ -28,7 +28,7 @@ from collections import Counter
 from fnmatch import fnmatchcase
 from glob import has_magic
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import quote, unquote
 
 from config import (
@@ -42,6 +42,9 @@ from config import (
 )
 from corpus.locks import locked
 from corpus.sources import TABLES, describe_kinds, ending, suffixes
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoFile
 
 FORM = "hf://datasets/OWNER/NAME[@REVISION][/PATH]"
 EXAMPLE = "hf://datasets/Salesforce/wikitext/wikitext-103-raw-v1"
@@ -71,14 +74,6 @@ class Source(NamedTuple):
     directory: Path
 
 
-class File(NamedTuple):
-    """A file on the hub; `digest` is its SHA-256 or, of a small file, its git blob's SHA-1."""
-
-    path: str
-    bytes: int
-    digest: str
-
-
 class Listing(NamedTuple):
     """What is in a directory: of each PATH that is complete, the files and their bytes."""
 
@@ -105,16 +100,13 @@ def local_sources(data: DataConfig) -> DataConfig:
         files = _local_files(text, data)
         splits = Counter(split for split, _ in files)
         if not splits["train"]:
-            raise UserError(
-                f"{text}: all its files are named as val or test data; name them by a glob"
-            )
+            raise UserError(f"{text}: all its files are named as val or test data; use a glob")
         for split, path in files:
             found[split] += [path] * (not own[split])
         for split in filter(own.get, splits):
             _say(f"{text}: {splits[split]} {split} file(s) left out for data.{split}_sources")
-    return dataclasses.replace(
-        data, sources=found["train"], val_sources=found["val"], test_sources=found["test"]
-    )
+    train, val, test = found.values()
+    return dataclasses.replace(data, sources=train, val_sources=val, test_sources=test)
 
 
 def commits(data: DataConfig) -> dict[str, str]:
@@ -182,10 +174,8 @@ def _whole(source: Source) -> Listing:
     """The listing of a source that is complete; UserError says what is missing."""
     listing, problem = _look(source)
     if listing is None or problem:
-        raise UserError(
-            f"{source.text}: {problem}; on a machine with network:"
-            " python prepare.py CONFIG --download"
-        )
+        command = "python prepare.py CONFIG --download"
+        raise UserError(f"{source.text}: {problem}; on a machine with network: {command}")
     return listing
 
 
@@ -222,12 +212,14 @@ def _report(source: Source, done: str) -> None:
     commit, paths = _whole(source)
     files = paths[source.path]
     splits = Counter(_split(name, source) for name in files)
-    named = f" ({', '.join(f'{n} {split}' for split, n in splits.items())})" * (len(splits) > 1)
+    counts = ", ".join(f"{count} {split}" for split, count in splits.items())
     _say(
-        f"{source.text}: {done}, {len(files)} file(s){named}, {sum(files.values()):,} bytes, commit"
-        f" {commit[:12]}, in {source.directory} (remove it to fetch a newer commit)"
+        f"{source.text}: {done}, {len(files)} file(s)"
+        + f" ({counts})" * (len(splits) > 1)
+        + f", {sum(files.values()):,} bytes, commit {commit[:12]}, in {source.directory}"
+        " (remove it to fetch a newer commit)"
     )
-    if named and has_magic(source.path):
+    if len(splits) > 1 and has_magic(source.path):
         _say("  a glob takes all that it matches; name the folder to keep its splits apart")
 
 
@@ -237,10 +229,8 @@ def _fetch(source: Source, listing: Listing | None) -> None:
     try:
         from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
     except ImportError:
-        raise UserError(
-            f"{source.text}: the package huggingface_hub is missing: pip install huggingface_hub"
-            " (or, in the repository, pip install '.[hub]')"
-        ) from None
+        package = "the package huggingface_hub is missing; in the repository: pip install '.[hub]'"
+        raise UserError(f"{source.text}: {package}") from None
     try:
         commit, there = _list_hub(source, listing)
         files = _select(source, there)
@@ -250,19 +240,19 @@ def _fetch(source: Source, listing: Listing | None) -> None:
             if _look(source)[1]:  # else another process downloaded it while this one waited
                 _fetch_files(source, commit, files)
     except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        if not (message := _explain(error, source, listing)):
-            raise
-        raise UserError(f"{source.text}: {message}") from None
+        if message := _explain(error, source, listing):
+            raise UserError(f"{source.text}: {message}") from None
+        raise
 
 
-def _fetch_files(source: Source, commit: str, files: list[File]) -> None:
+def _fetch_files(source: Source, commit: str, files: list[RepoFile]) -> None:
     """Downloads the files that are missing, and names the source in the listing."""
     listing = _look(source)[0] or Listing(commit, {})
     if listing.commit != commit:
         raise UserError(f"{source.text}: its newest commit has changed; download it again")
     _write_listing(source, listing)  # so that an interrupted download continues with this commit
-    missing = [file for file in files if _size(source.directory / file.path) != file.bytes]
-    size = sum(file.bytes - max(0, _size(_part(source, file))) for file in missing)
+    missing = [file for file in files if _size(source.directory / file.path) != file.size]
+    size = sum(file.size - max(0, _size(_part(source, file))) for file in missing)
     if size > (free := shutil.disk_usage(source.directory).free):
         raise UserError(
             f"{source.text}: {size:,} bytes to fetch, {free:,} free in {source.directory};"
@@ -270,7 +260,7 @@ def _fetch_files(source: Source, commit: str, files: list[File]) -> None:
         )
     for file in missing:
         _fetch_file(source, commit, file)
-    listing.paths[source.path] = {file.path: file.bytes for file in files}
+    listing.paths[source.path] = {file.path: file.size for file in files}
     _write_listing(source, listing)
 
 
@@ -278,7 +268,7 @@ def _write_listing(source: Source, listing: Listing) -> None:
     write_atomically(source.directory / LISTING, json.dumps(listing._asdict(), indent=1).encode())
 
 
-def _list_hub(source: Source, listing: Listing | None) -> tuple[str, list[File]]:
+def _list_hub(source: Source, listing: Listing | None) -> tuple[str, list[RepoFile]]:
     """The commit of the listing, else of the revision, and its files on the hub, by path."""
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
@@ -286,22 +276,20 @@ def _list_hub(source: Source, listing: Listing | None) -> tuple[str, list[File]]
     api, revision = HfApi(), listing.commit if listing else source.revision
     commit = str(api.dataset_info(source.dataset, revision=revision, timeout=30).sha)
     tree = api.list_repo_tree(source.dataset, repo_type="dataset", revision=commit, recursive=True)
-    return commit, sorted(
-        File(entry.path, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id)
-        for entry in tree
-        if isinstance(entry, RepoFile)
-    )
+    files = [entry for entry in tree if isinstance(entry, RepoFile)]
+    return commit, sorted(files, key=lambda file: file.path)
 
 
-def _select(source: Source, files: list[File]) -> list[File]:
+def _select(source: Source, files: list[RepoFile]) -> list[RepoFile]:
     """The files that a source means, by path; prints what else is in its folder."""
     seen = [file for file in files if not re.search(r"(^|/)\.[^./]", file.path)]  # not hidden
     data = [file for file in seen if file.path.split("/")[-1] not in NOT_DATA]
-    folder, left = source.path and source.path + "/", {}
+    left = {}
     chosen = [file for file in files if file.path == source.path]
     if not chosen and has_magic(source.path):
         chosen = [file for file in data if fnmatchcase(file.path, source.path)]
     elif not chosen:
+        folder = source.path and source.path + "/"
         below = [file for file in data if file.path.startswith(folder)]
         chosen = [file for file in below if _suffix(file.path)]
         left = {file.path: ending(file.path) for file in below if not _suffix(file.path)}
@@ -332,13 +320,13 @@ def _suffix(path: str) -> str:
     return suffix if suffix in SUFFIXES else ""
 
 
-def _part(source: Source, file: File) -> Path:
+def _part(source: Source, file: RepoFile) -> Path:
     """Where a file is kept until it is complete."""
     path = source.directory / file.path
     return path.with_name(f".{path.name}.part")
 
 
-def _fetch_file(source: Source, commit: str, file: File) -> None:
+def _fetch_file(source: Source, commit: str, file: RepoFile) -> None:
     """Downloads the rest of a file, which gets its name once its digest is right."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
@@ -350,17 +338,18 @@ def _fetch_file(source: Source, commit: str, file: File) -> None:
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # so that ranges mean the file
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "ab") as out:
-        if (start := out.tell()) < file.bytes:
+        if (start := out.tell()) < file.size:
             http_get(url, out, resume_size=start, headers=headers, displayed_filename=file.path)
         out.flush()
         os.fsync(out.fileno())
-    is_blob = len(file.digest) == 40
-    if (git_hash(part.read_bytes()) if is_blob else file_sha256(part)) != file.digest:
+    if file.lfs:
+        intact = file_sha256(part) == file.lfs.sha256
+    else:  # a small file
+        intact = git_hash(part.read_bytes()) == file.blob_id
+    if not intact:
         part.unlink()
-        raise UserError(
-            f"{source.text}: {file.path} arrived with other bytes than the hub lists; download it"
-            " again"
-        )
+        problem = "arrived with other bytes than the hub lists; download it again"
+        raise UserError(f"{source.text}: {file.path} {problem}")
     part.replace(path)
     sync_directory(path.parent)
 

@@ -15,7 +15,6 @@ import math
 import os
 import random
 import re
-import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -46,7 +45,7 @@ DEFAULTS = {
 }
 
 OPTIONS = b"rocket options: "
-CONTROL = 3  # SentencePiece's type of the pieces that no text encodes to
+CONTROL = b"\x15\0\0\0\0\x18\x03"  # the fields of a piece of score 0 that no text encodes to
 CHUNK = 1000  # characters fed at a time: SentencePiece skips texts longer than 4,192 bytes
 HELD_OUT_BYTES = 1_000_000
 READ_FACTOR = 16  # at most this many times the sample is read of a larger corpus
@@ -254,9 +253,7 @@ def add_control_pieces(model: bytes, pieces: list[str]) -> bytes:
     new = [piece for piece in dict.fromkeys(pieces) if piece not in known]
     if not new:
         return model
-    for piece in new:
-        score = b"\x15" + struct.pack("<f", 0.0)
-        model += _field(1, _field(1, piece.encode()) + score + b"\x18" + _varint(CONTROL))
+    model += b"".join(_field(1, _field(1, piece.encode()) + CONTROL) for piece in new)
     model += _field(2, b"\x20" + _varint(len(known) + len(new)))
     load_model(model, "tokenizer with the added pieces")
     return model
