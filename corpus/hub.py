@@ -36,6 +36,7 @@ from config import (
     DataConfig,
     UserError,
     file_sha256,
+    read_json,
     resolve_path,
     sync_directory,
     write_atomically,
@@ -183,18 +184,17 @@ def _look(source: Source) -> tuple[Listing | None, str]:
     """The listing of a source's directory, and what is missing of the source, if anything."""
     path = source.directory / LISTING
     try:
-        listing = Listing(**json.loads(path.read_text(encoding="utf-8")))
+        if (values := read_json(path)) is None:
+            return None, "not downloaded yet"
+        listing = Listing(**values)
         sizes = [item for files in listing.paths.values() for item in files.items()]
         if not all(_is_safe(name) and isinstance(size, int) for name, size in sizes):
             raise ValueError
-    except (FileNotFoundError, NotADirectoryError):
-        return None, "not downloaded yet"
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: not what --download writes; remove {source.directory} and download again"
-        ) from None
+        remedy = f"remove {source.directory} and download again"
+        raise UserError(f"{path}: not what --download writes; {remedy}") from None
     if source.path not in listing.paths:
         return listing, "not downloaded yet"
     for name, size in listing.paths[source.path].items():
@@ -213,13 +213,12 @@ def _report(source: Source, done: str) -> None:
     files = paths[source.path]
     splits = Counter(_split(name, source) for name in files)
     counts = ", ".join(f"{count} {split}" for split, count in splits.items())
+    named = f" ({counts})" if len(splits) > 1 else ""
     _say(
-        f"{source.text}: {done}, {len(files)} file(s)"
-        + f" ({counts})" * (len(splits) > 1)
-        + f", {sum(files.values()):,} bytes, commit {commit[:12]}, in {source.directory}"
-        " (remove it to fetch a newer commit)"
+        f"{source.text}: {done}, {len(files)} file(s){named}, {sum(files.values()):,} bytes, commit"
+        f" {commit[:12]}, in {source.directory} (remove it to fetch a newer commit)"
     )
-    if len(splits) > 1 and has_magic(source.path):
+    if named and has_magic(source.path):
         _say("  a glob takes all that it matches; name the folder to keep its splits apart")
 
 
@@ -239,8 +238,8 @@ def _fetch(source: Source, listing: Listing | None) -> None:
         with locked(lock, lambda holder: _say(f"{source.text}: waiting for {holder}")):
             if _look(source)[1]:  # else another process downloaded it while this one waited
                 _fetch_files(source, commit, files)
-    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        if message := _explain(error, source, listing):
+    except (UserError, HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        if message := _explain(error, source, listing):  # which does not name the source
             raise UserError(f"{source.text}: {message}") from None
         raise
 
@@ -249,15 +248,13 @@ def _fetch_files(source: Source, commit: str, files: list[RepoFile]) -> None:
     """Downloads the files that are missing, and names the source in the listing."""
     listing = _look(source)[0] or Listing(commit, {})
     if listing.commit != commit:
-        raise UserError(f"{source.text}: its newest commit has changed; download it again")
+        raise UserError("its newest commit has changed; download it again")
     _write_listing(source, listing)  # so that an interrupted download continues with this commit
     missing = [file for file in files if _size(source.directory / file.path) != file.size]
     size = sum(file.size - max(0, _size(_part(source, file))) for file in missing)
     if size > (free := shutil.disk_usage(source.directory).free):
-        raise UserError(
-            f"{source.text}: {size:,} bytes to fetch, {free:,} free in {source.directory};"
-            " make room or set data.raw_dir"
-        )
+        room = f"{size:,} bytes to fetch, {free:,} free in {source.directory}"
+        raise UserError(f"{room}; make room or set data.raw_dir")
     for file in missing:
         _fetch_file(source, commit, file)
     listing.paths[source.path] = {file.path: file.size for file in files}
@@ -295,20 +292,17 @@ def _select(source: Source, files: list[RepoFile]) -> list[RepoFile]:
         left = {file.path: ending(file.path) for file in below if not _suffix(file.path)}
     for file in chosen:
         if not _is_safe(file.path):
-            raise UserError(f"{source.text}: refused, a file on the hub is named {file.path!r}")
+            raise UserError(f"refused, a file on the hub is named {file.path!r}")
     if not chosen:
         paths = {str(path) for f in seen for path in (Path(f.path), *Path(f.path).parents)} - {"."}
         near = ", ".join(difflib.get_close_matches(source.path, sorted(paths), cutoff=0))
-        raise UserError(
-            f"{source.text}: no such file, nor data ({' '.join(SUFFIXES)}) below it; there is:"
-            f" {near or 'nothing'}"
-        )
+        known = " ".join(SUFFIXES)
+        raise UserError(f"no such file, nor data ({known}) below it; there is: {near or 'nothing'}")
     formats = sorted({_suffix(file.path) for file in chosen})
     if len(formats) > 1 and not has_magic(source.path):
-        raise UserError(
-            f"{source.text}: holds several formats ({', '.join(formats)}); name one by a glob, such"
-            f" as {source.text.rstrip('/')}/*{formats[0]}*"
-        )
+        example = f"{source.text.rstrip('/')}/*{formats[0]}*"
+        several = f"holds several formats ({', '.join(formats)})"
+        raise UserError(f"{several}; name one by a glob, such as {example}")
     if left:
         _say(f"{source.text}: not downloaded: {describe_kinds(left)}")
     return chosen
@@ -348,8 +342,7 @@ def _fetch_file(source: Source, commit: str, file: RepoFile) -> None:
         intact = git_hash(part.read_bytes()) == file.blob_id
     if not intact:
         part.unlink()
-        problem = "arrived with other bytes than the hub lists; download it again"
-        raise UserError(f"{source.text}: {file.path} {problem}")
+        raise UserError(f"{file.path} arrived with other bytes than the hub lists; download again")
     part.replace(path)
     sync_directory(path.parent)
 
@@ -368,10 +361,11 @@ def _explain(error: Exception, source: Source, listing: Listing | None) -> str |
     if status in (401, 403):
         answer = f"{hub} refuses your token (HTTP {status}); {log_in} of one that may read"
     words = {  # the first that fits
+        UserError: str(error),
         errors.OfflineModeIsEnabled: "HF_HUB_OFFLINE is set; unset it where there is network",
         errors.GatedRepoError: f"gated; accept its terms at {page}, then {log_in}",
         errors.RepositoryNotFoundError: f"no dataset {source.dataset} on {hub}, or a private one:"
-        f" mend the name, or {log_in}",
+        f" correct the name, or {log_in}",
         errors.RevisionNotFoundError: revision,
         errors.HfHubHTTPError: answer,
         errors.HTTPError: f"can't reach {hub} ({str(error) or type(error).__name__}); compute nodes"

@@ -173,10 +173,8 @@ def read_blocks(
 
 
 def find_fill(ids: np.ndarray, mask: np.ndarray, seq_len: int, eos: int) -> np.ndarray:
-    """Which tokens of windows are fill (n,): the untrained EOS at a window's end.
-
-    But an EOS that follows another token ends a conversation: of a truncated one, it is untrained.
-    """
+    """Which tokens of windows are fill (n,): the untrained EOS at a window's end, except for the
+    one that ends a truncated conversation, which stands behind another token."""
     is_eos = (ids == eos).reshape(-1, seq_len)
     untrained = is_eos & (mask == 0).reshape(-1, seq_len)
     tail = np.logical_and.accumulate(untrained[:, ::-1], axis=1)[:, ::-1]
@@ -445,7 +443,8 @@ def marked_text(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:
 def visible_runs(
     ids: list[int], mask: list[int], tokenizer: Tokenizer
 ) -> Iterator[tuple[str, int]]:
-    """Texts of runs of ids that are alike, special or not and trained or not; with the latter."""
+    """The texts of runs of tokens, each with its mask: in a run, the mask is the same, and either
+    all tokens are special or none."""
     processor = tokenizer.processor
     tokens = zip(ids, processor.is_control(ids), mask, strict=True)
     begins = True  # SentencePiece drops the space before a text, but a run may be amid a text

@@ -455,7 +455,7 @@ def test_a_stored_token_opens_a_gated_dataset_and_stays_with_the_hub(server, wor
 def test_what_the_hub_has_not(server, work):
     server.datasets["o/mixed"] = {"main": {"a.csv": b"", "b.csv.gz": b"", "c.parquet": b""}}
     server.datasets["o/tested"] = {"main": {"README.md": b"#", "data/test.csv": b"text\n"}}
-    unknown = "or a private one: mend the name, or `hf auth login` or set HF_TOKEN"
+    unknown = "or a private one: correct the name, or `hf auth login` or set HF_TOKEN"
     messages = {
         WIKITEXT + "s": f"no dataset Salesforce/wikitexts on {server.endpoint}, {unknown}",
         WIKITEXT + "@v9": "no revision v9; ",
