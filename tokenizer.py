@@ -77,9 +77,8 @@ class Tokenizer:
         return self.pieces()[: old.vocab_size] == old.pieces()
 
 
-# Conversations as tokens. The control pieces that a template names, such as <|user|>, become their
-# ids. In the content of messages the same characters stay text, so nobody can speak in the role of
-# another.
+# Conversations as tokens. Control pieces that the template names, such as <|user|>, become their
+# ids. In the content of a message the same characters stay text, so no text can change the role.
 
 
 class Rendered(NamedTuple):
@@ -109,7 +108,7 @@ class Template:
         self.after = {role: self._ids(after) for role, (_, after) in self.texts.items()}
 
     def render(self, messages: Iterable[tuple[str, str]], train_on: str) -> Rendered:
-        """The tokens of (role, content) pairs; the mask takes responses with their ends, or all."""
+        """The tokens of (role, content) pairs; trained are responses with their ends, or all."""
         pieces, masks = [np.array([self.tokenizer.bos_id])], [0]
         for role, content in messages:
             trained = train_on == "all" or role == ASSISTANT

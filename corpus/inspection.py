@@ -232,11 +232,11 @@ def describe_lengths(lengths: Counter[int]) -> Iterator[str]:
     yield "  tokens per document, BOS and EOS counted"
     yield from table([names, cells], ">" * len(names))
     yield ""
-    octaves = np.frexp(values)[1] - 1
-    documents = np.bincount(octaves, weights=counts).astype(np.int64)
+    shortest, longest = np.frexp(values[[0, -1]])[1]
+    edges = 2 ** np.arange(shortest - 1, longest + 1)
+    documents = np.histogram(values, edges, weights=counts)[0].astype(np.int64)
     rows = []
-    for octave in range(octaves[0], octaves[-1] + 1):
-        count, low, high = documents[octave], 2**octave, 2 ** (octave + 1) - 1
+    for low, high, count in zip(edges, edges[1:] - 1, documents, strict=False):
         bar = "█" * round(BAR * count / documents.max()) or "▏" * bool(count)
         rows.append([f"{low:,}", "–", f"{high:,}", f"{count:>9,}", f"{count / total:.1%}", bar])
     yield from table(rows, "><<>><")
