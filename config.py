@@ -486,7 +486,7 @@ def _check_documents(data: DataConfig) -> None:
             raise ConfigError(f"data.columns.{role} is the name of a column, not {column!r}")
     for name, table in (("template", data.template), ("columns", data.columns)):
         if table and "assistant" not in table:
-            raise ConfigError(f"data.{name} lacks the role assistant, whose words are learnt")
+            raise ConfigError(f"data.{name} lacks the role assistant, which is trained on")
     if data.format == "instruct" and not data.template:
         raise ConfigError("data.template is empty: say how the message of each role is written")
     if data.format == "instruct" and data.document not in ("auto", "row"):

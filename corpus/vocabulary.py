@@ -142,15 +142,18 @@ def chunks(text: str) -> Iterator[str]:
     start = 0
     while len(text) - start > CHUNK:
         window = text[start : start + CHUNK]
-        head = window[: max(window.rfind("\n"), 0)].rstrip("\n")
-        head = head or window[: max(window.rfind(" "), 0)].rstrip(" ") or window
+        head = window.rpartition("\n")[0].rstrip("\n")
+        head = head or window.rpartition(" ")[0].rstrip(" ") or window
         yield head
         start += len(head)
     yield text[start:]
 
 
 def train(texts: list[bytes], config: TokenizerConfig) -> bytes:
-    """The bytes of a model file trained on the texts; UserError where SentencePiece refuses."""
+    """The bytes of a model file trained on the texts; UserError where SentencePiece refuses.
+
+    The file notes the options in TrainerSpec.model_prefix (2), which is otherwise unused.
+    """
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
@@ -161,7 +164,7 @@ def train(texts: list[bytes], config: TokenizerConfig) -> bytes:
         )
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError(explain(str(error), config)) from None
-    return add_options(model.getvalue(), config.options)
+    return model.getvalue() + _field(2, _field(2, OPTIONS + json.dumps(config.options).encode()))
 
 
 def explain(complaint: str, config: TokenizerConfig) -> str:
@@ -277,13 +280,8 @@ def check_symbol(symbol: str, name: str, control: bool) -> None:
             raise UserError(f"{name} {symbol!r}: {fault}")
 
 
-def add_options(model: bytes, options: dict[str, Any]) -> bytes:
-    """The model with its training options in TrainerSpec.model_prefix (2), otherwise unused."""
-    return model + _field(2, _field(2, OPTIONS + json.dumps(options).encode()))
-
-
 def noted_options(model: bytes) -> dict[str, Any] | None:
-    """The options that `add_options` noted; None for a model from elsewhere."""
+    """The options that `train` noted; None for a model from elsewhere."""
     _, mark, rest = model.rpartition(OPTIONS)
     return json.JSONDecoder().raw_decode(rest.decode(errors="replace"))[0] if mark else None
 
