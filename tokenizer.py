@@ -21,11 +21,7 @@ MARKER = re.compile(r"<\|[^|<>]*\|>")  # text that can only be meant as a contro
 class Tokenizer:
     """A SentencePiece model (BPE or unigram; Llama 2's tokenizer.model as it is).
 
-    Attributes:
-        path: the model file.
-        vocab_size: number of pieces.
-        bos_id, eos_id: ids that stand before and after a document.
-        sha256: hex digest of the file.
+    `bos_id` and `eos_id` stand before and after a document; `sha256` is the file's hex digest.
 
     Raises:
         UserError: no such file, not a SentencePiece model, above 65,536 pieces, no BOS or EOS.
@@ -89,10 +85,7 @@ class Rendered(NamedTuple):
 
 
 class Template:
-    """How the message of each role is written.
-
-    Attributes:
-        before, after: for each role, the ids around its content.
+    """How the message of each role is written: the ids before and after its content.
 
     Raises:
         UserError: it names a control piece that the tokenizer lacks, or its BOS.
@@ -125,11 +118,8 @@ class Template:
         return [*ids.tolist(), *self.before[ASSISTANT].tolist()]
 
     def stops(self) -> tuple[list[int], list[str]]:
-        """What ends an answer: ids, or texts where the template marks the end without one.
-
-        An answer ends at the first control piece between it and the next message, else with the
-        text between the two.
-        """
+        """What ends an answer, ids and texts: the first control piece between it and the next
+        message, else the text between the two."""
         ids, texts = {self.tokenizer.eos_id: None}, {}
         for before, _ in self.texts.values():
             text = self.texts[ASSISTANT][1] + before

@@ -131,11 +131,8 @@ def add_pieces(path: Path, options: dict[str, str], force: bool) -> None:
 def write_model(path: Path, model: bytes, replace: bool) -> bool:
     """Writes the model, and beside it a .vocab to read: line i is piece i and its score.
 
-    Returns:
-        Whether it was written: not if there is a model by now and `replace` is False.
-
-    Raises:
-        UserError: the directory can't be written.
+    Returns False if there is a model by now and `replace` is not set; UserError if the directory
+    can't be written.
     """
     processor = load_model(model, str(path))
     rows = (

@@ -86,9 +86,7 @@ def local_sources(data: DataConfig) -> DataConfig:
     """The configuration with each hf:// source replaced by its local files, in their splits.
 
     A split with sources of its own takes nothing from folders in `data.sources`; a line says so.
-
-    Raises:
-        UserError: not downloaded, a file that is missing or cut, a folder with nothing to train on.
+    Raises UserError if a source is not downloaded, lacks a file or has nothing to train on.
     """
     if not _hub_sources(data):
         return data
@@ -118,9 +116,8 @@ def commits(data: DataConfig) -> dict[str, str]:
 def download(data: DataConfig) -> None:
     """Fetches what is missing of every hf:// source, and prints what is where.
 
-    Raises:
-        UserError: no huggingface_hub, no network, no such dataset, revision or file, no right to
-            it, files without data or of several formats, a full disk.
+    Raises UserError: no huggingface_hub, no network, no such dataset, revision or file, no right to
+    it, files without data or of several formats, a full disk.
     """
     sources = _hub_sources(data)
     if not sources:

@@ -94,11 +94,8 @@ class Content:
 
 
 def inspect(directory: Path, tokenizer: Tokenizer) -> None:
-    """Prints what is in a dataset and draws lengths.png beside its manifest.
-
-    Raises:
-        UserError: no dataset, a damaged one, or one of another tokenizer.
-    """
+    """Prints what is in a dataset and draws lengths.png beside its manifest; UserError if there is
+    no dataset, a damaged one, or one of another tokenizer."""
     from dataset import read_manifest  # here, since it loads torch, which nothing else needs
 
     manifest = read_manifest(directory, tokenizer.sha256)
@@ -123,11 +120,8 @@ def inspect(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 def read_split(directory: Path, split: Json, seq_len: int, tokenizer: Tokenizer) -> Content:
-    """Reads the shards of a split; seq_len is that of instruction data, else 0.
-
-    Raises:
-        UserError: a shard that is not what the manifest says.
-    """
+    """Reads the shards of a split; seq_len is that of instruction data, else 0. UserError for a
+    shard that is not what the manifest says."""
     shards = split["shards"]
     if split["tokens"] > LIMIT_TOKENS:
         count = max(1, len(shards) * LIMIT_TOKENS // split["tokens"])
@@ -371,11 +365,8 @@ def draw_lengths(path: Path, lengths: dict[str, Counter[int]], seq_len: int) -> 
 
 
 def show_bad_steps(config: Config) -> None:
-    """Prints the texts of the training steps that a run skipped.
-
-    Raises:
-        UserError: a damaged record, or a dataset that has changed since.
-    """
+    """Prints the texts of the training steps that a run skipped; UserError for a damaged record,
+    or a dataset that has changed since."""
     path = resolve_path(config.train.out_dir) / "bad_steps.jsonl"
     if not path.exists():
         say(f"{path.parent}: no step was skipped")

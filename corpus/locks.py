@@ -20,14 +20,9 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 def locked(path: Path, busy: Callable[[str], None]) -> Iterator[str]:
     """Holds a lock on the file `path`, which is removed at the end; a process that dies frees it.
 
-    On a file system without locks nothing is locked, and a line on standard error says so.
-
-    Args:
-        busy: called with the holder's name if another process has the lock. If it returns, we wait
-            for the lock.
-
-    Yields:
-        The name of a holder that died without removing the file, else "".
+    If another process has the lock, `busy` is called with its name; if it returns, we wait. Yields
+    the name of a holder that died without removing the file, else "". On a file system without
+    locks nothing is locked, and a line on standard error says so.
     """
     while True:
         with open(path, "a+", encoding="utf-8") as file:

@@ -94,10 +94,8 @@ def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[
 
     Of a corpus far above the budget, the same share of each unit of work is read, from its start;
     units that could not be cut small (a compressed file) are read whole. A corpus of few documents
-    is read again if prepare.py will move some of them so that no split is empty.
-
-    Args:
-        moved: the documents that move, see readers.fill_splits.
+    is read again if prepare.py will move some of them so that no split is empty (`moved`, see
+    readers.fill_splits).
     """
     training, held_out = Sample(config.tokenizer.sample_bytes), Sample(HELD_OUT_BYTES)
     splitter, whole = readers.Splitter(config.data, moved or {}), True
