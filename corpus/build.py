@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -44,9 +44,9 @@ from config import (
     sync_directory,
     write_atomically,
 )
-from corpus import hub, packing, readers
+from corpus import hub, packing, readers, splits
 from corpus.locks import locked
-from corpus.packing import ARRANGED, SKIPPED, Encoder, Json, part_file
+from corpus.packing import ARRANGED, SKIPPED, Json, Worker, tokenize_part
 from corpus.readers import Bad, Part
 from corpus.sources import Survey
 from tokenizer import Template, Tokenizer
@@ -76,15 +76,14 @@ class Build(NamedTuple):
 
     Attributes:
         directory: of the dataset.
-        work: of the parts' files, until they become shards.
+        worker: what each process needs; the parts' files are in worker.work.
         recipe: see describe_recipe.
         not_read: number of files near the sources that are not read, by ending.
         commits: of hf:// sources.
     """
 
     directory: Path
-    work: Path
-    encoder: Encoder
+    worker: Worker
     parts: list[Part]
     recipe: Json
     not_read: dict[str, int]
@@ -113,12 +112,12 @@ def prepare(
         busy = not task and (directory / "parts").exists()
         if force or busy or not is_ready(directory, recipe):
             template = Template(data.template, tokenizer) if data.format == "instruct" else None
-            encoder = Encoder(data, tokenizer, template, {})
             parts = readers.plan(data, survey.sources)
             identity = json.dumps([REPORT_VERSION, recipe, parts]).encode()
             work = directory / "parts" / hashlib.sha256(identity).hexdigest()[:16]
+            worker = Worker(data, tokenizer, template, work, moved={}, duplicates={})
             commits = hub.commits(config)
-            build = Build(directory, work, encoder, parts, recipe, survey.not_read, commits)
+            build = Build(directory, worker, parts, recipe, survey.not_read, commits)
             directory.mkdir(parents=True, exist_ok=True)
             lock = locked(
                 directory / "prepare.lock",
@@ -142,13 +141,12 @@ def make(build: Build, task: Task | None) -> None:
 
     A dataset that is there stays complete until all parts are done.
     """
-    directory, parts, data = build.directory, build.parts, build.encoder.data
+    directory, parts, data = build.directory, build.parts, build.worker.data
     reports = open_work(build, task)
     if reports:
         say(f"{directory}: {len(reports)} of {len(parts)} parts are done already")
     share = parts[task.index :: task.count] if task else parts
-    job = functools.partial(packing.tokenize_part, build.encoder, build.work)
-    work_through(build, share, reports, job, "tokenized")
+    work_through(tokenize_part, build.worker, share, reports, "tokenized")
     if task:
         done = f"task {task.index}/{task.count} is done, {len(share)} of {len(parts)} parts"
         say(f"{directory}: {done}")
@@ -166,23 +164,20 @@ def make(build: Build, task: Task | None) -> None:
     describe_result(directory, manifest, sum(report["short"] for report in tokenized), data)
 
 
-def fill_splits(build: Build, reports: dict[int, Json]) -> dict[str, list[int]]:
+def fill_splits(build: Build, reports: dict[int, Json]) -> splits.Edges:
     """Moves documents to splits that would be empty, by tokenizing their parts again.
 
-    Changes `reports`, and returns the lowest and highest hashes of each split (readers.Splitter).
+    Changes `reports`, and returns the edges of the splits.
     """
-    edges: dict[str, list[int]] = {}
-    for report in reports.values():
-        for split, digests in report["edges"].items():
-            for digest in digests:
-                readers.note_edge(edges, split, digest)
-    moved = readers.fill_splits(edges, build.encoder.data)
+    edges = splits.merge_edges(report["edges"] for report in reports.values())
+    moved = splits.fill_splits(edges, build.worker.data)
     for index, report in [*reports.items()]:
         held = itertools.chain.from_iterable(report["edges"].values())
         if not report["moved"] and not moved.keys().isdisjoint(held):  # else done by a killed run
             del reports[index]
-    job = functools.partial(packing.tokenize_part, build.encoder._replace(moved=moved), build.work)
-    work_through(build, build.parts, reports, job, "tokenized again to fill all splits:")
+    worker = build.worker._replace(moved=moved)
+    verb = "tokenized again to fill all splits:"
+    work_through(tokenize_part, worker, build.parts, reports, verb)
     return edges
 
 
@@ -339,30 +334,28 @@ def open_work(build: Build, task: Task | None) -> dict[int, Json]:
 
     Parts of another recipe are discarded, but a task raises UserError: they may be in use.
     """
-    root = build.work.parent
-    if others := [path for path in root.glob("*") if path != build.work]:
+    work = build.worker.work
+    if others := [path for path in work.parent.glob("*") if path != work]:
         left = f"{others[0]}: left by a run with other sources or settings"
         if task:
-            raise UserError(f"{left}; run prepare.py once without --task, or remove {root}")
+            raise UserError(f"{left}; run prepare.py once without --task, or remove {work.parent}")
         say(f"{left}; starting over")
-        discard_work(build.directory, build.work)
-    build.work.mkdir(parents=True, exist_ok=True)
+        discard_work(build.directory, work)
+    work.mkdir(parents=True, exist_ok=True)
     return read_reports(build, "")
 
 
 def read_reports(build: Build, stage: str) -> dict[int, Json]:
     """The reports that a stage has written, of parts whose files are there."""
-    paths = build.work.glob(f"part-[0-9]*[0-9].{stage}json")
+    paths = build.worker.work.glob(f"part-[0-9]*[0-9].{stage}json")
     reports = {int(path.name[5:].split(".")[0]): json.loads(path.read_bytes()) for path in paths}
     if len(reports) == len(build.parts) and not (build.directory / "manifest.json").exists():
         return reports  # a killed run may have begun to publish: some files may be shards by now
+    file = build.worker.file
     return {
         index: report
         for index, report in reports.items()
-        if all(
-            part_file(build.work, index, stage, f"{split}.bin").exists()
-            for split in report["splits"]
-        )
+        if all(file(index, stage, f"{split}.bin").exists() for split in report["splits"])
     }
 
 
@@ -384,15 +377,13 @@ def discard_work(directory: Path, kept: Path | None = None) -> None:
 
 
 def work_through(
-    build: Build,
+    job: Callable[[Worker, Part], Json],
+    worker: Worker,
     parts: list[Part],
     reports: dict[int, Json],
-    job: Callable[[str, Sequence[int], Part], Json],
     verb: str,
 ) -> None:
     """Does a job on the parts that have no report yet, in many processes, and adds their reports.
-
-    The job gets a name for temporary files and an array that counts the bytes read of each part.
 
     Raises:
         UserError: the first error of a worker, or that one was killed; all workers are stopped.
@@ -401,13 +392,13 @@ def work_through(
         return
     # Without a lock, since a worker that is killed would keep it.
     done = multiprocessing.RawArray("Q", todo[-1].index + 1)
+    worker = worker._replace(run=secrets.token_hex(8), done=done)
     total, end, documents = sum(part.bytes for part in parts), len(reports) + len(todo), 0
     before = total - sum(part.bytes for part in todo)
-    start, printed, run = time.monotonic(), 0.0, secrets.token_hex(8)
-    count = min(build.encoder.data.workers or available_cores(), len(todo))
+    start, printed = time.monotonic(), 0.0
+    count = min(worker.data.workers or available_cores(), len(todo))
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    initial = (os.getpid(), functools.partial(job, run, done))
-    pool = ProcessPoolExecutor(count, context, start_worker, initial)
+    pool = ProcessPoolExecutor(count, context, start_worker, (functools.partial(job, worker),))
     waiting = iter(todo)
     running: dict[Future, Part] = {}
     try:
@@ -434,26 +425,25 @@ def work_through(
             " lower data.workers; the next run continues from here"
         ) from None
     finally:
-        for worker in multiprocessing.active_children():
-            worker.kill()
+        for process in multiprocessing.active_children():
+            process.kill()
         pool.shutdown()
-        for path in build.work.glob(f"part-*.{run}.tmp"):  # of workers that were stopped
+        for path in worker.work.glob(f"part-*.{worker.run}.tmp"):  # of workers that were stopped
             path.unlink(missing_ok=True)
     say(f"{verb} {documents:,} documents, {speed}")
 
 
-def start_worker(parent: int, job: Callable[[Part], Json]) -> None:
+def start_worker(job: Callable[[Part], Json]) -> None:
     """Makes this process a worker, which ends when its parent does."""
     global JOB
     JOB = job
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # at Ctrl-C the parent kills its workers
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
 
-    threading.Thread(target=watch, daemon=True).start()
+def end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def run_job(part: Part) -> Json:
@@ -462,23 +452,21 @@ def run_job(part: Part) -> Json:
 
 def arrange_parts(build: Build, tokenized: list[Json]) -> list[Json]:
     """Drops duplicates and packs conversations, part by part; returns the new reports."""
-    dropped: dict[tuple[int, str], np.ndarray] = {}
-    for split in SPLITS if build.encoder.data.deduplicate else ():
+    duplicates: dict[tuple[int, str], np.ndarray] = {}
+    for split in SPLITS if build.worker.data.deduplicate else ():
         keys = [(i, split) for i, report in enumerate(tokenized) if split in report["splits"]]
-        paths = [part_file(build.work, index, "", split) for index, _ in keys]
-        dropped |= zip(keys, packing.find_duplicates(paths), strict=True)
+        paths = [build.worker.file(index, "", split) for index, _ in keys]
+        duplicates |= zip(keys, packing.find_duplicates(paths), strict=True)
     reports = read_reports(build, ARRANGED)
-    job = functools.partial(packing.arrange_part, build.encoder, build.work, dropped)
-    work_through(build, build.parts, reports, job, "arranged")
+    worker = build.worker._replace(duplicates=duplicates)
+    work_through(packing.arrange_part, worker, build.parts, reports, "arranged")
     return [reports[part.index] for part in build.parts]
 
 
-def check_splits(
-    build: Build, reports: list[Json], edges: dict[str, list[int]], counts: Json
-) -> None:
+def check_splits(build: Build, reports: list[Json], edges: splits.Edges, counts: Json) -> None:
     """UserError, after discarding the parts, if a split that was asked for got no document."""
-    data, texts = build.encoder.data, sum(map(len, edges.values()))
-    names = sorted(readers.asked_splits(data), key=SPLITS.index)
+    data, texts = build.worker.data, sum(map(len, edges.values()))
+    names = sorted(splits.asked_splits(data), key=SPLITS.index)
     given = [name for name in SPLITS[1:] if getattr(data, f"{name}_sources")]
     filled = {name for report in reports for name in report["splits"]}
     if not (empty := [name for name in SPLITS if name in (*names, *given) and name not in filled]):
@@ -490,7 +478,7 @@ def check_splits(
         none = " and ".join(f"data.{name}_fraction = 0" for name in names[texts:])
         different = f"{texts} different text{'s' * (texts > 1)}"
         advice = f"{different} can't fill {len(names)} splits: set {none}, or add more"
-    if lists := sorted(build.work.glob(f"part-*.{SKIPPED}")):
+    if lists := sorted(build.worker.work.glob(f"part-*.{SKIPPED}")):
         bad = Bad(**json.loads(lists[0].read_bytes().splitlines()[0]))
         first = f" (the first bad one: {bad.message()})"
     discard_work(build.directory)  # the same parts would only lead to the same error
@@ -514,7 +502,7 @@ def publish(build: Build, stage: str, reports: list[Json], counts: Json) -> Json
                 name = f"{split}-{len(shards):05d}"
                 shards.append({"file": f"{name}.bin", **report["splits"][split]})
                 for ending in (".bin", ".mask"):
-                    path = part_file(build.work, index, stage, split + ending)
+                    path = build.worker.file(index, stage, split + ending)
                     if path.exists():
                         path.replace(directory / (name + ending))
         if shards:
@@ -548,5 +536,5 @@ def list_skipped(build: Build) -> None:
     path = build.directory / SKIPPED
     path.unlink(missing_ok=True)
     with packing.new_file(path, "new") as file:
-        for one in sorted(build.work.glob(f"part-*.{SKIPPED}")):
+        for one in sorted(build.worker.work.glob(f"part-*.{SKIPPED}")):
             file.write(one.read_bytes())

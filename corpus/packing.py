@@ -14,7 +14,7 @@ import json
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,6 +23,7 @@ import numpy as np
 from config import DataConfig, sync_directory
 from corpus import readers
 from corpus.readers import Bad, Document, Part
+from corpus.splits import Splitter
 from tokenizer import ASSISTANT, Template, Tokenizer
 
 COUNTS = ("tokens", "documents", "bytes")
@@ -36,18 +37,30 @@ DUPLICATES_AT_ONCE = 4_000_000  # records compared at a time, about 50 bytes of 
 Json = dict[str, Any]
 
 
-class Encoder(NamedTuple):
-    """What a worker needs to tokenize documents.
+class Worker(NamedTuple):
+    """What a process needs to work on parts.
 
     Attributes:
         template: how conversations are written; None for plain text.
-        moved: the new split of documents that readers.fill_splits moves, by their hash.
+        work: the directory of the parts' files.
+        moved: the new splits of the documents that splits.fill_splits moves, by their hash.
+        duplicates: the indices of documents to drop, by part and split.
+        run: see new_file.
+        done: the bytes read of each part, for the progress bar.
     """
 
     data: DataConfig
     tokenizer: Tokenizer
     template: Template | None
+    work: Path
     moved: dict[int, str]
+    duplicates: dict[tuple[int, str], np.ndarray]
+    run: str = ""
+    done: Sequence[int] = ()
+
+    def file(self, index: int, stage: str, name: str) -> Path:
+        """A file of a part: its report, its bad rows, or the tokens of a split (no ending)."""
+        return self.work / f"part-{index:06d}.{stage}{name}"
 
 
 class Encoded(NamedTuple):
@@ -110,32 +123,25 @@ class Shard:
         return self.counts | digests
 
 
-def part_file(work: Path, index: int, stage: str, name: str) -> Path:
-    """A file of a part: its report, its bad rows, or the tokens of a split (without ending)."""
-    return work / f"part-{index:06d}.{stage}{name}"
-
-
 def record_endings(data: DataConfig) -> tuple[str, ...]:
     """The files that arrange_part needs beside the tokens; none if it has nothing to do."""
     mask = (".mask",) if data.format == "instruct" else ()
     return (*mask, ".docs") if mask or data.deduplicate else ()
 
 
-def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], part: Part) -> Json:
+def tokenize_part(worker: Worker, part: Part) -> Json:
     """Writes a part's token files and then its report, which is returned.
-
-    `run` is new_file's; `done` counts the bytes read of each part, for the progress bar.
 
     Raises:
         UserError: a document can't be read.
         OSError: a file can't be written.
     """
-    data, counts = encoder.data, Counter(read=0, truncated=0, short=0)
-    dropped: Counter[str] = Counter()
+    data, done, run = worker.data, worker.done, worker.run
+    counts, dropped = Counter(read=0, truncated=0, short=0), Counter()
     shards: dict[str, Shard] = {}
-    splitter = readers.Splitter(data, encoder.moved)
+    splitter = Splitter(data, worker.moved)
     with contextlib.ExitStack() as files:
-        skipped = files.enter_context(new_file(part_file(work, part.index, "", SKIPPED), run))
+        skipped = files.enter_context(new_file(worker.file(part.index, "", SKIPPED), run))
 
         def skip(bad: Bad) -> None:
             line = json.dumps(bad._asdict(), ensure_ascii=False) + "\n"
@@ -147,7 +153,7 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
             counts["read"] += 1
             done[part.index] = min(part.bytes, done[part.index] + len(document.text.encode()))
             try:
-                encoded = encode(document, encoder)
+                encoded = encode(document, worker)
             except Exception as error:
                 raise RuntimeError(f"{document.place()}: can't be encoded") from error
             if isinstance(encoded, str):
@@ -157,28 +163,26 @@ def tokenize_part(encoder: Encoder, work: Path, run: str, done: Sequence[int], p
             counts["truncated"] += encoded.truncated
             split = part.split or splitter.split(document.text)
             if split not in shards:
-                path = part_file(work, part.index, "", split)
+                path = worker.file(part.index, "", split)
                 shards[split] = Shard(files, path, (".bin", *record_endings(data)), run)
             shards[split].add(encoded)
         splits = {split: shard.summary() for split, shard in sorted(shards.items())}
     report = {"splits": splits, **counts, "dropped": dropped}
     report |= {"edges": splitter.edges, "moved": splitter.counts}
-    return write_report(report, work, "", run, done, part)
+    return write_report(worker, part, "", report)
 
 
-def write_report(
-    report: Json, work: Path, stage: str, run: str, done: Sequence[int], part: Part
-) -> Json:
+def write_report(worker: Worker, part: Part, stage: str, report: Json) -> Json:
     """Writes the report of a part whose files are complete, which marks the part as done."""
-    with new_file(part_file(work, part.index, stage, "json"), run) as file:
+    with new_file(worker.file(part.index, stage, "json"), worker.run) as file:
         file.write(json.dumps(report).encode())
-    done[part.index] = part.bytes
+    worker.done[part.index] = part.bytes
     return report
 
 
-def encode(document: Document, encoder: Encoder) -> Encoded | str:
+def encode(document: Document, worker: Worker) -> Encoded | str:
     """A document's tokens from BOS to EOS, or the rule (see build.RULES) that drops it."""
-    data, tokenizer, template, _ = encoder
+    data, tokenizer, template = worker.data, worker.tokenizer, worker.template
     content = document.text.encode()
     digest = hashlib.blake2b(content, digest_size=16).digest() if data.deduplicate else bytes(16)
     if not template:
@@ -208,33 +212,24 @@ def encode(document: Document, encoder: Encoder) -> Encoded | str:
     return Encoded(ids.astype("<u2").tobytes(), mask.tobytes(), size, digest, truncated)
 
 
-def arrange_part(
-    encoder: Encoder,
-    work: Path,
-    dropped: Mapping[tuple[int, str], np.ndarray],
-    run: str,
-    done: Sequence[int],
-    part: Part,
-) -> Json:
-    """Writes a tokenized part's final files, and then its report, which is returned.
-
-    `dropped` has the duplicates by part and split; `run` and `done` are as in tokenize_part.
-    """
-    data, eos = encoder.data, encoder.tokenizer.eos_id.to_bytes(2, "little")
+def arrange_part(worker: Worker, part: Part) -> Json:
+    """Writes a tokenized part's final files, and then its report, which is returned."""
+    data, eos = worker.data, worker.tokenizer.eos_id.to_bytes(2, "little")
     endings = (".bin", ".mask") if data.format == "instruct" else (".bin",)
-    tokenized = json.loads(part_file(work, part.index, "", "json").read_bytes())
+    tokenized = json.loads(worker.file(part.index, "", "json").read_bytes())
     shards, duplicates = {}, 0
     with contextlib.ExitStack() as files:
         for split in tokenized["splits"]:
-            drop = dropped.get((part.index, split), np.empty(0, np.int64))
-            shard = Shard(files, part_file(work, part.index, ARRANGED, split), endings, run)
-            arrange(part_file(work, part.index, "", split), shard, drop, data.seq_len, eos)
+            drop = worker.duplicates.get((part.index, split), np.empty(0, np.int64))
+            path = worker.file(part.index, ARRANGED, split)
+            shard = Shard(files, path, endings, worker.run)
+            arrange(worker.file(part.index, "", split), shard, drop, data.seq_len, eos)
             duplicates += len(drop)
             if shard.counts["documents"]:
                 shards[split] = shard.summary()
     read = sum(shard["documents"] for shard in shards.values()) + duplicates
     report = {"splits": shards, "read": read, "duplicates": duplicates}
-    return write_report(report, work, ARRANGED, run, done, part)
+    return write_report(worker, part, ARRANGED, report)
 
 
 def arrange(source: Path, shard: Shard, dropped: np.ndarray, seq_len: int, eos: bytes) -> None:

@@ -26,7 +26,6 @@ docs/adding-a-format.md adds a format.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import itertools
 import json
@@ -36,7 +35,6 @@ import re
 import shutil
 import subprocess
 import tokenize
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
@@ -45,6 +43,7 @@ import pyarrow.parquet as pq
 
 from config import ConfigError, DataConfig, UserError
 from corpus.sources import COMPRESSIONS, Source, Survey, suffixes
+from corpus.splits import text_hash
 
 BOM = b"\xef\xbb\xbf"  # some programs write it before UTF-8; it is not part of the text
 OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
@@ -145,96 +144,6 @@ def texts(document: Document, data: DataConfig) -> list[str]:
     if data.format == "instruct":
         return [content for _, content in json.loads(document.text)]
     return [document.text]
-
-
-def split_of(text: str, data: DataConfig) -> str:
-    """train, val or test, by the hash of data.split_seed and the text; never by the training seed.
-
-    A split with sources of its own takes nothing from data.sources.
-    """
-    return _split_at(_split_hash(text, data), data)
-
-
-class Splitter:
-    """Gives documents their splits.
-
-    Args:
-        moved: what `fill_splits` returned: hashes of the documents that change their split.
-
-    Attributes:
-        edges: the two lowest and the two highest hashes that split_of sends to each split; they
-            are all that `fill_splits` needs.
-        counts: how many documents were moved to each split.
-    """
-
-    def __init__(self, data: DataConfig, moved: dict[int, str]):
-        self.data, self.moved = data, moved
-        self.edges: dict[str, list[int]] = {}
-        self.counts: Counter[str] = Counter()
-
-    def split(self, text: str) -> str:
-        digest = _split_hash(text, self.data)
-        split = _split_at(digest, self.data)
-        note_edge(self.edges, split, digest)
-        if digest in self.moved:
-            split = self.moved[digest]
-            self.counts[split] += 1
-        return split
-
-
-def note_edge(edges: dict[str, list[int]], split: str, digest: int) -> None:
-    """Adds a hash to a Splitter's edges, if it is one of them."""
-    known = edges.setdefault(split, [])
-    if digest not in known:
-        known.append(digest)
-        known.sort()
-        del known[2:-2]
-
-
-def fill_splits(edges: dict[str, list[int]], data: DataConfig) -> dict[int, str]:
-    """Which documents to move so that no split is empty that the configuration asks for.
-
-    In the order of hashes come val, test and train. Where one is empty, the borders between them
-    move by as few documents as possible: a pure function of the documents. Equal documents have
-    equal hashes, so they stay together.
-
-    Returns:
-        The new split of each that moves, by hash; empty if there are fewer documents than splits.
-    """
-    names = asked_splits(data)
-    ordered = [(digest, name) for name in names for digest in edges.get(name, ())]
-    if len(ordered) < len(names):
-        return {}
-    moved, start, natural = {}, 0, 0
-    for place, name in enumerate(names, 1):
-        natural += len(edges.get(name, ()))
-        stop = min(max(natural, start + 1), len(ordered) - len(names) + place)
-        moved |= {digest: name for digest, old in ordered[start:stop] if old != name}
-        start = stop
-    return moved
-
-
-def asked_splits(data: DataConfig) -> list[str]:
-    """The splits of data.sources, in the order of their hashes."""
-    return [*(split for split, share in _shares(data).items() if share > 0), "train"]
-
-
-def _shares(data: DataConfig) -> dict[str, float]:
-    """The shares of data.sources that are held out, in the order of hashes."""
-    return {
-        "val": 0.0 if data.val_sources else data.val_fraction,
-        "test": 0.0 if data.test_sources else data.test_fraction,
-    }
-
-
-def _split_hash(text: str, data: DataConfig) -> int:
-    return _hash(text, str(data.split_seed).encode())
-
-
-def _split_at(digest: int, data: DataConfig) -> str:
-    val, test = _shares(data).values()
-    share = digest / 2**64
-    return "val" if share < val else "test" if share < val + test else "train"
 
 
 def _rule(format: str, data: DataConfig) -> str | dict:
@@ -562,17 +471,12 @@ def _boundary(rule: str | dict) -> Callable[[str], bool]:
     if isinstance(rule, str):
         return lambda unit: rule != "file"
     if lines := rule.get("lines"):
-        return lambda line: bool(line.strip()) and _hash(_without_newline(line)) % lines == 0
+        return lambda line: bool(line.strip()) and text_hash(_without_newline(line)) % lines == 0
     try:
         match = re.compile(rule["starts"]).match
     except re.error as error:
         raise ConfigError(f"data.document: {rule['starts']!r} is no regex: {error}") from None
     return lambda line: match(_without_newline(line)) is not None
-
-
-def _hash(text: str, key: bytes = b"") -> int:
-    """A 64-bit hash of a text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "big")
 
 
 def _rows_before(path: str, start: int) -> int:

@@ -22,7 +22,7 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
 from config import Config, TokenizerConfig, UserError
-from corpus import readers
+from corpus import readers, splits
 from corpus.sources import Survey
 from tokenizer import SPACE, load_model
 
@@ -95,10 +95,10 @@ def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[
     Of a corpus far above the budget, the same share of each unit of work is read, from its start;
     units that could not be cut small (a compressed file) are read whole. A corpus of few documents
     is read again if prepare.py will move some of them so that no split is empty (`moved`, see
-    readers.fill_splits).
+    splits.fill_splits).
     """
     training, held_out = Sample(config.tokenizer.sample_bytes), Sample(HELD_OUT_BYTES)
-    splitter, whole = readers.Splitter(config.data, moved or {}), True
+    splitter, whole = splits.Splitter(config.data, moved or {}), True
     survey = Survey(config.data)
     if moved is None:
         for line in survey.remarks():
@@ -124,7 +124,7 @@ def sample_corpus(config: Config, moved: dict[int, str] | None = None) -> tuple[
                 break
         progress.update(part.bytes)
     progress.close()
-    if whole and not moved and (moved := readers.fill_splits(splitter.edges, config.data)):
+    if whole and not moved and (moved := splits.fill_splits(splitter.edges, config.data)):
         return sample_corpus(config, moved)
     if bad := next(skipped):
         print(f"left out {bad:,} bad documents; prepare.py lists them")

@@ -33,6 +33,14 @@ from hypothesis import strategies as st
 from config import ROOT, ConfigError, DataConfig, UserError
 from corpus import readers
 from corpus.sources import COMPRESSIONS, Survey
+from corpus.splits import (
+    Splitter,
+    asked_splits,
+    fill_splits,
+    merge_edges,
+    split_of,
+    text_hash,
+)
 
 STARTS = {"starts": r" = [^=]+ = $"}  # the hub's wikitext
 
@@ -259,15 +267,15 @@ def test_the_standard_library_is_read_as_python_reads_it():
 
 def test_a_text_has_one_split_and_shares_are_met():
     data = DataConfig(val_fraction=0.2, test_fraction=0.1)
-    splits = [readers.split_of(f"text {i}", data) for i in range(5000)]
-    assert splits == [readers.split_of(f"text {i}", data) for i in range(5000)]
+    splits = [split_of(f"text {i}", data) for i in range(5000)]
+    assert splits == [split_of(f"text {i}", data) for i in range(5000)]
     assert 0.18 < splits.count("val") / 5000 < 0.22
     assert 0.08 < splits.count("test") / 5000 < 0.12
     other = DataConfig(val_fraction=0.2, test_fraction=0.1, split_seed=1)
-    assert splits != [readers.split_of(f"text {i}", other) for i in range(5000)]
+    assert splits != [split_of(f"text {i}", other) for i in range(5000)]
     # Pinned: prepared datasets and trained tokenizers rely on it staying as it is.
     half = DataConfig(val_fraction=0.5)
-    assert " ".join(readers.split_of(text, half) for text in "abcdefghij") == (
+    assert " ".join(split_of(text, half) for text in "abcdefghij") == (
         "train train train train train train val train val val"
     )
 
@@ -285,25 +293,25 @@ FRACTIONS = st.sampled_from([0.0, 1e-6, 0.01, 0.3, 0.49])
 def test_few_documents_fill_every_split(texts, cuts, val, test, own):
     """In the order of their hashes, whoever reads which of them; as few as possible move."""
     data = DataConfig(val_fraction=val, test_fraction=test, **own)
-    edges = {}
+    edges = []
     for start, stop in itertools.pairwise([0, *sorted(cuts), 12]):
-        splitter = readers.Splitter(data, {})
+        splitter = Splitter(data, {})
         assert [splitter.split(t) for t in texts[start:stop]] == [
-            readers.split_of(t, data) for t in texts[start:stop]
+            split_of(t, data) for t in texts[start:stop]
         ]
-        for split, digests in splitter.edges.items():
-            for digest in digests:
-                readers.note_edge(edges, split, digest)
-    moved = readers.fill_splits(edges, data)
-    splitter = readers.Splitter(data, moved)
+        assert all(len(digests) <= 4 for digests in splitter.edges.values())
+        edges.append(splitter.edges)
+    edges = merge_edges(edges)
+    moved = fill_splits(edges, data)
+    splitter = Splitter(data, moved)
     found = {text: splitter.split(text) for text in texts}
-    before = {text: readers.split_of(text, data) for text in texts}
-    asked = readers.asked_splits(data)
+    before = {text: split_of(text, data) for text in texts}
+    asked = asked_splits(data)
     if len(found) < len(asked) or {*before.values()} == {*asked}:
         assert found == before
         return
     assert {*found.values()} == {*asked}
-    by_hash = sorted(found, key=lambda text: readers._split_hash(text, data))
+    by_hash = sorted(found, key=lambda text: text_hash(text, b"0"))
     order = [asked.index(found[text]) for text in by_hash]
     assert order == sorted(order)
     changes = sum(found[text] != before[text] for text in found)
@@ -331,7 +339,7 @@ def test_sources_given_per_split_are_used_as_given(tmp_path):
         val_fraction=0.5,
     )
     assert [part.split for part in readers.plan(data)] == [None, "val", "test"]
-    assert {readers.split_of(text, data) for text in texts(tmp_path / "train.jsonl")} == {"train"}
+    assert {split_of(text, data) for text in texts(tmp_path / "train.jsonl")} == {"train"}
     data.val_sources = [str(tmp_path / "train.jsonl")]
     with pytest.raises(UserError, match=r"train\.jsonl is in the sources of two splits"):
         readers.plan(data)
