@@ -151,12 +151,12 @@ def make(build: Build, task: Task | None) -> None:
         done = f"task {task.index}/{task.count} is done, {len(share)} of {len(parts)} parts"
         say(f"{directory}: {done}")
         return
-    edges = fill_splits(build, reports)
+    fill_splits(build, reports)
     tokenized = [reports[part.index] for part in parts]
     counts = add_up(tokenized)
     if build.not_read:
         counts["not_read"] = build.not_read
-    check_splits(build, tokenized, edges, counts)
+    check_splits(build, tokenized, counts)
     stage, final = "", tokenized
     if packing.record_endings(data):
         stage, final = ARRANGED, arrange_parts(build, tokenized)
@@ -164,21 +164,16 @@ def make(build: Build, task: Task | None) -> None:
     describe_result(directory, manifest, sum(report["short"] for report in tokenized), data)
 
 
-def fill_splits(build: Build, reports: dict[int, Json]) -> splits.Edges:
-    """Moves documents to splits that would be empty, by tokenizing their parts again.
-
-    Changes `reports`, and returns the edges of the splits.
-    """
+def fill_splits(build: Build, reports: dict[int, Json]) -> None:
+    """Moves documents to splits that would be empty: tokenizes their parts, and reports, again."""
     edges = splits.merge_edges(report["edges"] for report in reports.values())
     moved = splits.fill_splits(edges, build.worker.data)
     for index, report in [*reports.items()]:
         held = itertools.chain.from_iterable(report["edges"].values())
         if not report["moved"] and not moved.keys().isdisjoint(held):  # else done by a killed run
             del reports[index]
-    worker = build.worker._replace(moved=moved)
-    verb = "tokenized again to fill all splits:"
+    worker, verb = build.worker._replace(moved=moved), "tokenized again to fill all splits:"
     work_through(tokenize_part, worker, build.parts, reports, verb)
-    return edges
 
 
 def add_up(reports: list[Json]) -> Json:
@@ -210,9 +205,8 @@ def describe_result(directory: Path, manifest: Json, short: int, data: DataConfi
             )
         elif split["tokens"] <= data.seq_len:
             say(
-                f"warning: {name} is shorter than one window of data.seq_len + 1 ="
-                f" {data.seq_len + 1} tokens, which training needs; lower data.seq_len, or give it"
-                " more documents"
+                f"warning: {name} has fewer than data.seq_len + 1 = {data.seq_len + 1} tokens,"
+                " which training needs; lower data.seq_len, or give it more documents"
             )
     for name, count in counts.get("moved", {}).items():
         say(f"{name}: {count:,} documents moved to it, so that no split is empty")
@@ -291,11 +285,11 @@ def is_ready(directory: Path, recipe: Json) -> bool:
 
 def verify(directory: Path) -> None:
     """Reads all of a dataset; UserError names a file that doesn't match the manifest."""
-    manifest, files = read_manifest(directory)
+    _, files = read_manifest(directory)
     for name, (_, digest) in files.items():
         if file_sha256(directory / name) != digest:
             raise UserError(f"{directory / name}: damaged; --force prepares it again")
-    shards = sum(len(split["shards"]) for split in manifest["splits"].values())
+    shards = sum(name.endswith(".bin") for name in files)
     say(f"{directory}: {shards} shards match their checksums")
 
 
@@ -311,10 +305,10 @@ def read_manifest(directory: Path) -> tuple[Json, dict[str, tuple[int, str]]]:
         raise UserError(f"{path}: damaged; --force prepares it again") from None
 
 
-def check_files(directory: Path, splits: Json) -> dict[str, tuple[int, str]]:
+def check_files(directory: Path, content: Json) -> dict[str, tuple[int, str]]:
     """The size and sha256 of each file of the splits; UserError if a file has another size."""
     files: dict[str, tuple[int, str]] = {}
-    for shard in (shard for split in splits.values() for shard in split["shards"]):
+    for shard in (shard for split in content.values() for shard in split["shards"]):
         name, tokens = shard["file"], shard["tokens"]
         files[name] = 2 * tokens, shard["sha256"]
         if "mask_sha256" in shard:
@@ -323,9 +317,8 @@ def check_files(directory: Path, splits: Json) -> dict[str, tuple[int, str]]:
         path = directory / name
         size = path.stat().st_size if path.exists() else "no"
         if size != expected:
-            raise UserError(
-                f"{path}: {size} bytes instead of {expected}; --force prepares it again"
-            )
+            wrong = f"{size} bytes instead of {expected}"
+            raise UserError(f"{path}: {wrong}; --force prepares it again")
     return files
 
 
@@ -463,21 +456,23 @@ def arrange_parts(build: Build, tokenized: list[Json]) -> list[Json]:
     return [reports[part.index] for part in build.parts]
 
 
-def check_splits(build: Build, reports: list[Json], edges: splits.Edges, counts: Json) -> None:
+def check_splits(build: Build, reports: list[Json], counts: Json) -> None:
     """UserError, after discarding the parts, if a split that was asked for got no document."""
-    data, texts = build.worker.data, sum(map(len, edges.values()))
-    names = sorted(splits.asked_splits(data), key=SPLITS.index)
+    data, names = build.worker.data, splits.asked_splits(build.worker.data)
     given = [name for name in SPLITS[1:] if getattr(data, f"{name}_sources")]
     filled = {name for report in reports for name in report["splits"]}
-    if not (empty := [name for name in SPLITS if name in (*names, *given) and name not in filled]):
+    empty = [name for name in SPLITS if name in (*names, *given) and name not in filled]
+    if not empty:
         return
     dropped = [f"{count} {RULES[rule]}" for rule, count in counts["dropped"].items() if count]
     beside = f", {' and '.join(dropped)} among them," if dropped else ""
     advice, first = "change data.sources, or the split's sources", ""
+    edges = splits.merge_edges(report["edges"] for report in reports)
+    texts = sum(map(len, edges.values()))
     if 0 < texts < len(names):
-        none = " and ".join(f"data.{name}_fraction = 0" for name in names[texts:])
-        different = f"{texts} different text{'s' * (texts > 1)}"
-        advice = f"{different} can't fill {len(names)} splits: set {none}, or add more"
+        fractions = [f"data.{name}_fraction = 0" for name in SPLITS if name in names][texts:]
+        different = f"{texts} different text{'s' * (texts > 1)} can't fill {len(names)} splits"
+        advice = f"{different}: set {' and '.join(fractions)}, or add more"
     if lists := sorted(build.worker.work.glob(f"part-*.{SKIPPED}")):
         bad = Bad(**json.loads(lists[0].read_bytes().splitlines()[0]))
         first = f" (the first bad one: {bad.message()})"
@@ -493,7 +488,7 @@ def publish(build: Build, stage: str, reports: list[Json], counts: Json) -> Json
 
     If this is killed, there is no manifest, and the next run publishes the rest.
     """
-    directory, splits = build.directory, {}
+    directory, content = build.directory, {}
     (directory / "manifest.json").unlink(missing_ok=True)
     for split in SPLITS:
         shards: list[Json] = []
@@ -506,11 +501,11 @@ def publish(build: Build, stage: str, reports: list[Json], counts: Json) -> Json
                     if path.exists():
                         path.replace(directory / (name + ending))
         if shards:
-            totals = [name for name in (*packing.COUNTS, *packing.MASK_COUNTS) if name in shards[0]]
-            splits[split] = {n: sum(shard[n] for shard in shards) for n in totals}
-            splits[split]["shards"] = shards
+            totals = [key for key, value in shards[0].items() if isinstance(value, int)]
+            content[split] = {key: sum(shard[key] for shard in shards) for key in totals}
+            content[split]["shards"] = shards
     try:
-        files = check_files(directory, splits)
+        files = check_files(directory, content)
     except UserError:
         discard_work(directory)  # so that the next run starts over
         raise
@@ -522,7 +517,7 @@ def publish(build: Build, stage: str, reports: list[Json], counts: Json) -> Json
         counts["dropped"]["duplicate"] = duplicates
         counts["written"] -= duplicates
     list_skipped(build)
-    manifest = {**build.recipe, "splits": splits, "counts": counts}
+    manifest = {**build.recipe, "splits": content, "counts": counts}
     if build.commits:
         manifest["commits"] = build.commits
     sync_directory(directory)

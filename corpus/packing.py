@@ -26,8 +26,6 @@ from corpus.readers import Bad, Document, Part
 from corpus.splits import Splitter
 from tokenizer import ASSISTANT, Template, Tokenizer
 
-COUNTS = ("tokens", "documents", "bytes")
-MASK_COUNTS = ("trained", "filled")
 ARRANGED = "arranged."  # in the names of files whose documents were deduplicated or packed
 SKIPPED = "skipped.jsonl"
 SHORT_DOCUMENT = 64  # tokens; a lower median suggests that lines were taken for documents
@@ -89,8 +87,8 @@ class Shard:
             for ending in endings
         }
         self.digests = {ending: hashlib.sha256() for ending in endings}
-        names = (*COUNTS, *MASK_COUNTS) if ".mask" in endings else COUNTS
-        self.counts = dict.fromkeys(names, 0)
+        self.counts = {"tokens": 0, "documents": 0, "bytes": 0}
+        self.counts |= {"trained": 0, "filled": 0} if ".mask" in endings else {}
 
     def add(self, document: Encoded) -> None:
         tokens = len(document.tokens) // 2

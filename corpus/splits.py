@@ -1,7 +1,8 @@
 """Assigns the documents of data.sources to train, val and test by a hash of their text.
 
-In the order of hashes come val, test and train. Equal texts have equal hashes, so they share a
-split. A split with sources of its own takes nothing from data.sources.
+The hash is keyed with data.split_seed; the training seed plays no role. In the order of hashes come
+val, test and train. Equal texts have equal hashes, so they share a split. A split with sources of
+its own takes nothing from data.sources.
 """
 
 from __future__ import annotations
@@ -46,11 +47,6 @@ class Splitter:
             split = self.moved[digest]
             self.counts[split] += 1
         return split
-
-
-def split_of(text: str, data: DataConfig) -> str:
-    """A document's split by data.split_seed, before any moves; the training seed plays no role."""
-    return Splitter(data, {}).split(text)
 
 
 def asked_splits(data: DataConfig) -> list[str]:

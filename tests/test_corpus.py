@@ -33,14 +33,7 @@ from hypothesis import strategies as st
 from config import ROOT, ConfigError, DataConfig, UserError
 from corpus import readers
 from corpus.sources import COMPRESSIONS, Survey
-from corpus.splits import (
-    Splitter,
-    asked_splits,
-    fill_splits,
-    merge_edges,
-    split_of,
-    text_hash,
-)
+from corpus.splits import Splitter, asked_splits, fill_splits, merge_edges, text_hash
 
 STARTS = {"starts": r" = [^=]+ = $"}  # the hub's wikitext
 
@@ -263,6 +256,10 @@ def test_the_standard_library_is_read_as_python_reads_it():
     path = str(Path(sysconfig.get_paths()["stdlib"], "json", "decoder.py"))
     with tokenize.open(path) as file:
         assert found[path] == file.read()
+
+
+def split_of(text: str, data: DataConfig) -> str:
+    return Splitter(data, {}).split(text)
 
 
 def test_a_text_has_one_split_and_shares_are_met():

@@ -29,7 +29,7 @@ import prepare as program
 from config import DataConfig, UserError
 from corpus import build
 from corpus.build import verify
-from corpus.splits import split_of, text_hash
+from corpus.splits import Splitter, text_hash
 from corpus.vocabulary import add_control_pieces
 from tokenizer import Template, Tokenizer
 
@@ -121,7 +121,7 @@ def test_bins_and_manifest_hold_the_corpus_exactly(project, tiny_tokenizer):
     found = manifest(directory)
     rows = [document(i) for i in [*range(1500), 0]]
     for split in ("train", "val", "test"):
-        expected = [row for row in rows if split_of(row, data) == split]
+        expected = [row for row in rows if Splitter(data, {}).split(row) == split]
         assert split_documents(directory, split, tokenizer) == expected
         entry = found["splits"][split]
         assert entry["documents"] == len(expected)

@@ -14,7 +14,7 @@ import prepare
 import train_tokenizer
 from config import ROOT, DataConfig, UserError
 from corpus import readers
-from corpus.splits import split_of
+from corpus.splits import Splitter
 from corpus.vocabulary import CHUNK, Sample, chunks
 from tokenizer import Tokenizer
 from train_tokenizer import main
@@ -86,7 +86,7 @@ def test_held_out_text_is_not_learned_from(work):
     for path in (work / "raw").iterdir():
         for sign in "\u4e2d\u6587":  # the file's text decides its split, so try both signs
             text = path.read_text().rstrip("\u4e2d\u6587") + sign * 50
-            if split_of(text, data) == ("val" if sign == "\u4e2d" else "train"):
+            if Splitter(data, {}).split(text) == ("val" if sign == "\u4e2d" else "train"):
                 path.write_text(text)
                 break
     run(work)
