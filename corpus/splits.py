@@ -19,7 +19,7 @@ Edges = dict[str, list[int]]  # of each split: its two lowest and two highest ha
 
 
 class Splitter:
-    """Gives documents their splits.
+    """Assigns documents to splits.
 
     Args:
         moved: what `fill_splits` returned: the new splits of the documents that move, by hash.
@@ -55,7 +55,7 @@ def asked_splits(data: DataConfig) -> list[str]:
 
 
 def merge_edges(edges: Iterable[Edges]) -> Edges:
-    """The edges of several Splitters together, with hashes between them."""
+    """The edges of several Splitters, sorted by split; some may lie between the outermost."""
     merged: dict[str, set[int]] = {}
     for one in edges:
         for split, digests in one.items():
