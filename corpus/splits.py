@@ -55,7 +55,7 @@ def asked_splits(data: DataConfig) -> list[str]:
 
 
 def merge_edges(edges: Iterable[Edges]) -> Edges:
-    """The edges of several Splitters, sorted by split; some may lie between the outermost."""
+    """The edges of several Splitters together, in order; more than four per split do no harm."""
     merged: dict[str, set[int]] = {}
     for one in edges:
         for split, digests in one.items():
