@@ -116,14 +116,6 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, vocab_size: int, recompute: Recompute):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-
-
 class Head(nn.Linear):
     """The output matrix, which makes logits or, a chunk of tokens at a time, the loss.
 
@@ -160,7 +152,13 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.model = Decoder(config, vocab_size, recompute)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(vocab_size, config.dim),
+                "layers": nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers)),
+                "norm": RMSNorm(config.dim, config.norm_eps),
+            }
+        )
         self.lm_head = Head(config.dim, vocab_size, loss_chunk)
         self.tie()
 

@@ -106,15 +106,14 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
         parse(sys.argv[1:])
 
 import json
-from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from distributed import World, autocast
 from inference.evaluation import evaluate_choices, evaluate_split, evaluate_text
 from inference.generation import Settings, Source, load_model, open_source, take_any_shape
-from inference.sampler import Messages, Sampler, device_and_dtype
+from inference.sampler import Sampler, device_and_dtype
 
 
 def main(arguments: list[str]) -> None:
@@ -134,27 +133,21 @@ def main(arguments: list[str]) -> None:
     if measuring:
         measure(source, options)
         return
+    drawing = options.temperature, options.top_k, options.top_p, options.repetition_penalty
+    settings = Settings(options.max_tokens or MAX_TOKENS, *drawing, options.seed)
     rows = min(options.batch_size, len(prompts or [""]) * options.num_samples)
-    sampler = Sampler(source, options, rows)
-    history = [("system", options.system)] if options.system else []
-    for role in ("user", *dict(history)):
-        if sampler.template and role not in sampler.template.before:
-            raise UserError(f"the template of {source.path} has no role {role!r}")
+    sampler = Sampler(source, options, settings, rows)
     if prompts is not None:
-        answer(sampler, prompts, options, history)
+        sampler.answer(prompts)
         return
     while True:
         try:
             print("> ", end="", file=sys.stderr, flush=True)  # standard output is for samples
-            prompt = input()
-            history = sampler.remembered(history, prompt, options.max_tokens or MAX_TOKENS // 4)
-            texts = answer(sampler, [prompt], options, history)
+            sampler.converse(input(), options.max_tokens or MAX_TOKENS // 4)
         except UserError as error:
             print(error, file=sys.stderr)
         except EOFError:
             return
-        else:
-            history += [("user", prompt), ("assistant", texts[0])] if options.chat else []
 
 
 def measure(source: Source, options: argparse.Namespace) -> None:
@@ -162,14 +155,14 @@ def measure(source: Source, options: argparse.Namespace) -> None:
 
     As in training, weights are float32 and products of the type that the device does well.
     """
-    device, dtype = device_and_dtype(options)
+    world = World(0, 1, 0, 1, *device_and_dtype(options))
     take_any_shape()
-    model = load_model(source, device, torch.float32)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    model = load_model(source, world.device, torch.float32)
+    with autocast(model, world):
         if options.choices:
             found = evaluate_choices(model, source.tokenizer, existing_path(options.choices))
         elif options.evaluate in ("train", "val", "test"):
-            found = evaluate_split(model, source, options.evaluate, options.batch_size)
+            found = evaluate_split(model, source, options.evaluate, options.batch_size, world)
         else:
             path = existing_path(options.evaluate)
             found = evaluate_text(model, source.tokenizer, path, options.batch_size)
@@ -177,40 +170,6 @@ def measure(source: Source, options: argparse.Namespace) -> None:
         print(json.dumps({"model": str(source.path), "step": source.step, **found._asdict()}))
     else:
         print(found)
-
-
-def answer(
-    sampler: Sampler, prompts: list[str], options: argparse.Namespace, history: Messages
-) -> list[str]:
-    """Samples from each prompt, printed and returned; a single sample streams to a terminal."""
-    encoded = sampler.encode(prompts, options.max_tokens or 1, history)
-    drawing = options.temperature, options.top_k, options.top_p, options.repetition_penalty
-    settings = Settings(options.max_tokens or MAX_TOKENS, *drawing, options.seed)
-    rows = [(i, sample) for i in range(len(prompts)) for sample in range(options.num_samples)]
-    shown = [""] * len(prompts) if options.chat else prompts  # a completion continues its prompt
-    if len(rows) == 1 and not options.json and sys.stdout.isatty():
-        show = partial(print, end="", flush=True)
-        show(shown[0])
-        completions, _ = sampler.complete(encoded, [0], settings, show)
-        print()
-        return [completions[0].text]
-    origin = {"settings": asdict(settings), **sampler.origin()}
-    texts = []
-    for start in range(0, len(rows), options.batch_size):
-        batch = rows[start : start + options.batch_size]
-        ids, numbers = [encoded[i] for i, _ in batch], [sample for _, sample in batch]
-        completions, known = sampler.complete(ids, numbers, settings, likeliest=options.logprobs)
-        texts += [completion.text for completion in completions]
-        for (i, sample), completion, tokens in zip(batch, completions, known, strict=True):
-            if options.json:
-                row = {"prompt": prompts[i], "sample": sample, "completion": completion.text}
-                row |= {"tokens": completion.tokens, "end": completion.end}
-                row |= {"logprobs": tokens} if options.logprobs is not None else {}
-                print(json.dumps(row | origin))
-            else:
-                heading = f"--- prompt {i + 1}, sample {sample + 1} ---\n" if len(rows) > 1 else ""
-                print(heading + shown[i] + completion.text)
-    return texts
 
 
 def read_prompts(options: argparse.Namespace) -> list[str] | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from config import UserError, read_rows, read_utf8, resolve_path
 from dataset import (
+    Batch,
     Batches,
     Mixture,
     evenly_spaced,
@@ -74,9 +75,28 @@ class Answers(NamedTuple):
 def evaluate(
     model: nn.Module, data: Mixture, batches: Batches, byte_lengths: np.ndarray, agreed: Consensus
 ) -> dict[str, Any] | None:
-    """Loss, perplexity and bits per byte over a fixed part of a split, shared by all ranks.
+    """Loss, perplexity and bits per byte over a fixed part of a split, shared by all ranks; None if
+    they agreed to stop before its end. Arguments and errors are those of score."""
+    windows = data.evenly_spaced(batches.config.train.eval_sequences)
+    parts = [batches.of_windows(data, part) for part in windows]
+    if not (scored := score(model, data, parts, byte_lengths, batches.world, "val", agreed)):
+        return None
+    (loss, perplexity, bits, *_), losses = scored
+    row = {"val_loss": loss, "val_perplexity": perplexity, "val_bits_per_byte": bits}
+    return row | ({"val_losses": losses} if len(batches.data.names) > 1 else {})
 
-    None if the ranks agreed to stop before its end.
+
+def score(
+    model: nn.Module,
+    data: Mixture,
+    parts: list[Iterator[Batch]],
+    byte_lengths: np.ndarray,
+    world: World,
+    split: str,
+    agreed: Consensus | None = None,
+) -> tuple[Scores, dict[str, float]] | None:
+    """A mixture's scores over a part of each dataset, and the loss of each dataset; None if the
+    ranks agreed to stop. Loss and bits per byte of a mixture are its datasets' means by weight.
 
     Args:
         byte_lengths: bytes of text that each token stands for (V,).
@@ -84,50 +104,34 @@ def evaluate(
     Raises:
         AgreedError: no token of a dataset's part is trained on.
     """
-    world, lagged = batches.world, Lagged(agreed.conditions.while_waiting)
-    bytes_of = torch.from_numpy(byte_lengths).to(world.device)
-    parts = data.evenly_spaced(batches.config.train.eval_sequences)
+    while_waiting = agreed.conditions.while_waiting if agreed else lambda since: None
+    lagged, bytes_of = Lagged(while_waiting), torch.from_numpy(byte_lengths).to(world.device)
     sums = torch.zeros(len(parts), 3, dtype=torch.float64, device=world.device)
-    for own, windows in zip(sums, parts, strict=True):
-        for batch in batches.of_windows(data, windows):
+    for own, part in zip(sums, parts, strict=True):
+        for batch in part:
             with autocast(model, world):
                 own[0] += model(*batch)
             trained = batch.targets != IGNORE  # a mask: an index would wait for the device
             own[1] += trained.sum()
             own[2] += (bytes_of[batch.targets.clamp(min=0)] * trained).sum()
-            if stopped(agreed, lagged):
+            if agreed and stopped(agreed, lagged):
                 return None
-    totals = fetch(world.sum(sums), agreed.conditions.while_waiting)
-    empty = (
-        "the windows of the val split that are evaluated have no text to train on; set"
-        " train.eval_sequences higher, or data.train_on and prepare anew"
-    )
-    (loss, perplexity, bits, *_), losses = mixture_scores(data, totals, empty)
-    row = {"val_loss": loss, "val_perplexity": perplexity, "val_bits_per_byte": bits}
-    return row | ({"val_losses": losses} if len(batches.data.names) > 1 else {})
+    totals, losses, bits = fetch(world.sum(sums), while_waiting), {}, {}
+    for name, (nats, count, size) in zip(data.names, totals, strict=True):
+        if not size:
+            raise AgreedError(
+                f"{name}: the windows of the {split} split that are evaluated have no text to train"
+                " on; set train.eval_sequences higher, or data.train_on and prepare anew"
+            )
+        losses[name], bits[name] = nats / count, nats / math.log(2) / size
+    _, tokens, size = map(sum, zip(*totals, strict=True))
+    return Scores.of(data.mean(losses), data.mean(bits), tokens, size), losses
 
 
 def stopped(agreed: Consensus, lagged: Lagged[None]) -> bool:
     """Casts this rank's votes; True if by those cast before all ranks agreed to stop."""
     heard = lagged.push(None, agreed.world.sum(agreed.votes()))
     return any(agreed.reason(votes) for _, votes, _ in heard)
-
-
-def mixture_scores(data: Mixture, totals: list[Any], empty: str) -> tuple[Scores, dict[str, float]]:
-    """Scores from each dataset's nats, trained tokens and bytes, and each dataset's loss.
-
-    Loss and bits per byte of a mixture are the means of its datasets' by weight.
-
-    Raises:
-        AgreedError: `empty`, led by the name of a dataset without a token that is trained on.
-    """
-    losses, bits = {}, {}
-    for name, (nats, count, size) in zip(data.names, totals, strict=True):
-        if not size:
-            raise AgreedError(f"{name}: {empty}")
-        losses[name], bits[name] = nats / count, nats / math.log(2) / size
-    _, tokens, size = map(sum, zip(*totals, strict=True))
-    return Scores.of(data.mean(losses), data.mean(bits), tokens, size), losses
 
 
 @torch.no_grad()
@@ -197,7 +201,9 @@ def continuation(
 
 
 @torch.inference_mode()
-def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) -> Scores:
+def evaluate_split(
+    model: Llama, source: Source, split: str, batch_size: int, world: World
+) -> Scores:
     """The whole split of a run's dataset, in windows of data.seq_len, as training evaluates it.
 
     Raises:
@@ -208,27 +214,21 @@ def evaluate_split(model: Llama, source: Source, split: str, batch_size: int) ->
         raise UserError(
             f"{source.path} has no dataset: --evaluate={split} needs a run; give a text file"
         )
-    config, tokenizer, device = source.run_config, source.tokenizer, model.lm_head.weight.device
+    config, tokenizer = source.run_config, source.tokenizer
     weights = mixture_weights(config.data)
     manifests = {name: read_manifest(resolve_path(name), tokenizer.sha256) for name in weights}
     names = [name for name, manifest in manifests.items() if split in manifest["splits"]]
     if not names:
         raise UserError(f"{' and '.join(weights)}: no {split} split; see data.{split}_fraction")
-    data, totals = open_split(split, names, manifests, weights, config.data.seq_len), []
-    bytes_of = torch.from_numpy(tokenizer.byte_lengths())
-    for windows in data.evenly_spaced(0):
-        nats, count, size = 0.0, 0, 0
+    data = open_split(split, names, manifests, weights, config.data.seq_len)
+    batches = Batches(data, config, tokenizer.bos_id, world)
+
+    def of_windows(windows: np.ndarray) -> Iterator[Batch]:  # without filler sequences
         for start in range(0, len(windows), batch_size):
-            tokens, targets = data.batch(windows[start : start + batch_size])
-            documents = None
-            if config.data.document_mask:
-                documents = (tokens == tokenizer.bos_id).cumsum(dim=1).to(device)
-            nats += model(tokens.to(device), targets.to(device), documents).item()
-            trained = targets[targets != IGNORE]
-            count += len(trained)
-            size += int(bytes_of[trained].sum())
-        totals.append((nats, count, size))
-    return mixture_scores(data, totals, f"the {split} split has no text that is trained on")[0]
+            yield batches.on_device(*data.batch(windows[start : start + batch_size]))
+
+    parts = [of_windows(windows) for windows in data.evenly_spaced(0)]
+    return score(model, data, parts, tokenizer.byte_lengths(), world, split)[0]
 
 
 @torch.inference_mode()
@@ -294,8 +294,8 @@ def log_likelihood(
     device, limit = model.lm_head.weight.device, model.config.max_seq_len
     before = [tokenizer.bos_id, *tokenizer.encode(prompt).tolist()]
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt + choice).tolist()]
-    same = [a == b for a, b in zip(before, ids, strict=False)]
-    start = max(1, [*same, False].index(False))
+    same = [a == b for a, b in zip(before, ids, strict=False)]  # BOS, at least
+    start = [*same, False].index(False)
     if len(ids) - start > limit:
         raise UserError(f"{where}: a choice of {len(ids) - start} tokens is above max_seq_len")
     cut = max(0, len(ids) - 1 - limit)  # the beginning of a prompt that is too long

@@ -32,20 +32,20 @@ class Source(NamedTuple):
     """Where a model is read from: weights by name, mapped from their files, and their tokenizer.
 
     Attributes:
-        run_config: None for a model from elsewhere, which has no dataset.
-        template: how the conversations that it was trained on were written, if it was.
         weights: names of the parameters, tied ones once.
+        template: how the conversations that it was trained on were written, if it was.
+        run_config: None for a model from elsewhere, which has no dataset.
     """
 
     path: Path
-    step: int | None
-    val_loss: float
     config: ModelConfig
-    run_config: Config | None
     tokenizer: Tokenizer
-    template: dict[str, str] | None
     weights: list[str]
     tensor: Callable[[str], Tensor]
+    template: dict[str, str] | None
+    step: int | None = None
+    val_loss: float = math.inf
+    run_config: Config | None = None
 
 
 def open_source(path: Path, which: str = "best") -> Source:
@@ -56,15 +56,17 @@ def open_source(path: Path, which: str = "best") -> Source:
     """
     if (path / "config.json").is_file():
         found = Pretrained(path)
-        own = Tokenizer(found.tokenizer_path), found.template, [*found.shapes()], found.tensor
-        return Source(path, None, math.inf, found.config, None, *own)
-    checkpoint = find_checkpoint(path, which)
-    tokenizer, config = tokenizer_of(checkpoint), checkpoint.config
-    run_config = config if checkpoint.manifest.get("dataset") else None  # an import has none
-    template, names = checkpoint.manifest.get("template"), [*checkpoint.shapes("model")]
-    parts = config.model, run_config, tokenizer, template, names
-    tensor = partial(checkpoint.tensor, "model")
-    return Source(checkpoint.path, checkpoint.step, checkpoint.val_loss, *parts, tensor)
+        tokenizer, weights = Tokenizer(found.tokenizer_path), [*found.shapes()]
+        return Source(path, found.config, tokenizer, weights, found.tensor, found.template)
+    found = find_checkpoint(path, which)
+    config, manifest, weights = found.config, found.manifest, [*found.shapes("model")]
+    return Source(
+        *(found.path, config.model, tokenizer_of(found), weights, partial(found.tensor, "model")),
+        template=manifest.get("template"),
+        step=found.step,
+        val_loss=found.val_loss,
+        run_config=config if manifest.get("dataset") else None,  # an import has none
+    )
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
@@ -140,6 +142,18 @@ class Settings:
     seed: int = 0
 
 
+class Step(NamedTuple):
+    """The next id of each row, and the logits of the model itself (B, V) from which it was drawn,
+    which hold until the next step.
+
+    The id is None where the row has ended: a stop id was its last, or prompt and completion fill
+    model.max_seq_len.
+    """
+
+    ids: list[int | None]
+    logits: Tensor
+
+
 @torch.inference_mode()
 def generate(
     model: Llama,
@@ -149,8 +163,7 @@ def generate(
     allowed: Tensor | None = None,
     stop_ids: Sequence[int] = (),
     samples: list[int] | None = None,
-    watch: Callable[[Tensor, Tensor], Any] | None = None,
-) -> Iterator[list[int | None]]:
+) -> Iterator[Step]:
     """Continues a batch of prompts of any lengths, one token each per step.
 
     Args:
@@ -158,11 +171,6 @@ def generate(
         allowed: which ids may be drawn (V,); None: all.
         stop_ids: ids that end a row.
         samples: the number of each row's sample, which seeds its randomness; None: 0, 1, …
-        watch: called at each step with the model's logits (B, V) and the ids chosen (B,).
-
-    Yields:
-        The next id of each row; None where the row has ended: a stop id was its last, or it has
-        settings.max_tokens, or prompt and completion fill model.max_seq_len.
     """
     rows, device, limit = len(prompts), model.lm_head.weight.device, model.config.max_seq_len
     lengths = torch.tensor([*map(len, prompts)], device=device)
@@ -173,11 +181,9 @@ def generate(
     # What fills up shorter prompts is overwritten before anything attends to it.
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
     positions = torch.arange(longest, device=device).expand(rows, -1)
-    seen = None
-    if settings.repetition_penalty != 1:
-        seen = torch.zeros(rows, model.vocab_size, dtype=torch.bool, device=device)
-        for row, prompt in zip(seen, prompts, strict=True):
-            row[prompt] = True
+    seen = torch.zeros(rows, model.vocab_size, dtype=torch.bool, device=device)
+    for row, prompt in zip(seen, prompts, strict=True):
+        row[prompt] = True
     cache, next_logits, ended = model.new_cache(rows, length), model, [False] * rows
     last = torch.arange(rows, device=device)[:, None], lengths[:, None] - 1
     logits = model(tokens, cache=cache, positions=positions, length=longest, logits_at=last)
@@ -186,16 +192,13 @@ def generate(
         if allowed is not None:
             logits = logits.masked_fill(~allowed, -math.inf)
         chosen = choose(logits, seen, settings, randoms[:, step])
-        if watch:
-            watch(raw, chosen)
         ids = chosen.tolist()
-        yield [None if end else token for token, end in zip(ids, ended, strict=True)]
+        yield Step([None if end else i for i, end in zip(ids, ended, strict=True)], raw)
         for row, token in enumerate(ids):
             ended[row] |= token in stop_ids or len(prompts[row]) + step + 1 >= limit
         if all(ended) or step + 1 == settings.max_tokens:
             return
-        if seen is not None:
-            seen.scatter_(1, chosen[:, None], True)
+        seen.scatter_(1, chosen[:, None], True)
         positions = (lengths + step).clamp(max=length - 1)[:, None]  # full rows go on in place
         if step == 0 and device.type == "cuda":
             next_logits = captured(model, cache, chosen, positions)
@@ -236,13 +239,12 @@ def captured(
     return replay
 
 
-def choose(logits: Tensor, seen: Tensor | None, settings: Settings, randoms: Tensor) -> Tensor:
+def choose(logits: Tensor, seen: Tensor, settings: Settings, randoms: Tensor) -> Tensor:
     """The next id of each row (B,) from logits (B, V), ids seen (B, V) and randoms in [0, 1) (B,).
 
-    The order is that of transformers: penalty, temperature, top-k, top-p. Only the penalty needs
-    `seen`.
+    The order is that of transformers: penalty, temperature, top-k, top-p.
     """
-    if seen is not None:
+    if settings.repetition_penalty != 1:
         logits = penalise_repetition(logits, seen, settings.repetition_penalty)
     if settings.temperature < 0.001:  # where the division would overflow
         return logits.argmax(-1)
@@ -308,6 +310,7 @@ class Completion:
             without a character that the limit cut, unless there is nothing else.
         tokens: number of ids taken.
         end: None while it goes on; then eos, stop (a stop string) or length.
+        logprobs: the log-probability of each id, for JSON, if --logprobs asks for it.
     """
 
     def __init__(
@@ -315,7 +318,7 @@ class Completion:
     ):
         self.tokenizer, self.stops, self.stop_ids = tokenizer, stops, stop_ids
         self.text, self.tokens, self.end = "", 0, None
-        self.ids = list(prompt)
+        self.ids, self.logprobs = list(prompt), []
         self.context, self.decoded = 0, len(prompt)  # ids before `decoded` are in the text
         self.shown = 0
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
-from itertools import chain
+from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from config import UserError
 from distributed import compute_dtype
@@ -17,6 +18,7 @@ from inference.generation import (
     Completion,
     Settings,
     Source,
+    Step,
     drawable,
     fit_to_device,
     generate,
@@ -24,25 +26,33 @@ from inference.generation import (
 )
 from tokenizer import Template
 
-Messages = list[tuple[str, str]]  # roles and contents
-
 
 class Sampler:
     """A source's model and tokenizer, ready to complete `rows` prompts at a time.
 
+    Attributes:
+        template: how a chat's messages are written; None if prompts are to be continued.
+        history: roles and contents of a chat's messages before the next prompt.
+
     Raises:
-        UserError: a chat with weights that saw no conversation; --compile without a compiler.
+        UserError: a chat with weights that saw no conversation, or not such a role; --compile
+            without a compiler.
     """
 
-    def __init__(self, source: Source, options: argparse.Namespace, rows: int):
+    def __init__(self, source: Source, options: argparse.Namespace, settings: Settings, rows: int):
         device, dtype = device_and_dtype(options)
         self.source, self.tokenizer = source, source.tokenizer
-        self.stops, self.stop_ids = list(options.stop), [self.tokenizer.eos_id]
+        self.options, self.settings = options, settings
         self.template: Template | None = None
+        self.history = [("system", options.system)] if options.system else []
+        self.stops, self.stop_ids = list(options.stop), [self.tokenizer.eos_id]
         if options.chat:
             if not source.template:
                 raise UserError(f"{source.path} was trained on plain text; leave out --chat")
             self.template = Template(source.template, self.tokenizer)
+            for role in ("user", *dict(self.history)):
+                if role not in self.template.before:
+                    raise UserError(f"the template of {source.path} has no role {role!r}")
             self.stop_ids, stops = self.template.stops()
             self.stops += stops
         self.model = load_model(source, device, dtype)
@@ -50,95 +60,117 @@ class Sampler:
         self.allowed = drawable(self.tokenizer, self.model.vocab_size).to(device)
         self.allowed[self.stop_ids] = True
 
-    def encode(self, prompts: list[str], max_tokens: int, history: Messages) -> list[list[int]]:
-        """Prompts as ids after BOS; UserError where max_tokens more don't fit the context.
+    def converse(self, prompt: str, room: int) -> None:
+        """Answers a prompt that was typed; a chat remembers both.
 
-        Args:
-            history: in a chat, the messages before the prompts.
+        A chat's oldest exchanges are left out, with a message, where the context has no room for
+        them beside the prompt and an answer of `room` tokens.
         """
-        limit, encoded = self.model.config.max_seq_len, []
-        for number, prompt in enumerate(prompts, 1):
-            if any("\ud800" <= c <= "\udfff" for c in prompt):
-                raise UserError(f"prompt {number}: not UTF-8")
-            if self.template:
-                ids = self.template.prompt([*history, ("user", prompt)])
-            else:
-                ids = [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
-            if len(ids) + max_tokens > limit:
+        oldest = sum(role == "system" for role, _ in self.history)  # this message stays
+        limit = self.model.config.max_seq_len - room
+        while len(self.history) > oldest and len(self.ids_of(prompt)) > limit:
+            del self.history[oldest : oldest + 2]
+            print("(the context is full: the oldest exchange is left out)", file=sys.stderr)
+        text = self.answer([prompt])[0]
+        if self.template:
+            self.history += [("user", prompt), ("assistant", text)]
+
+    def answer(self, prompts: list[str]) -> list[str]:
+        """Samples from each prompt, printed and returned; a single sample streams to a terminal.
+
+        Raises:
+            UserError: a prompt is not UTF-8, or does not fit the context.
+        """
+        options, encoded = self.options, self.encode(prompts)
+        rows = [(i, sample) for i in range(len(prompts)) for sample in range(options.num_samples)]
+        shown = [""] * len(prompts) if self.template else prompts  # a completion continues them
+        show, texts = None, []
+        if len(rows) == 1 and not options.json and sys.stdout.isatty():
+            show = partial(print, end="", flush=True)
+            show(shown[0])
+        for start in range(0, len(rows), options.batch_size):
+            batch = rows[start : start + options.batch_size]
+            ids, numbers = [encoded[i] for i, _ in batch], [sample for _, sample in batch]
+            completions = self.complete(ids, numbers, show)
+            texts += [completion.text for completion in completions]
+            for (i, sample), completion in zip(batch, completions, strict=True):
+                if options.json:
+                    print(json.dumps(self.row(prompts[i], sample, completion)))
+                elif show:
+                    print()
+                else:
+                    heading = f"--- prompt {i + 1}, sample {sample + 1} ---\n"
+                    print(heading * (len(rows) > 1) + shown[i] + completion.text)
+        return texts
+
+    def encode(self, prompts: list[str]) -> list[list[int]]:
+        """Prompts as ids; UserError where --max-tokens more, or one, don't fit the context."""
+        new, limit = self.options.max_tokens or 1, self.model.config.max_seq_len
+        encoded = [self.ids_of(prompt, number) for number, prompt in enumerate(prompts, 1)]
+        for number, ids in enumerate(encoded, 1):
+            if len(ids) + new > limit:
                 raise UserError(
-                    f"prompt {number}: {len(ids)} tokens and {max_tokens} to come are above"
+                    f"prompt {number}: {len(ids)} tokens and {new} to come are above"
                     f" model.max_seq_len ({limit}); shorten the prompt or lower --max-tokens"
                 )
-            encoded.append(ids)
         return encoded
 
-    def remembered(self, history: Messages, prompt: str, room: int) -> Messages:
-        """A chat's messages without the oldest exchanges that do not fit the context beside the
-        prompt and the room for an answer; says so where it leaves one out."""
-        system = [message for message in history[:1] if message[0] == "system"]
-        while len(history) > len(system) and self.template:
-            ids = self.template.prompt([*history, ("user", prompt)])
-            if len(ids) + room <= self.model.config.max_seq_len:
-                break
-            history = [*system, *history[len(system) + 2 :]]
-            print("(the context is full: the oldest exchange is left out)", file=sys.stderr)
-        return history
+    def ids_of(self, prompt: str, number: int = 1) -> list[int]:
+        """A prompt's ids after BOS; in a chat, those of the conversation up to its answer."""
+        if any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise UserError(f"prompt {number}: not UTF-8")
+        if self.template:
+            return self.template.prompt([*self.history, ("user", prompt)])
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()]
 
     def complete(
-        self,
-        prompts: list[list[int]],
-        samples: list[int],
-        settings: Settings,
-        show: Callable[[str], Any] | None = None,
-        likeliest: int | None = None,
-    ) -> tuple[list[Completion], list[list[dict[str, Any]]]]:
-        """The completions of a batch; `show` gets the first one's text as it becomes certain.
-
-        With `likeliest`, also each row's tokens: their ids, pieces and log-probabilities, and those
-        of as many of the likeliest ids at each.
-        """
+        self, prompts: list[list[int]], samples: list[int], show: Callable[[str], Any] | None
+    ) -> list[Completion]:
+        """The completions of a batch; `show` gets the first one's text as it becomes certain."""
         completions = [Completion(self.tokenizer, p, self.stops, self.stop_ids) for p in prompts]
-        known: list[list[dict[str, Any]]] = [[] for _ in prompts]
-
-        def watch(logits: Tensor, chosen: Tensor) -> None:
-            logs = logits.double().log_softmax(-1)
-            best = logs.topk(min(likeliest or 0, logs.shape[-1]))
-            for i, token in enumerate(chosen.tolist()):
-                pairs = zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True)
-                others = [self.describe(*pair) for pair in pairs]
-                known[i].append(self.describe(token, logs[i, token].item()) | {"likeliest": others})
-
-        steps = generate(
-            self.model,
-            prompts,
-            settings,
-            allowed=self.allowed,
-            stop_ids=self.stop_ids,
-            samples=samples,
-            watch=None if likeliest is None else watch,
-        )
-        for ids in chain(steps, [[None] * len(prompts)]):
-            texts = [c.add(token) for c, token in zip(completions, ids, strict=True)]
+        options = {"allowed": self.allowed, "stop_ids": self.stop_ids, "samples": samples}
+        for step in generate(self.model, prompts, self.settings, **options):
+            if self.options.logprobs is not None:
+                self.note_logprobs(completions, step)
+            texts = [c.add(token) for c, token in zip(completions, step.ids, strict=True)]
             if show:
                 show(texts[0])
             if all(completion.end for completion in completions):
                 break
-        return completions, [row[: c.tokens] for row, c in zip(known, completions, strict=True)]
+        texts = [completion.add(None) for completion in completions]
+        if show:
+            show(texts[0])
+        return completions
 
-    def origin(self) -> dict[str, Any]:
-        """What a sample came from, for JSON."""
-        return {
-            "model": str(self.source.path),
-            "step": self.source.step,
-            "tokenizer_sha256": self.tokenizer.sha256,
-            "dtype": str(self.model.lm_head.weight.dtype).removeprefix("torch."),
-        }
+    def note_logprobs(self, completions: list[Completion], step: Step) -> None:
+        """Adds a step's ids to the log-probabilities of completions that go on."""
+        logs = step.logits.double().log_softmax(-1)
+        best = logs.topk(min(self.options.logprobs, logs.shape[-1]))
+        for i, (completion, token) in enumerate(zip(completions, step.ids, strict=True)):
+            if token is not None and not completion.end:
+                pairs = zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True)
+                own = self.describe(token, logs[i, token].item())
+                own["likeliest"] = [self.describe(*pair) for pair in pairs]
+                completion.logprobs.append(own)
 
     def describe(self, token: int, logprob: float) -> dict[str, Any]:
         """A token for JSON; the piece of a spare row is null."""
         has_piece = token < self.tokenizer.vocab_size
         piece = self.tokenizer.processor.id_to_piece(token) if has_piece else None
         return {"id": token, "piece": piece, "logprob": logprob}
+
+    def row(self, prompt: str, sample: int, completion: Completion) -> dict[str, Any]:
+        """A sample for JSON, and what it came from."""
+        row = {"prompt": prompt, "sample": sample, "completion": completion.text}
+        row |= {"tokens": completion.tokens, "end": completion.end}
+        row |= {"logprobs": completion.logprobs} if self.options.logprobs is not None else {}
+        return row | {
+            "settings": asdict(self.settings),
+            "model": str(self.source.path),
+            "step": self.source.step,
+            "tokenizer_sha256": self.tokenizer.sha256,
+            "dtype": str(self.model.lm_head.weight.dtype).removeprefix("torch."),
+        }
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

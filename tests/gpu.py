@@ -429,7 +429,7 @@ def decode(options: Options) -> None:
             expected.append(ids[len(prompt) :])
         for how, one in (("", fitted), (", compiled", compiled)):
             steps = generate(one, prompts, Settings(12, temperature=0.0))
-            found = [list(row) for row in zip(*steps, strict=True)]
+            found = [list(row) for row in zip(*(step.ids for step in steps), strict=True)]
             what = f"greedy ids of unequal prompts, {title}{how}"
             check(what, "as by whole passes", found, found == expected)
 

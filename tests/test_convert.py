@@ -161,7 +161,7 @@ def greedy(run, prompt, length=24):
     settings = Settings(length, temperature=0)
     allowed = drawable(pieces, model.vocab_size)
     steps = generate(model, [ids], settings, allowed=allowed, stop_ids=[pieces.eos_id])
-    return ids, [step[0] for step in steps if step[0] is not None], model
+    return ids, [step.ids[0] for step in steps if step.ids[0] is not None], model
 
 
 # --- transformers ---

@@ -70,7 +70,8 @@ def model():
 def continuations(model, prompts, settings, **options):
     """The generated ids of each prompt."""
     steps = list(generate(model, prompts, settings, **options))
-    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    ids = zip(*(step.ids for step in steps), strict=True)
+    return [[token for token in row if token is not None] for row in ids]
 
 
 def without_cache(model, prompt, settings, sample):
