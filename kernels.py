@@ -64,14 +64,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask) -> Tensor:
         flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
         return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
     if mask is not None and q.shape[2] == 1 and (grouped or on_cpu):
-        # The heads of a group become queries: kernels that take a mask don't take groups, and on a
-        # CPU they take the time of 32 tokens for one.
+        # The heads of a group become queries. Kernels that take a mask don't take groups, and on a
+        # CPU they take as long for one token as for 32.
         heads = q.unflatten(1, (groups, -1)).squeeze(3)
         way = attend_by_products if on_cpu else F.scaled_dot_product_attention
         return way(heads, k, v, mask).flatten(1, 2)[:, :, None]
-    # Whole products beat the kernel, which works in blocks, in bfloat16 on a CPU, where the
-    # compiler fuses what is between them, over rows so short that all scores may exist (measured
-    # at 256 tokens, head_dim 48, both ways: half the kernel's time).
+    # In bfloat16 on a CPU, plain products beat the kernel, which works in blocks, if the compiler
+    # fuses what is between them and rows are so short that all scores may exist: half the kernel's
+    # time, forward and backward, at 256 tokens and head_dim 48.
     fused = on_cpu and q.dtype == torch.bfloat16 and torch.compiler.is_compiling()
     if mask is None and fused and q.shape[2] <= SHORT:
         heads = q.unflatten(1, (groups, -1))
@@ -137,8 +137,8 @@ class LayerCache(NamedTuple):
 
 
 def past_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """What is added to scores (B, 1, T, length): a token at a position (B, T) of its row sees those
-    before it. Not boolean, since each layer would convert that to this."""
+    """What is added to scores (B, 1, T, length), so that a token at a position (B, T) of its row
+    sees nothing behind it. Each layer would convert a boolean mask to this one."""
     keys = torch.arange(length, device=positions.device)
     unseen = (keys > positions[..., None])[:, None]
     mask = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
@@ -236,11 +236,10 @@ def recomputed(recompute: str, function: Callable[..., Tensor], *inputs: Any) ->
     Korthikanti et al., arXiv 2205.05198)."""
     if recompute == "none" or not torch.is_grad_enabled():
         return function(*inputs)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    chosen = {"context_fn": contexts} if recompute == "selective" else {}
     # without dropout there is no random state to restore
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if recompute == "selective":
-        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
-    return checkpoint(function, *inputs, **options)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **chosen)
 
 
 def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Policy:

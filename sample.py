@@ -155,7 +155,7 @@ def measure(source: Source, options: argparse.Namespace) -> None:
 
     As in training, weights are float32 and products of the type that the device does well.
     """
-    world = World(0, 1, 0, 1, *device_and_dtype(options))
+    world = World(0, 1, 0, 1, *device_and_dtype(options))  # a lone rank
     take_any_shape()
     model = load_model(source, world.device, torch.float32)
     with autocast(model, world):

@@ -176,7 +176,7 @@ def continuation(
     model: nn.Module, data: Mixture, world: World, vocab_size: int, agreed: Consensus
 ) -> tuple[list[int], list[int]] | None:
     """The beginning of a fixed window (of a conversation, its prompt) and what the model writes
-    behind it, with the same noise at every evaluation. None if the ranks agreed to stop.
+    after it, with the same noise at every evaluation. None if the ranks agreed to stop.
 
     Each token takes a forward pass of one short sequence, on every rank alike. Its shape is not
     training's, so it is not compiled. The largest logit after Gumbel noise is a sample (Gumbel,
@@ -233,8 +233,8 @@ def evaluate_split(
 
 @torch.inference_mode()
 def evaluate_text(model: Llama, tokenizer: Tokenizer, path: Path, batch_size: int) -> Scores:
-    """A text file as one document: each token is predicted once, from at least half a context of
-    tokens before it, or all back to BOS.
+    """A text file as one document: each token is predicted once, from at least half a context
+    before it, or from all tokens back to BOS.
 
     Raises:
         UserError: it can't be read, is empty, too large or not UTF-8.
@@ -272,7 +272,7 @@ def batches(ids: np.ndarray, length: int, batch_size: int) -> Iterator[tuple[Ten
 
 @torch.inference_mode()
 def evaluate_choices(model: Llama, tokenizer: Tokenizer, path: Path) -> Answers:
-    """Multiple choice: the model answers with the choice that is likeliest behind the prompt.
+    """Multiple choice: the model answers with the choice that is likeliest after the prompt.
 
     Raises:
         UserError: a row is not a question, or does not fit the context.

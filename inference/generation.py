@@ -96,10 +96,10 @@ def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llam
 def fit_to_device(model: Llama, single: bool, compiled: bool) -> None:
     """Makes a model fast at continuing a single row, or several, in place.
 
-    On a CPU a token takes as long as reading the weights, and the library reads them at half of
-    memory's speed or less in the order in which they are stored. So each matrix is copied into the
-    library's own order. Compiling fuses what stands between a token's products into a few kernels,
-    and for a single row also writes the products, which read the weights where they are.
+    On a CPU a token takes as long as reading the weights. The library reads them at half of
+    memory's speed or less in the order in which they are stored, so each matrix is copied into the
+    library's own order. Compiling fuses the operations between a token's products into a few
+    kernels. For a single row the compiler also writes the products; they read the stored weights.
 
     Raises:
         UserError: there is no compiler.
@@ -178,7 +178,7 @@ def generate(
     assert longest < limit, "a prompt leaves no room"
     length = min(longest + settings.max_tokens, limit)
     randoms = uniform_numbers(settings, samples or list(range(rows))).to(device)
-    # What fills up shorter prompts is overwritten before anything attends to it.
+    # The padding of shorter prompts is overwritten before anything attends to it.
     tokens = torch.tensor([p + [0] * (longest - len(p)) for p in prompts], device=device)
     positions = torch.arange(longest, device=device).expand(rows, -1)
     seen = torch.zeros(rows, model.vocab_size, dtype=torch.bool, device=device)
@@ -211,16 +211,13 @@ def captured(
 ) -> Callable[..., Tensor]:
     """The model's step by one token per row as a CUDA graph: one launch, not one for each kernel.
 
-    It attends over the whole cache, masked, whatever `length` is: a graph's shapes are fixed.
+    It attends to the whole cache, masked, because the shapes of a graph are fixed.
 
     Args:
         chosen, positions: of the next step, which capturing runs.
     """
     tokens, at = chosen[:, None].clone(), positions.clone()
-
-    def step() -> Tensor:
-        return model(tokens, cache=cache, positions=at, length=cache.length)
-
+    step = partial(model, tokens, cache=cache, positions=at, length=cache.length)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -265,14 +262,14 @@ def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int) -> Tensor:
-    """Leaves the k likeliest ids, and any that ties with the last of them."""
+    """Keeps the k likeliest ids, and any that tie with the last of them."""
     return logits.masked_fill(logits < logits.topk(k).values[:, -1:], -math.inf)
 
 
 def keep_top_p(logits: Tensor, p: float, among: int = 1024) -> Tensor:
-    """Leaves the fewest ids that hold the share p (nucleus, Holtzman et al., arXiv 1904.09751).
+    """Keeps the fewest ids that reach the share p (nucleus, Holtzman et al., arXiv 1904.09751).
 
-    They are looked for among the likeliest `among`; only rows that need more are sorted, which
+    They are looked for among the likeliest `among`. Only rows that need more are sorted, which
     takes several times as long.
     """
     if among >= logits.shape[-1]:

@@ -84,8 +84,8 @@ class Sampler:
         options, encoded = self.options, self.encode(prompts)
         rows = [(i, sample) for i in range(len(prompts)) for sample in range(options.num_samples)]
         shown = [""] * len(prompts) if self.template else prompts  # a completion continues them
-        show, texts = None, []
-        if len(rows) == 1 and not options.json and sys.stdout.isatty():
+        show, texts, many = None, [], len(rows) > 1
+        if not many and not options.json and sys.stdout.isatty():
             show = partial(print, end="", flush=True)
             show(shown[0])
         for start in range(0, len(rows), options.batch_size):
@@ -99,8 +99,8 @@ class Sampler:
                 elif show:
                     print()
                 else:
-                    heading = f"--- prompt {i + 1}, sample {sample + 1} ---\n"
-                    print(heading * (len(rows) > 1) + shown[i] + completion.text)
+                    heading = f"--- prompt {i + 1}, sample {sample + 1} ---\n" if many else ""
+                    print(heading + shown[i] + completion.text)
         return texts
 
     def encode(self, prompts: list[str]) -> list[list[int]]:
