@@ -1,12 +1,10 @@
-"""Generation: prompts to tokens, a batch at a time, and tokens to text as soon as it is certain.
+"""Reads a trained model, fits it to the device and continues a batch of prompts token by token.
 
 A sample depends on its prompt, the settings, the seed and its number, never on its neighbours.
 """
 
 from __future__ import annotations
 
-import codecs
-import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -297,78 +295,6 @@ def uniform_numbers(settings: Settings, samples: list[int]) -> Tensor:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
         rows.append(torch.rand(settings.max_tokens, generator=generator))
     return torch.stack(rows).double()
-
-
-class Completion:
-    """The text of one sample while its tokens arrive.
-
-    Attributes:
-        text: the certain part of the completion, without a stop string and what follows it, and
-            without a character that the limit cut, unless there is nothing else.
-        tokens: number of ids taken.
-        end: None while it goes on; then eos, stop (a stop string) or length.
-        logprobs: the log-probability of each id, for JSON, if --logprobs asks for it.
-    """
-
-    def __init__(
-        self, tokenizer: Tokenizer, prompt: list[int], stops: list[str], stop_ids: Sequence[int]
-    ):
-        self.tokenizer, self.stops, self.stop_ids = tokenizer, stops, stop_ids
-        self.text, self.tokens, self.end = "", 0, None
-        self.ids, self.logprobs = list(prompt), []
-        self.context, self.decoded = 0, len(prompt)  # ids before `decoded` are in the text
-        self.shown = 0
-
-    def add(self, token: int | None) -> str:
-        """Takes the next id, or None at the end; returns the text that can be shown now.
-
-        Characters whose last bytes may follow are held back, and what may become a stop string.
-        """
-        if self.end:
-            return ""
-        start = len(self.text)
-        if token is None or token in self.stop_ids:
-            self.end = "length" if token is None else "eos"
-            if token is not None or not self.text:  # a character that the limit cut is left out
-                self._take(len(self.ids))
-        else:
-            self.ids.append(token)
-            self._take(len(self.ids) - self._begun_bytes())
-        self.tokens += token is not None
-        for stop in self.stops:
-            at = self.text.find(stop, max(0, start - len(stop) + 1))
-            if at >= 0:
-                self.text, self.end = self.text[:at], "stop"
-        certain = len(self.text) if self.end else len(self.text) - self._possible_stop()
-        shown, self.shown = self.shown, max(self.shown, certain)
-        return self.text[shown:certain]
-
-    def _take(self, stop: int) -> None:
-        """Adds the text of the ids before `stop`, decoded behind earlier ones, on which a leading
-        space depends. Bytes that are no character become U+FFFD."""
-        if stop > self.decoded:
-            before, now = (
-                self.tokenizer.decode(self.ids[self.context : end]) for end in (self.decoded, stop)
-            )
-            self.text += now[len(before) :]
-            self.context, self.decoded = self.decoded, stop
-
-    def _begun_bytes(self) -> int:
-        """Number of ids at the end that are the first bytes of a character not yet complete."""
-        processor = self.tokenizer.processor
-        for count in range(min(3, len(self.ids) - self.decoded), 0, -1):
-            ids = self.ids[-count:]
-            if all(map(processor.is_byte, ids)):
-                begun = bytes(int(piece[1:-1], 16) for piece in processor.id_to_piece(ids))
-                with contextlib.suppress(UnicodeDecodeError):
-                    if codecs.utf_8_decode(begun, "strict", False)[1] == 0:
-                        return count
-        return 0
-
-    def _possible_stop(self) -> int:
-        """Length of the longest end of the text that a stop string begins with."""
-        begun = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
-        return max((len(part) for part in begun if self.text.endswith(part)), default=0)
 
 
 def drawable(tokenizer: Tokenizer, vocab_size: int) -> Tensor:

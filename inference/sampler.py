@@ -1,30 +1,25 @@
-"""A model and its tokenizer, ready to continue prompts and to answer in a conversation."""
+"""A model and its tokenizer that continue prompts or answer in a conversation, and the text of a
+sample while its tokens arrive."""
 
 from __future__ import annotations
 
 import argparse
+import codecs
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from config import UserError
 from distributed import compute_dtype
-from inference.generation import (
-    Completion,
-    Settings,
-    Source,
-    Step,
-    drawable,
-    fit_to_device,
-    generate,
-    load_model,
-)
-from tokenizer import Template
+from inference.generation import Settings, Source, drawable, fit_to_device, generate, load_model
+from tokenizer import Template, Tokenizer
 
 
 class Sampler:
@@ -131,7 +126,7 @@ class Sampler:
         options = {"allowed": self.allowed, "stop_ids": self.stop_ids, "samples": samples}
         for step in generate(self.model, prompts, self.settings, **options):
             if self.options.logprobs is not None:
-                self.note_logprobs(completions, step)
+                self.note_logprobs(completions, step.ids, step.logits)
             texts = [c.add(token) for c, token in zip(completions, step.ids, strict=True)]
             if show:
                 show(texts[0])
@@ -142,11 +137,13 @@ class Sampler:
             show(texts[0])
         return completions
 
-    def note_logprobs(self, completions: list[Completion], step: Step) -> None:
+    def note_logprobs(
+        self, completions: list[Completion], ids: list[int | None], logits: Tensor
+    ) -> None:
         """Adds a step's ids to the log-probabilities of completions that go on."""
-        logs = step.logits.double().log_softmax(-1)
+        logs = logits.double().log_softmax(-1)
         best = logs.topk(min(self.options.logprobs, logs.shape[-1]))
-        for i, (completion, token) in enumerate(zip(completions, step.ids, strict=True)):
+        for i, (completion, token) in enumerate(zip(completions, ids, strict=True)):
             if token is not None and not completion.end:
                 pairs = zip(best.indices[i].tolist(), best.values[i].tolist(), strict=True)
                 own = self.describe(token, logs[i, token].item())
@@ -171,6 +168,78 @@ class Sampler:
             "tokenizer_sha256": self.tokenizer.sha256,
             "dtype": str(self.model.lm_head.weight.dtype).removeprefix("torch."),
         }
+
+
+class Completion:
+    """The text of one sample while its tokens arrive.
+
+    Attributes:
+        text: the certain part of the completion, without a stop string and what follows it, and
+            without a character that the limit cut, unless there is nothing else.
+        tokens: number of ids taken.
+        end: None while it goes on; then eos, stop (a stop string) or length.
+        logprobs: the log-probability of each id, for JSON, if --logprobs asks for it.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: list[int], stops: list[str], stop_ids: Sequence[int]
+    ):
+        self.tokenizer, self.stops, self.stop_ids = tokenizer, stops, stop_ids
+        self.text, self.tokens, self.end = "", 0, None
+        self.ids, self.logprobs = list(prompt), []
+        self.context, self.decoded = 0, len(prompt)  # ids before `decoded` are in the text
+        self.shown = 0
+
+    def add(self, token: int | None) -> str:
+        """Takes the next id, or None at the end; returns the text that can be shown now.
+
+        Characters whose last bytes may follow are held back, and what may become a stop string.
+        """
+        if self.end:
+            return ""
+        start = len(self.text)
+        if token is None or token in self.stop_ids:
+            self.end = "length" if token is None else "eos"
+            if token is not None or not self.text:  # a character that the limit cut is left out
+                self._take(len(self.ids))
+        else:
+            self.ids.append(token)
+            self._take(len(self.ids) - self._begun_bytes())
+        self.tokens += token is not None
+        for stop in self.stops:
+            at = self.text.find(stop, max(0, start - len(stop) + 1))
+            if at >= 0:
+                self.text, self.end = self.text[:at], "stop"
+        certain = len(self.text) if self.end else len(self.text) - self._possible_stop()
+        shown, self.shown = self.shown, max(self.shown, certain)
+        return self.text[shown:certain]
+
+    def _take(self, stop: int) -> None:
+        """Adds the text of the ids before `stop`, decoded behind earlier ones, on which a leading
+        space depends. Bytes that are no character become U+FFFD."""
+        if stop > self.decoded:
+            before, now = (
+                self.tokenizer.decode(self.ids[self.context : end]) for end in (self.decoded, stop)
+            )
+            self.text += now[len(before) :]
+            self.context, self.decoded = self.decoded, stop
+
+    def _begun_bytes(self) -> int:
+        """Number of ids at the end that are the first bytes of a character not yet complete."""
+        processor = self.tokenizer.processor
+        for count in range(min(3, len(self.ids) - self.decoded), 0, -1):
+            ids = self.ids[-count:]
+            if all(map(processor.is_byte, ids)):
+                begun = bytes(int(piece[1:-1], 16) for piece in processor.id_to_piece(ids))
+                with contextlib.suppress(UnicodeDecodeError):
+                    if codecs.utf_8_decode(begun, "strict", False)[1] == 0:
+                        return count
+        return 0
+
+    def _possible_stop(self) -> int:
+        """Length of the longest end of the text that a stop string begins with."""
+        begun = (stop[:n] for stop in self.stops for n in range(1, len(stop)))
+        return max((len(part) for part in begun if self.text.endswith(part)), default=0)
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

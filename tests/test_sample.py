@@ -24,7 +24,6 @@ from checkpoint import checkpoint_paths, find_checkpoint, write_weights
 from config import ROOT, ModelConfig, UserError
 from corpus.vocabulary import DEFAULTS
 from inference.generation import (
-    Completion,
     Settings,
     choose,
     drawable,
@@ -38,6 +37,7 @@ from inference.generation import (
     uniform_numbers,
 )
 from inference.linear import PackedLinear, RowLinear, can_pack, pack
+from inference.sampler import Completion
 from model import Llama, initial_weight
 from sample import main
 from tokenizer import Tokenizer
