@@ -57,13 +57,16 @@ def open_source(path: Path, which: str = "best") -> Source:
         tokenizer, weights = Tokenizer(found.tokenizer_path), [*found.shapes()]
         return Source(path, found.config, tokenizer, weights, found.tensor, found.template)
     found = find_checkpoint(path, which)
-    config, manifest, weights = found.config, found.manifest, [*found.shapes("model")]
     return Source(
-        *(found.path, config.model, tokenizer_of(found), weights, partial(found.tensor, "model")),
-        template=manifest.get("template"),
+        path=found.path,
+        config=found.config.model,
+        tokenizer=tokenizer_of(found),
+        weights=[*found.shapes("model")],
+        tensor=partial(found.tensor, "model"),
+        template=found.manifest.get("template"),
         step=found.step,
         val_loss=found.val_loss,
-        run_config=config if manifest.get("dataset") else None,  # an import has none
+        run_config=found.config if found.manifest.get("dataset") else None,  # an import has none
     )
 
 
