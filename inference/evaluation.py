@@ -76,7 +76,7 @@ def evaluate(
     model: nn.Module, data: Mixture, batches: Batches, byte_lengths: np.ndarray, agreed: Consensus
 ) -> dict[str, Any] | None:
     """Loss, perplexity and bits per byte over a fixed part of a split, shared by all ranks; None if
-    they agreed to stop before its end. Arguments and errors are those of score."""
+    they agreed to stop before its end. See score for arguments and errors."""
     windows = data.evenly_spaced(batches.config.train.eval_sequences)
     parts = [batches.of_windows(data, part) for part in windows]
     if not (scored := score(model, data, parts, byte_lengths, batches.world, "val", agreed)):
@@ -95,11 +95,13 @@ def score(
     split: str,
     agreed: Consensus | None = None,
 ) -> tuple[Scores, dict[str, float]] | None:
-    """A mixture's scores over a part of each dataset, and the loss of each dataset; None if the
-    ranks agreed to stop. Loss and bits per byte of a mixture are its datasets' means by weight.
+    """A mixture's scores, and the loss of each of its datasets; None if the ranks agreed to stop.
+    Loss and bits per byte of a mixture are the means of its datasets' by weight.
 
     Args:
+        parts: for each dataset, this rank's batches of it.
         byte_lengths: bytes of text that each token stands for (V,).
+        agreed: by what the ranks agree to stop; None: nothing stops it.
 
     Raises:
         AgreedError: no token of a dataset's part is trained on.
