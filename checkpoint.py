@@ -1,13 +1,14 @@
-"""Checkpoints: written under a temporary name, synced, checksummed, renamed; verified before use.
+"""Saves, verifies and loads checkpoints.
 
 A checkpoint is a directory of raw little-endian float32 arrays and one manifest.json:
 
-    step_00001000/manifest.json        run state, tensors, files and their sha256; its own sha256
+    step_00001000/manifest.json        state of the run; tensors; files, each with its sha256
     step_00001000/model-00003.bin      the rows of the weights that rank 3 saved
     step_00001000/optimizer-00003.bin  the rows of the optimizer state that rank 3 saved
 
-Loading executes no code and needs no process group. Each rank reads only the rows that it needs, so
-a run can resume on another number of ranks and with another sharding.
+It is written under a temporary name, synced to disk and then renamed, so it is complete or does not
+exist. Loading executes no code and needs no process group. Each rank reads only the rows that it
+holds, so a run can resume on another number of ranks or with another sharding.
 """
 
 from __future__ import annotations
@@ -41,26 +42,26 @@ from config import (
     tell,
     write_atomically,
 )
-from distributed import AgreedError, World, local_part, writes
+from distributed import AgreedError, World, local_part, saves_part
 
 FORMAT_VERSION = 1
-GROUPS = ("model", "optimizer")
-# A manifest begins {"digest": "<64 hex digits>"; the digest covers all of its other bytes.
-DIGEST_AT, UNSEALED = slice(12, 76), b"0" * 64
+# A manifest begins with {"digest": "<64 hex digits>". The digest is the sha256 of the manifest with
+# zeros in place of these digits.
+DIGEST_AT, NO_DIGEST = slice(12, 76), b"0" * 64
 
 
 class Piece(NamedTuple):
     """Consecutive rows of one tensor, which one rank saves."""
 
-    group: str
+    group: str  # "model" or "optimizer"
     index: int  # of the tensor in its group
-    start: int  # number of the first row
+    start: int  # index of the first row
     rows: Tensor
 
 
 class Checkpoint:
-    """A checkpoint on disk. Opening it checks the manifest (UserError if that is missing, damaged
-    or of another format); tensors are mapped when they are read."""
+    """A checkpoint on disk. The constructor reads the manifest alone; UserError if that is missing,
+    damaged or of another format."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,7 +69,7 @@ class Checkpoint:
         self.step: int = self.manifest["step"]
         self.state: dict[str, Any] = self.manifest["state"]
         self.has_optimizer = "optimizer" in self.manifest["tensors"]
-        # where each tensor's rows lie: file, offset in bytes, first row, number of rows
+        # by group and name of a tensor: file, offset in bytes, first row, number of rows
         self._pieces: dict[tuple[str, str], list[tuple[str, int, int, int]]] = {}
         for file in self.manifest["files"]:
             tensors, offset = self.manifest["tensors"][file["group"]], 0
@@ -80,18 +81,20 @@ class Checkpoint:
 
     @property
     def config(self) -> Config:
-        """The run's configuration when it saved this checkpoint."""
+        """The configuration with which the run saved this checkpoint."""
         return build_config(self.manifest["config"])
 
     @property
     def val_loss(self) -> float:
-        """Validation loss in nats per token; infinite if this step was not evaluated."""
+        """Validation loss in nats per token; infinity if this step was not evaluated."""
         return math.inf if self.state["val_loss"] is None else self.state["val_loss"]
 
-    def verify(self, rank: int = 0, ranks: int = 1, groups: tuple[str, ...] = GROUPS) -> None:
-        """Compares this rank's share of the groups' files with their checksums; UserError if a file
-        is missing or damaged."""
-        files = [file for file in self.manifest["files"] if file["group"] in groups]
+    def verify(self, rank: int = 0, ranks: int = 1, weights_only: bool = False) -> None:
+        """Compares this rank's share of the files with their checksums; UserError if one of them is
+        missing or damaged."""
+        files = self.manifest["files"]
+        if weights_only:
+            files = [file for file in files if file["group"] == "model"]
         for file in files[rank::ranks]:
             path = self.path / file["name"]
             try:
@@ -102,12 +105,15 @@ class Checkpoint:
                 raise UserError(f"{path}: does not match its checksum")
 
     def shapes(self, group: str) -> dict[str, list[int]]:
-        """Name to shape of each tensor of a group, "model" or "optimizer"."""
+        """The shape of each tensor in a group ("model" or "optimizer"), by name."""
         return dict(self.manifest["tensors"][group])
 
     def tensor(self, group: str, name: str, start: int = 0, rows: int | None = None) -> Tensor:
-        """Rows of a float32 tensor from row start on, by default all: a copy-on-write memory map if
-        one file holds all of them, else a copy."""
+        """Rows of a float32 tensor, from row start on; by default all rows.
+
+        Rows that lie in one file are memory-mapped, copy-on-write. Rows of several files are
+        copied into one tensor.
+        """
         shape = self.shapes(group)[name]
         length = shape[0] if shape else 1
         stop = length if rows is None else start + rows
@@ -129,19 +135,25 @@ def _step_path(run: Path, step: int) -> Path:
 
 
 def checkpoint_paths(run: Path) -> list[Path]:
-    """The directories of a run's checkpoints, newest first, whether they verify or not."""
+    """The directories of a run's checkpoints, newest first, damaged ones included."""
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
 
-def readable_checkpoints(
-    run: Path, warn: Callable[[str], None] = lambda why: tell(f"checkpoint skipped: {why}")
-) -> Iterator[Checkpoint]:
+def readable_checkpoints(run: Path) -> Iterator[Checkpoint]:
     """A run's checkpoints with an intact manifest, newest first; their files are not verified."""
     for path in checkpoint_paths(run):
-        try:
+        with _skipped_if_damaged():
             yield Checkpoint(path)
-        except UserError as error:
-            warn(str(error))
+
+
+@contextlib.contextmanager
+def _skipped_if_damaged(rank: int = 0) -> Iterator[None]:
+    """Turns the error of a damaged checkpoint into a warning, which rank 0 prints."""
+    try:
+        yield
+    except UserError as error:
+        if rank == 0:
+            tell(f"checkpoint skipped: {error}")
 
 
 def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
@@ -153,23 +165,17 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
     path = path.resolve()
     if re.fullmatch(r"step_\d{8}", path.name) and not (path / "checkpoints").exists():
         checkpoint = Checkpoint(path)
-        checkpoint.verify(groups=("model",))
+        checkpoint.verify(weights_only=True)
         return checkpoint
-    damaged: list[str] = []
-    found = [*readable_checkpoints(path, damaged.append)]
+    found = list(readable_checkpoints(path))
     if which == "best":
         found.sort(key=lambda checkpoint: checkpoint.val_loss)
     for checkpoint in found:
-        try:
-            checkpoint.verify(groups=("model",))
-        except UserError as error:
-            damaged.append(str(error))
-            continue
-        for why in damaged:
-            tell(f"checkpoint skipped: {why}")
-        return checkpoint
-    if damaged:
-        raise UserError(f"{path}: no checkpoint verifies: {'; '.join(damaged)}")
+        with _skipped_if_damaged():
+            checkpoint.verify(weights_only=True)
+            return checkpoint
+    if checkpoint_paths(path):
+        raise UserError(f"{path}: no checkpoint verifies; the reasons are above")
     raise UserError(f"{path}: no checkpoint here; give a run directory or a checkpoint of one")
 
 
@@ -177,19 +183,15 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
     """The newest checkpoint that verifies and has the optimizer state; None if the run is new.
 
     Rank 0 reads each manifest and sends it to the other ranks; all ranks share the hashing.
-    UserError if there are checkpoints, but training can resume from none of them.
+    AgreedError if there are checkpoints, but training can resume from none of them.
     """
     paths = world.once(lambda: checkpoint_paths(run))
     for path in paths:
-        try:
+        with _skipped_if_damaged(world.rank):
             checkpoint = world.once(lambda path=path: Checkpoint(path))
-            if not checkpoint.has_optimizer:
-                continue
-            world.each(lambda found=checkpoint: found.verify(world.rank, world.size))
-            return checkpoint
-        except AgreedError as error:
-            if world.rank == 0:
-                tell(f"checkpoint skipped: {error}")
+            if checkpoint.has_optimizer:
+                world.each(lambda found=checkpoint: found.verify(world.rank, world.size))
+                return checkpoint
     if paths:
         raise AgreedError(
             f"{run}: no checkpoint verifies with its optimizer state, and training does not restart"
@@ -199,10 +201,9 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
 
 
 class Saver:
-    """Saves a run's checkpoints one at a time, in the background if checkpoint.asynchronous is set.
+    """Saves a run's checkpoints, one at a time; in a thread if checkpoint.asynchronous is set.
 
-    Its collectives run in a process group of their own: they must not mix with training's, and they
-    wait longer, because ranks wait for the slowest disk.
+    Its collectives have a process group of their own, because those of training go on meanwhile.
     """
 
     def __init__(
@@ -214,29 +215,30 @@ class Saver:
         still_ours: Callable[[], None],
         world: World,
     ) -> None:
-        """still_ours raises a UserError if another job has taken over the run."""
+        """still_ours must raise a UserError if another job has taken over the run."""
         self.run, self.model, self.optimizer, self.config = run, model, optimizer, config
-        self.still_ours, self.world = still_ours, world.aside()
+        self.still_ours, self.world = still_ours, world.in_new_group()
         self.seconds = 0.0  # duration of the last save, without copying
-        self._buffer: Tensor | None = None  # see _copied
+        self._buffer: Tensor | None = None  # in which _copied puts what the thread saves
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way in the background."""
+        """Whether the thread is saving now."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether a save in the background has failed; wait() raises its error."""
+        """Whether a save in the thread has failed; wait() raises its error."""
         return self._error is not None
 
     def save(self, step: int, record: dict[str, Any]) -> None:
-        """Saves a checkpoint, which exists only once all of it is durable; every rank calls this.
+        """Saves a checkpoint; every rank must call this.
 
-        It waits for the save before it; in the background, it returns once tensors are copied. If a
-        rank can't write this checkpoint or the one before, every rank raises a UserError.
+        Waits for the previous save first. If a thread saves, returns as soon as the tensors are
+        copied. AgreedError if a rank can't write this checkpoint or could not write the previous
+        one.
 
         Args:
             record: entries of the manifest besides the tensors: state, config, versions, …
@@ -253,15 +255,15 @@ class Saver:
         manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": shapes}
         pieces = [piece for group in groups.items() for piece in _own_pieces(*group, self.world)]
         if self.config.asynchronous:
-            work, arguments = self._write_in_background, (manifest, self._copied(pieces))
-            # daemon: if training fails, the thread must not keep the process from ending
-            self._thread = threading.Thread(target=work, args=arguments, daemon=True)
+            arguments = manifest, self._copied(pieces)
+            # A daemon, or the thread would keep the process alive after training has failed.
+            self._thread = threading.Thread(target=self._run_thread, args=arguments, daemon=True)
             self._thread.start()
         else:
             self._write_checkpoint(manifest, pieces)
 
     def _copied(self, pieces: list[Piece]) -> list[Piece]:
-        """Copies of the pieces in host memory, in one buffer that all saves share."""
+        """Copies of the pieces in host memory, in one buffer that every save uses again."""
         on_gpu = self.world.device.type == "cuda"
         sizes = [piece.rows.numel() for piece in pieces]
         if self._buffer is None:
@@ -277,7 +279,7 @@ class Saver:
         return copies
 
     def wait(self) -> None:
-        """Waits for the save in the background; raises its error, on every rank."""
+        """Waits until the thread has saved; raises its error, on every rank."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -286,7 +288,7 @@ class Saver:
             raise error
 
     def finish(self) -> None:
-        """Waits for the save in the background after training has failed; prints its error."""
+        """As wait(), but prints the error: training has failed already, for another reason."""
         try:
             self.wait()
         except UserError as error:
@@ -294,7 +296,7 @@ class Saver:
                 tell(str(error))
 
     def amend(self, step: int, state: dict[str, Any]) -> None:
-        """Replaces the newest checkpoint's state, if its step was evaluated after it was saved."""
+        """Replaces the state in the newest checkpoint, whose step was evaluated after the save."""
         self.wait()
         path = _step_path(self.run, step)
 
@@ -306,15 +308,15 @@ class Saver:
 
         self.world.once(rewrite)
 
-    def _write_in_background(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
+    def _run_thread(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
         try:
             self._write_checkpoint(manifest, pieces)
         except BaseException as error:
             self._error = error
 
     def _write_checkpoint(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
-        """The commit protocol: all ranks write into a temporary directory, and rank 0 renames it
-        when everything in it is durable. Then old checkpoints are pruned."""
+        """All ranks write files into a temporary directory and sync them. Then rank 0 writes the
+        manifest and renames the directory, so that the checkpoint exists, and prunes old ones."""
         began = time.monotonic()
         final = _step_path(self.run, manifest["step"])
         temporary = final.with_suffix(".tmp")
@@ -337,13 +339,11 @@ class Saver:
             self.still_ours()
             manifest["files"] = [file for of_rank in files for file in of_rank]
             _write_manifest(temporary / "manifest.json", manifest)
-            replaced = final.exists()  # damaged, or without optimizer: skipped when the run resumed
-            if replaced:
-                final.replace(_aside(final))
+            if final.exists():  # skipped on resume: damaged, or without optimizer state
+                _retire(final)
             temporary.replace(final)
             sync_directory(final.parent)
-            if replaced:
-                remove_leftovers(self.run)
+            remove_leftovers(self.run)
 
         try:
             self.world.once(begin)
@@ -359,8 +359,8 @@ class Saver:
 def _pin(buffer: Tensor) -> Callable[[], Any]:
     """Pins host memory, so that a GPU copies into it at full speed; returns a function to unpin it.
 
-    torch would pin a power of two of bytes, up to twice the size of a checkpoint. If the system
-    refuses to pin memory, copies take longer; nothing else changes.
+    Tensor.pin_memory would round the size up to a power of two: up to twice the checkpoint. If the
+    system refuses to pin the memory, this prints a warning, and copies take longer.
     """
     cuda, start = torch.cuda.cudart(), buffer.data_ptr()
     status = cuda.cudaHostRegister(start, buffer.nbytes, 0)
@@ -372,17 +372,17 @@ def _pin(buffer: Tensor) -> Callable[[], Any]:
 
 
 def _own_pieces(group: str, named: dict[str, Tensor], world: World) -> Iterator[Piece]:
-    """The rows that this rank saves of a group's tensors, by reference."""
+    """Yields the rows of a group's tensors that this rank has to save, without copying them."""
     for index, tensor in enumerate(named.values()):
         rows, start = local_part(tensor.detach())
-        if writes(tensor, index, world) and rows.numel():
+        if saves_part(tensor, index, world) and rows.numel():
             assert rows.dtype == torch.float32, "master weights and optimizer state are float32"
             yield Piece(group, index, start, rows)
 
 
 @contextlib.contextmanager
 def _explain_os_errors(path: Path, size: int) -> Iterator[None]:
-    """Turns an OSError into a UserError that names the checkpoint and the space that it needs."""
+    """Turns an OSError inside into a UserError that names the checkpoint and its size in bytes."""
     try:
         yield
     except OSError as error:
@@ -401,7 +401,7 @@ def write_weights(
 ) -> None:
     """Writes a checkpoint without optimizer state, with one tensor in memory at a time.
 
-    It is not atomic: callers write into a temporary directory, which they rename.
+    A crash can leave a part of it, so callers write into a temporary directory and rename that.
 
     Args:
         path: the checkpoint, such as run.tmp/checkpoints/step_00000000.
@@ -423,7 +423,7 @@ def write_weights(
 
 
 def _write_group(directory: Path, group: str, pieces: Iterable[Piece], rank: int) -> dict[str, Any]:
-    """Writes this rank's pieces of a group into one file; returns its entry of the manifest."""
+    """Writes a rank's pieces of a group into one file; returns the file's entry in the manifest."""
     name = f"{group}-{rank:05d}.bin"
     written, digest = [], hashlib.sha256()
     with open(directory / name, "wb") as file:
@@ -439,12 +439,12 @@ def _write_group(directory: Path, group: str, pieces: Iterable[Piece], rank: int
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name to tensor of each parameter, tied ones once."""
+    """The parameters by name, tied ones once."""
     return dict(model.named_parameters())
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`parameter/state` to tensor of the optimizer state, in the order of the parameters."""
+    """The optimizer state by name, such as lm_head.weight/exp_avg, in the parameters' order."""
     assert all(parameter in optimizer.state for parameter in model.parameters())
     return {
         f"{name}/{key}": value
@@ -456,12 +456,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = None) -> None:
     """Copies the weights into a model; each rank reads only the rows that it holds. UserError if
-    they differ in a parameter's name or shape.
+    model and checkpoint differ in the name or shape of a parameter.
 
     Args:
-        known: size of the shared vocabulary, if the two have vocabularies of different size. The
-            checkpoint's other rows are dropped; the model's other rows start as the mean of the
-            shared ones.
+        known: the number of tokens that both vocabularies share, if they differ. Rows of other
+            tokens are not read from the checkpoint; in the model they start as the mean of the
+            shared rows.
     """
     shapes = checkpoint.shapes("model")
     for name, parameter in model.named_parameters():
@@ -484,8 +484,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = N
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
 ) -> None:
-    """Restores the optimizer state; each rank reads only the rows that it holds. UserError if model
-    and checkpoint differ in their parameters."""
+    """Restores the optimizer state; each rank reads only the rows that it holds. UserError if the
+    checkpoint's state belongs to other parameters."""
     parameters, shapes = dict(model.named_parameters()), checkpoint.shapes("optimizer")
     if differing := parameters.keys() ^ {name.rpartition("/")[0] for name in shapes}:
         raise UserError(f"{checkpoint.path}: no optimizer state fits {min(differing)}")
@@ -502,18 +502,22 @@ def load_optimizer(
 
 
 def prune_checkpoints(run: Path, newest: int, config: CheckpointConfig) -> None:
-    """Keeps the last checkpoints up to step newest, and of the best ones the weights; UserError if
-    another one can't be removed. Checkpoints beyond that step were skipped when the run resumed:
-    they don't count, and stay."""
+    """Removes old checkpoints; UserError if one can't be removed.
+
+    Of the checkpoints up to step newest, the last checkpoint.keep_last stay, and the weights of the
+    checkpoint.keep_best with the lowest validation loss. Later ones were skipped on resume: they
+    are not touched.
+    """
     found = [c for c in readable_checkpoints(run) if c.step <= newest]
     evaluated = sorted((c for c in found if c.val_loss < math.inf), key=lambda c: c.val_loss)
     best = {checkpoint.path for checkpoint in evaluated[: config.keep_best]}
     try:
         for checkpoint in found[config.keep_last :]:
             if checkpoint.path not in best:
-                shutil.rmtree(checkpoint.path.replace(_aside(checkpoint.path)))
+                _retire(checkpoint.path)
             elif checkpoint.has_optimizer:
                 _drop_optimizer(checkpoint)
+        remove_leftovers(run)
     except OSError as error:
         raise UserError(
             f"{error.filename or run}: old checkpoints can't be removed: {error.strerror}."
@@ -522,7 +526,7 @@ def prune_checkpoints(run: Path, newest: int, config: CheckpointConfig) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Removes the temporary directories of a save or pruning that was killed."""
+    """Removes retired checkpoints, and what a save that was killed has left."""
     for path in (run / "checkpoints").glob("step_*.tmp"):
         shutil.rmtree(path)
 
@@ -537,17 +541,16 @@ def _drop_optimizer(checkpoint: Checkpoint) -> None:
         (checkpoint.path / file["name"]).unlink()
 
 
-def _aside(path: Path) -> Path:
-    """A temporary name: once a checkpoint is renamed to it, it no longer counts as one."""
-    aside = path.with_suffix(".old.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    return aside
+def _retire(path: Path) -> None:
+    """Renames a checkpoint, so that it no longer counts as one; remove_leftovers() removes it."""
+    retired = path.with_suffix(".old.tmp")
+    shutil.rmtree(retired, ignore_errors=True)
+    path.replace(retired)
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Writes a manifest with its own digest: that of its bytes with zeros in the digest's place."""
-    manifest = {"digest": UNSEALED.decode(), **{k: v for k, v in manifest.items() if k != "digest"}}
-    content = bytearray(json.dumps(manifest).encode())
+    """Writes a manifest to a file, where its first entry is its own digest (see DIGEST_AT)."""
+    content = bytearray(json.dumps({"digest": NO_DIGEST.decode(), **manifest}).encode())
     content[DIGEST_AT] = hashlib.sha256(content).hexdigest().encode()
     write_atomically(path, bytes(content))
 
@@ -557,10 +560,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         content = bytearray(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    digest, content[DIGEST_AT] = bytes(content[DIGEST_AT]), UNSEALED
+    digest, content[DIGEST_AT] = bytes(content[DIGEST_AT]), NO_DIGEST
     if hashlib.sha256(content).hexdigest().encode() != digest:
         raise UserError(f"{path}: does not match its own checksum")
     manifest = json.loads(content)
+    del manifest["digest"]
     if manifest["version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format version {manifest['version']}, not {FORMAT_VERSION}")
     return manifest

@@ -1,7 +1,8 @@
-"""From token bins to batches: windows of datasets, their mixtures, and the order of training.
+"""Turns datasets, which are files of token ids, into the batches of a run.
 
-The order is a pure function of configuration and step: a run resumes from its step number alone, on
-any number of ranks. Slot n of a run is the n-th sequence that it trains on, counted from 0.
+A window is a sequence as it lies in a dataset. Slot n of a run is the n-th sequence that it trains
+on, counted from 0. Which window belongs to a slot is a pure function of the configuration. So a run
+resumes from its step number alone, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from kernels import IGNORE
 Json = dict[str, Any]
 
 OPEN_FILES = 64  # memory maps kept open; a thousand would exhaust the usual `ulimit -n 1024`
-WEIGHT_SUM = 2**20  # largest sum of a mixture's whole-number weights
+WEIGHT_SUM = 2**20  # most that a mixture's weights, as whole numbers, add up to
 INSTRUCT_KEYS = ("format", "seq_len", "template", "train_on", "too_long")  # they decide the masks
 
 
@@ -84,20 +85,20 @@ def read_manifest(directory: Path, tokenizer_sha256: str) -> Json:
 
 
 def mask_name(shard: str) -> str:
-    """The name of the file that says which tokens of a shard of instruct data are trained on."""
+    """The name of a shard's mask: in instruct data, it says which tokens are trained on."""
     return shard.removesuffix(".bin") + ".mask"
 
 
 def fingerprint(manifest: Json) -> str:
-    """The identity of a dataset: a digest of its files' digests, its tokenizer and, for instruct
-    data, the keys that decide the masks."""
+    """A digest that identifies a dataset. It covers the digests of the files, the tokenizer and,
+    for instruct data, the keys that decide the masks."""
     content = {"splits": manifest["splits"], "tokenizer": manifest["tokenizer"]}
     content |= {name: manifest[name] for name in INSTRUCT_KEYS if name in manifest}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def mixture_fingerprint(manifests: dict[str, Json], weights: dict[str, int]) -> str:
-    """The identity of a run's datasets, with order and weights; of one dataset, its fingerprint."""
+    """A digest that identifies datasets, their order and weights; of one alone, its fingerprint."""
     parts = [(fingerprint(manifest), weights[name]) for name, manifest in manifests.items()]
     if len(parts) == 1:
         return parts[0][0]
@@ -105,11 +106,11 @@ def mixture_fingerprint(manifests: dict[str, Json], weights: dict[str, int]) -> 
 
 
 def mixture_weights(data: DataConfig) -> dict[str, int]:
-    """Directory to whole-number weight of each dataset in data.mixture, else of data.dir alone.
+    """The weights of data.mixture as whole numbers, by directory; without it, 1 for data.dir.
 
-    The weights keep the given proportions: 0.7 and 0.3 become 7 and 3. If their sum would exceed
-    WEIGHT_SUM, shares are rounded to multiples of 1 / WEIGHT_SUM, largest remainders up.
-    ConfigError if a share is rounded to zero, or a dataset is named twice.
+    They keep the given proportions: 0.7 and 0.3 become 7 and 3. If their sum would exceed
+    WEIGHT_SUM, shares are rounded to multiples of 1 / WEIGHT_SUM, those with the largest remainders
+    up. ConfigError if a share is rounded to zero, or a dataset is named twice.
     """
     paths = {name: os.path.realpath(resolve_path(name)) for name in data.mixture}
     times = Counter(paths.values())
@@ -139,8 +140,8 @@ def open_file(path: Path, dtype: str) -> np.memmap:
 
 
 def read_file(path: Path, dtype: str, start: int, stop: int) -> np.ndarray:
-    """The entries of a shard or mask from start to stop; UserError if the file was truncated since
-    it was opened: reading beyond its end would kill the process by SIGBUS, without a message."""
+    """The entries start to stop of a shard or mask; UserError if the file was cut while open:
+    reading beyond its end would kill the process by SIGBUS, without a message."""
     array = open_file(path, dtype)
     if array.base.size() < array.nbytes:  # mmap.size() is the file's size now
         raise UserError(
@@ -157,16 +158,16 @@ def digests(manifest: Json) -> dict[str, str]:
 
 
 class TokenDataset:
-    """The windows of one split, in memory of O(shards).
+    """The windows of one split of a dataset. Its memory grows with the shards, not the windows.
 
-    Window i of a text dataset is seq_len + 1 tokens, from token i · seq_len on. That of an instruct
-    dataset is seq_len tokens of whole conversations: the token after it begins another one.
-
+    Window i of a text dataset is the seq_len + 1 tokens from token i · seq_len on, in one shard or
+    several. In an instruct dataset it is only seq_len tokens: these are whole conversations, so the
+    next token is no target.
     """
 
     def __init__(self, directory: Path, manifest: Json, split: str, seq_len: int) -> None:
-        """ConfigError if the split is missing, is shorter than one window, has no token to train on
-        or was packed for another seq_len."""
+        """ConfigError if the split is missing, is shorter than one window, has no token to train
+        on, or was packed for another seq_len."""
         shards = manifest["splits"].get(split, {"shards": []})["shards"]
         self.files = [directory / shard["file"] for shard in shards]
         self.masks = [directory / mask_name(shard["file"]) for shard in shards]
@@ -204,15 +205,15 @@ class TokenDataset:
         mask = np.concatenate([read_file(self.masks[i], "u1", *span) for i, *span in pieces])
         return ids, mask != 0
 
-    def places(self, index: int) -> list[Json]:
-        """The pieces of a window: file name, first token and number of tokens of each."""
+    def locate(self, index: int) -> list[Json]:
+        """Where a window lies: file name, first token and number of tokens of each piece."""
         return [
             {"shard": self.files[i].name, "offset": start, "tokens": stop - start}
             for i, start, stop in self._pieces(index)
         ]
 
     def _pieces(self, index: int) -> Iterator[tuple[int, int, int]]:
-        """The pieces of a window as (shard, start, stop), counted in tokens of the shard."""
+        """The pieces of a window: tokens start to stop of a shard, as (shard, start, stop)."""
         start = index * self.seq_len
         stop = start + self.window_tokens
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -222,7 +223,7 @@ class TokenDataset:
             start, shard = end, shard + 1
 
     def order(self, seed: int, positions: np.ndarray) -> np.ndarray:
-        """The windows at these positions of the endless order: a new permutation in each epoch."""
+        """The windows at these positions of an endless order; each epoch is a new permutation."""
         epochs, offsets = np.divmod(positions, self.windows)
         order = np.empty_like(positions)
         for epoch in np.unique(epochs):  # a batch may straddle epochs
@@ -232,13 +233,13 @@ class TokenDataset:
 
 
 class Mixture:
-    """The datasets that a run reads, in proportion to their weights; a lone one is a mixture too.
+    """The datasets that a run reads, in proportion to their weights; also a single dataset.
 
     Windows are numbered consecutively: those of the first dataset, those of the second, and so on.
     """
 
     def __init__(self, datasets: dict[str, TokenDataset], weights: dict[str, int]) -> None:
-        """Takes datasets by directory, and weights that mixture_weights has computed."""
+        """Takes datasets and weights by directory; mixture_weights computes the weights."""
         self.names, self.datasets = list(datasets), list(datasets.values())
         self.weights = [weights[name] for name in self.names]
         self.shares = [weight / sum(self.weights) for weight in self.weights]
@@ -249,7 +250,7 @@ class Mixture:
         self.seq_len = self.datasets[0].seq_len
 
     def step_windows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """The windows (batch_size,) of a step: those of the slots from step · batch_size on. Each
+        """The windows (batch_size,) of a step, which has the slots from step · batch_size on. Each
         window of a dataset comes once per epoch of that dataset."""
         slots = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
         which, positions = interleave(slots, self.weights)
@@ -260,13 +261,13 @@ class Mixture:
         return order
 
     def epochs(self, slots: int) -> dict[str, float]:
-        """How many epochs of each dataset the first slots of a run make."""
+        """How many epochs of each dataset the first slots of a run make up."""
         counts = slot_counts(slots, self.weights)
         each = zip(self.names, counts, self.datasets, strict=True)
         return {name: count / data.windows for name, count, data in each}
 
     def evenly_spaced(self, count: int) -> list[np.ndarray]:
-        """Windows spread evenly over each dataset: its share of count, at least one; all for 0."""
+        """Evenly spaced windows of each dataset: its share of count, at least one; for 0, all."""
         found = []
         for data, share, start in zip(self.datasets, self.shares, self.starts[:-1], strict=True):
             own = max(1, round(count * share)) if count else 0
@@ -274,20 +275,20 @@ class Mixture:
         return found
 
     def mean(self, values: dict[str, float]) -> float:
-        """The mean over datasets of a number, by weight."""
+        """The mean of a number that each dataset has, by weight."""
         return sum(
             share * values[name] for name, share in zip(self.names, self.shares, strict=True)
         )
 
-    def place(self, window: int) -> Json:
-        """Where a window lies: its dataset, its number in that, and its pieces."""
+    def locate(self, window: int) -> Json:
+        """Where a window lies: its dataset, its number within that dataset, and its pieces."""
         index, own = self._find(window)
-        pieces = self.datasets[index].places(own)
+        pieces = self.datasets[index].locate(own)
         return {"dataset": self.names[index], "window": own, "pieces": pieces}
 
     def batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Tokens and targets (B, seq_len), int64, of window numbers (B,). Targets are IGNORE where
-        there is nothing to train on. Window -1 is a filler sequence: tokens 0, without targets."""
+        """Tokens and targets (B, seq_len), int64, of windows (B,). Targets that are not trained on
+        are IGNORE. Window -1 is a filler sequence: its tokens are 0, its targets IGNORE."""
         ids = np.zeros((len(windows), self.seq_len + 1), dtype=np.int64)
         trained = np.zeros(ids.shape, dtype=bool)
         for row, window in enumerate(windows):
@@ -300,6 +301,7 @@ class Mixture:
         return tokens, targets
 
     def _find(self, window: int) -> tuple[int, int]:
+        """The index of a window's dataset, and the window's number within that dataset."""
         index = int(np.searchsorted(self.starts, window, side="right")) - 1
         return index, window - int(self.starts[index])
 
@@ -313,7 +315,7 @@ class Batch(NamedTuple):
 
 
 class Batches:
-    """This rank's micro-batches, on the device; a thread reads those of the next step ahead.
+    """This rank's micro-batches, on the device. A thread reads those of the next step in advance.
 
     Attributes:
         shape: micro-batches per step and sequences per micro-batch, equal on all ranks.
@@ -323,7 +325,7 @@ class Batches:
         self.data, self.config, self.bos_id, self.world = data, config, bos_id, world
         windows = np.arange(config.train.global_batch_size)
         self.shape = rank_share(windows, config.train.micro_batch_size, 0, world.size).shape
-        # The current device of a new thread is GPU 0, on every rank.
+        # In a new thread, the current device is GPU 0, whatever this rank's GPU is.
         on_gpu = world.device.type == "cuda"
         start = (torch.cuda.set_device, (world.device,)) if on_gpu else (None, ())
         self._reader = ThreadPoolExecutor(1, "data", *start)
@@ -343,17 +345,16 @@ class Batches:
         return [self.on_device(*batch) for batch in read]
 
     def of_windows(self, data: Mixture, windows: np.ndarray) -> Iterator[Batch]:
-        """This rank's share of a split's windows, in batches of the shape of training's, because
-        another shape would be compiled anew."""
+        """This rank's share of the windows, in batches of the shape that training has: a compiled
+        model would be compiled anew for another shape."""
         size = self.shape[1]
-        for batch in self._read(data, filled_up(windows, size * self.world.size), size):
+        for batch in self._read(data, padded(windows, size * self.world.size), size):
             yield self.on_device(*batch)
 
     def on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
-        """A batch on the device; with data.document_mask, a document begins at each BOS."""
-        tokens, targets = (
-            ids.to(self.world.device, non_blocking=True) for ids in (tokens, targets)
-        )
+        """A batch on the device; with data.document_mask, each BOS begins another document."""
+        tokens = tokens.to(self.world.device, non_blocking=True)
+        targets = targets.to(self.world.device, non_blocking=True)
         masked = self.config.data.document_mask
         return Batch(tokens, targets, (tokens == self.bos_id).cumsum(dim=1) if masked else None)
 
@@ -365,10 +366,10 @@ class Batches:
     def _read(
         self, data: Mixture, windows: np.ndarray, size: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens and targets of this rank's micro-batches of at most size rows, on the host."""
+        """Tokens and targets, on the host, of this rank's micro-batches of at most size rows."""
         for share in rank_share(windows, size, self.world.rank, self.world.size):
             tokens, targets = data.batch(share)
-            if self.world.device.type == "cuda":  # copies from pageable memory are synchronous
+            if self.world.device.type == "cuda":  # from pageable memory, copies are synchronous
                 tokens, targets = tokens.pin_memory(), targets.pin_memory()
             yield tokens, targets
 
@@ -380,7 +381,7 @@ def open_split(
     weights: dict[str, int],
     seq_len: int,
 ) -> Mixture:
-    """The split of the datasets at these directories."""
+    """One split of the named datasets, as a mixture."""
     opened = {n: TokenDataset(resolve_path(n), manifests[n], split, seq_len) for n in names}
     return Mixture(opened, weights)
 
@@ -417,7 +418,7 @@ def interleave(slots: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.nd
 
 
 def slot_counts(slots: int, weights: list[int]) -> list[int]:
-    """How many of the first slots of a run read each dataset, in the order of interleave."""
+    """How many of the first slots of a run read each dataset, without listing them all."""
     if len(weights) == 1:
         return [slots]
     half = len(weights) // 2
@@ -426,10 +427,11 @@ def slot_counts(slots: int, weights: list[int]) -> list[int]:
 
 
 def permute(seed: int, epoch: int, positions: np.ndarray, size: int) -> np.ndarray:
-    """A permutation of range(size), keyed by seed and epoch, at these positions; in O(1) memory.
+    """The values at these positions of a permutation of range(size) that depends on seed and epoch.
 
-    A Feistel network permutes the next power of four; an output of size or more is permuted again
-    until it is below (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
+    It needs O(1) memory. A Feistel network permutes the numbers below the next power of four. An
+    output of size or more is permuted again, until it is below size (Black and Rogaway, "Ciphers
+    with Arbitrary Finite Domains", 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     mask = (np.uint64(1) << half) - np.uint64(1)
@@ -447,21 +449,21 @@ def permute(seed: int, epoch: int, positions: np.ndarray, size: int) -> np.ndarr
 
 
 def _scramble(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64: every bit of the result depends on every bit of x."""
+    """The finaliser of splitmix64, in which every bit of the result depends on every bit of x."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def evenly_spaced(count: int, windows: int) -> np.ndarray:
-    """Up to count windows spread evenly over a split, the same at every call; all for 0."""
+    """At most count of these windows, evenly spaced, the same at every call; for count 0, all."""
     count = min(count, windows) or windows
     return np.arange(count, dtype=np.int64) * windows // count
 
 
 def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int) -> np.ndarray:
-    """A rank's share of a global batch as (micro-batches, sequences), with -1 for filler sequences:
-    all ranks get the same shape, so that they run the same collectives."""
+    """A rank's share of a global batch: windows (micro-batches, sequences), with -1 for filler
+    sequences. All ranks get the same shape, so that they run the same collectives."""
     share = -(-len(windows) // ranks)
     micro_batches = -(-share // micro_batch_size)
     size = -(-share // micro_batches)
@@ -470,26 +472,26 @@ def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int
     return np.pad(mine, (0, missing), constant_values=-1).reshape(micro_batches, size)
 
 
-def filled_up(windows: np.ndarray, multiple: int) -> np.ndarray:
-    """Windows, padded with -1 (filler sequences) to a multiple of this length."""
+def padded(windows: np.ndarray, multiple: int) -> np.ndarray:
+    """The windows, and behind them filler sequences (-1) up to a multiple of this length."""
     return np.pad(windows, (0, -len(windows) % multiple), constant_values=-1)
 
 
 class DataCheck:
-    """Compares each file of the datasets with its checksum once, while training goes on.
+    """Compares each file of the datasets with its checksum, while training goes on.
 
-    A flipped bit would be trained on without an error. Each rank hashes a share of the files, in a
-    thread of the lowest priority. verified.json beside the manifest keeps size, time and inode of
-    each intact file, which is not hashed again while these are the same.
+    Training would read a flipped bit without an error. Each rank hashes a share of the files, in a
+    thread of the lowest priority. verified.json, beside the manifest, records size, time and inode
+    of each intact file. The file is not hashed again until one of them changes.
     """
 
     FILE = "verified.json"
 
     def __init__(self, manifests: dict[str, Json], enabled: bool, world: World) -> None:
-        """Every rank must call this. A host with its own copy of the datasets hashes all of it."""
-        self.world, self.wrong = world, ""
+        """Every rank must call this. A host with its own copy of the datasets checks all of it."""
+        self.world, self.wrong = world, ""  # wrong: what this rank has found
         self.paths = {resolve_path(name): digests(found) for name, found in manifests.items()}
-        self.checked: dict[Path, dict[str, list[int]]] = {path: {} for path in self.paths}
+        self.intact: list[tuple[Path, str, list[int]]] = []  # as _to_hash lists them
         self.finished = not enabled
         if self.finished:
             return
@@ -503,28 +505,28 @@ class DataCheck:
         self.finished = not any(lists)
         threading.Thread(target=self._hash, daemon=True).start()
 
-    def tell(self) -> None:
+    def raise_if_wrong(self) -> None:
         """AgreedError on every rank if one of them has found a damaged file."""
 
-        def name() -> None:
+        def check() -> None:
             if self.wrong:
                 raise UserError(self.wrong)
 
-        self.world.each(name)
+        self.world.each(check)
 
     def remember(self) -> None:
-        """Writes verified.json anew, until all files are in it; every rank must call this."""
+        """Adds to verified.json what has been hashed since; every rank must call this."""
         if self.finished:
             return
-        self.tell()
-        lists = self.world.gather((self.checked, not self.todo))
-        self.finished = all(done for _, done in lists)
+        self.raise_if_wrong()
+        done, lists = zip(*self.world.gather((not self.todo, self.intact)), strict=True)
+        self.finished = all(done)
         if self.world.rank != self.sharers[0]:
             return
+        intact = [file for rank in self.sharers for file in lists[rank]]
         for path in self.paths:
             known = self._known(path)
-            for rank in self.sharers:
-                known |= lists[rank][0][path]
+            known |= {name: stamp for directory, name, stamp in intact if directory == path}
             temporary = path / f"{self.FILE}.{socket.gethostname()}.{os.getpid()}.tmp"
             try:
                 temporary.write_text(json.dumps(known))
@@ -540,7 +542,7 @@ class DataCheck:
             return {}
 
     def _to_hash(self) -> list[tuple[Path, str, list[int]]]:
-        """Directory, name and stamp (size, time, inode) of each file that is still to be hashed."""
+        """Directory, name and stamp (size, time, inode) of each file that must be hashed."""
         found = []
         for path, files in self.paths.items():
             known = self._known(path)
@@ -556,19 +558,18 @@ class DataCheck:
         if sys.platform == "linux":  # where each thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         while self.todo:
-            directory, name, stamp = self.todo[-1]
-            path, expected = directory / name, self.paths[directory][name]
+            directory, name, _ = file = self.todo[-1]
+            path = directory / name
             try:
-                digest = file_sha256(path)
+                intact = file_sha256(path) == self.paths[directory][name]
             except OSError as error:
                 self.wrong = f"{path} can't be read: {error.strerror}"
                 return
-            if digest != expected:
+            if not intact:
                 self.wrong = (
-                    f"{path} is damaged: its sha256 is {digest[:12]}…, not {expected[:12]}… as in"
-                    " manifest.json; restore it, or run prepare.py with --force. Steps of this job"
-                    " may have read it"
+                    f"{path} is damaged: its sha256 is not that of manifest.json; restore it, or"
+                    " run prepare.py with --force. Steps of this job may have read it"
                 )
                 return
-            self.checked[directory][name] = stamp
+            self.intact.append(file)
             self.todo.pop()

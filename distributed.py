@@ -93,8 +93,8 @@ class World:
     dtype: torch.dtype
     group: dist.ProcessGroup | None = None  # None: the default group
 
-    def aside(self) -> World:
-        """The same ranks in a new group, for collectives in another thread."""
+    def in_new_group(self) -> World:
+        """The same ranks with a process group of its own, for collectives in another thread."""
         return replace(self, group=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
 
     def once(self, function: Callable[[], T]) -> T:
@@ -103,29 +103,21 @@ class World:
         Shared files are read in this way: 512 ranks that read one manifest overload the file
         system. If the function raises a UserError or OSError, all ranks raise an AgreedError.
         """
-        box: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                box[0] = function()
-            except (UserError, OSError) as error:
-                box[1] = str(error)
+        box = [_attempt(function) if self.rank == 0 else None]
         dist.broadcast_object_list(box, group=self.group)
-        if box[1] is not None:
-            raise AgreedError(box[1])
-        return box[0]
+        result, failure = box[0]
+        if failure:
+            raise AgreedError(failure[0])
+        return result
 
     def each(self, function: Callable[[], T]) -> list[T] | None:
         """Runs a function on all ranks; rank 0 gets the results, by rank, other ranks get None.
 
         If it raises a UserError or OSError on one rank, all ranks raise an AgreedError.
         """
-        result, failure = None, None
-        try:
-            result = function()
-        except (UserError, OSError) as error:
-            failure = str(error), getattr(error, "code", UserError.code)
+        result, failure = _attempt(function)
         for rank, failed in enumerate(self.gather(failure)):
-            if failed is not None:
+            if failed:
                 message, code = failed
                 message += f" (rank {rank})" if self.size > 1 else ""
                 raise AgreedError.about(rank, message, code, self)
@@ -144,6 +136,14 @@ class World:
         if self.size > 1:  # a single GPU needs no NCCL
             dist.all_reduce(values, group=self.group)
         return values
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, tuple[str, int] | None]:
+    """A function's result, and the message and exit code of a UserError or OSError."""
+    try:
+        return function(), None
+    except (UserError, OSError) as error:
+        return None, (str(error), getattr(error, "code", UserError.code))
 
 
 class Arrived(NamedTuple):  # not Generic[T] too, which Python 3.10 refuses
@@ -343,7 +343,7 @@ def _allow_sockets() -> None:
     512 ranks these are more than the usual limit, 1,024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft not in (resource.RLIM_INFINITY, hard) and soft < enough:
+    if soft != resource.RLIM_INFINITY and soft < enough:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
@@ -527,9 +527,9 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), start
 
 
-def writes(tensor: Tensor, index: int, world: World) -> bool:
-    """Whether this rank saves its part of a tensor. Of equal copies (DDP's ranks, HSDP's replicas)
-    one is saved; the index spreads this work over the ranks."""
+def saves_part(tensor: Tensor, index: int, world: World) -> bool:
+    """Whether this rank saves its part of a tensor. Of ranks that hold equal copies (DDP's ranks,
+    HSDP's replicas) one does: which one depends on the tensor's index, to spread the work."""
     if not isinstance(tensor, DTensor):
         return index % world.size == world.rank
     mesh = tensor.device_mesh

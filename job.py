@@ -213,7 +213,7 @@ class Consensus:
         if votes.save_failed:
             conditions.saver.wait()
         if votes.data_damaged:
-            conditions.check.tell()
+            conditions.check.raise_if_wrong()
         return next((why for why in ("stop_file", "signal", "deadline") if getattr(votes, why)), "")
 
     def hear(self, sums: Iterable[float]) -> None:

@@ -450,7 +450,7 @@ class Run:
             "reason": reason,
             "loss": finite(loss),
             "grad_norm": finite(grad_norm),
-            "windows": [self.data.place(window) for window in windows],
+            "windows": [self.data.locate(window) for window in windows],
         }
         self.row(row, "bad_steps.jsonl")
         why = f"loss {loss}, gradient norm {grad_norm}"

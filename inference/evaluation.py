@@ -19,9 +19,9 @@ from dataset import (
     Batches,
     Mixture,
     evenly_spaced,
-    filled_up,
     mixture_weights,
     open_split,
+    padded,
     read_manifest,
 )
 from distributed import AgreedError, Lagged, World, autocast, fetch
@@ -152,7 +152,7 @@ def predictions(
     windows, size, found = evenly_spaced(prompts, data.windows), batches.shape[1], []
     for start in range(0, len(windows), size):
         asked = windows[start : start + size]
-        batch = batches.on_device(*data.batch(filled_up(asked, size)))
+        batch = batches.on_device(*data.batch(padded(asked, size)))
         with autocast(model, world):
             logits = model(batch.tokens, documents=batch.documents, logits_at=slice(len(asked)))
         found += zip(*batch[:2], logits.argmax(dim=-1), strict=False)  # without the fillers
@@ -263,8 +263,8 @@ def batches(ids: np.ndarray, length: int, batch_size: int) -> Iterator[tuple[Ten
     stride = max(1, length // 2)
     starts = np.array([0, *range(stride, len(ids) - 1 - (length - stride), stride)])
     length = min(length, len(ids) - 1)
-    padded = np.pad(ids, (0, length), constant_values=IGNORE)
-    windows = np.lib.stride_tricks.sliding_window_view(padded, length + 1)
+    extended = np.pad(ids, (0, length), constant_values=IGNORE)
+    windows = np.lib.stride_tricks.sliding_window_view(extended, length + 1)
     for first in range(0, len(starts), batch_size):
         chosen = starts[first : first + batch_size]
         tokens, targets = windows[chosen, :-1].clip(min=0), windows[chosen, 1:]

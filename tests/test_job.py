@@ -166,7 +166,7 @@ def test_a_crash_comes_back_once(run, dataset, tmp_path):
     manifest = json.loads((data / "manifest.json").read_text())
     tokens = Mixture({"it": TokenDataset(data, manifest, "train", 32)}, {"it": 1})
     window = int(tokens.step_windows(1337, 14, 10)[3])
-    place = tokens.place(window)["pieces"][0]
+    place = tokens.locate(window)["pieces"][0]
     shard = np.memmap(data / place["shard"], "<u2", mode="r+")
     shard[place["offset"] + 5] = 60_000
     shard.flush()
