@@ -1,7 +1,7 @@
 """The job that trains a run: its signals, its time limit, its lock on the run directory, and how
-all ranks stop or save at the same step.
+all ranks agree to stop or save at the same step.
 
-Only rank 0 reads clocks and shared files; votes carry what it finds to the other ranks.
+Only rank 0 reads clocks and shared files. The other ranks learn from its votes what it has found.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from distributed import AgreedError, World, fetch
 from slurm.attempts import ATTEMPT, EXPIRY_SECONDS, holder_lives, process_start, signal_note
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C in between is meant; an earlier one is an echo
+INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C within this time counts; an earlier one is an echo
 HEARTBEAT_SECONDS = 30.0
-OWN_SECONDS = 60.0  # in which a process of this same job dies
-STUCK_SECONDS = 15.0  # and three steps: torchrun kills 30 s after TERM, unless set otherwise
+OWN_SECONDS = 60.0  # in which a process of this job's previous attempt dies
+STUCK_SECONDS = 15.0  # torchrun kills ranks 30 s after TERM, unless set otherwise
 
 
 class Signals:
-    """Records signals instead of dying of them; the loop looks, and all ranks stop in order."""
+    """Records signals, which would end the process, so that all ranks can stop in good order."""
 
     def __init__(self) -> None:
         self.received = False
@@ -47,8 +47,8 @@ class Signals:
         self._interrupted = -INSIST_SECONDS[1]
 
     def install(self) -> None:
-        """Handles the signals of schedulers, launchers and people, except those that are ignored:
-        nohup lets a terminal go."""
+        """Handles the signals of schedulers, launchers and people. Those that are ignored stay so:
+        under nohup, a run survives its terminal."""
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
@@ -67,12 +67,12 @@ class Signals:
 
 
 def job_end(max_hours: float) -> float:
-    """When this job must be over, in Unix time: Slurm's end or train.max_hours; else infinity."""
+    """When this job must be over, in Unix time: by Slurm or train.max_hours; else infinity."""
     end = time.time() + 3600 * max_hours if max_hours else math.inf
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return end
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # one of its tasks has the id of all
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # SLURM_JOB_ID may mean the whole array
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     limit = os.environ.get("SLURM_JOB_END_TIME", "")
     if not limit:  # older than Slurm 23.02
@@ -89,7 +89,7 @@ def job_end(max_hours: float) -> float:
 
 
 class Votes(NamedTuple):
-    """What a rank asks for, or the sums over all ranks: what one rank asks for, all do."""
+    """What a rank asks for; also the sums over all ranks, since all do what one asks for."""
 
     lock_lost: float
     save_failed: float
@@ -124,7 +124,7 @@ class StopConditions:
         self.looked_at, self.stop_file_seen = -self.FILE_SECONDS, False
 
     def step_done(self) -> None:
-        """Marks the end of a step; the estimate rises at once to a slower one, and falls slowly."""
+        """Marks the end of a step. The estimate of a step's time rises at once and falls slowly."""
         now = time.monotonic()
         last, mean = now - self.stepped_at, self.seconds["step"]
         self.seconds["step"] = max(last, mean + 0.1 * (last - mean))
@@ -132,7 +132,7 @@ class StopConditions:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Measures an evaluation or a save; the longest so far counts."""
+        """Measures an "evaluation" or a "save"; the longest so far is the estimate of the next."""
         start = time.monotonic()
         yield
         self.stepped_at = time.monotonic()
@@ -143,9 +143,9 @@ class StopConditions:
     def while_waiting(self, since: float) -> None:
         """DistError if the device has not answered for far too long since TERM came.
 
-        That happens when a rank dies under NCCL: torchrun sends TERM to the others, whose devices
-        wait for it. Any other wait ends by parallel.timeout_seconds. The first step may take any
-        time, for nothing is known of how long one takes.
+        If a rank dies under NCCL, the devices of the others wait for it, and torchrun sends TERM.
+        Any other wait is ended by parallel.timeout_seconds. Nothing limits the first step, because
+        its duration is not known yet.
 
         Args:
             since: when the host began to wait for the device, by time.monotonic().
@@ -156,8 +156,8 @@ class StopConditions:
             raise dist.DistError(f"{waited:.0f} s after TERM the device has not answered")
 
     def votes(self, rank: int, steps: int, evaluation: bool) -> Votes:
-        """This rank's votes, given the steps before the next chance to stop, and whether one of
-        them is evaluated."""
+        """This rank's votes. The deadline is near if what comes before the next chance to stop
+        would end too late: these steps, an evaluation after one of them, and a save."""
         now = time.monotonic()
         late = save_due = False
         if rank == 0:  # one clock, and one process that asks the file system
@@ -181,7 +181,7 @@ class StopConditions:
 
 
 class Consensus:
-    """What all ranks do together: votes travel with each step's numbers, and all get their sums.
+    """What all ranks have agreed on. Their votes are summed together with each step's numbers.
 
     Attributes:
         stop: why to stop; empty until a rank asks for it.
@@ -193,19 +193,15 @@ class Consensus:
         self.stop, self.save_due = "", False
 
     def votes(self, steps: int = 0, evaluation: bool = False) -> Tensor:
-        """This rank's votes (7,), given what comes before ranks can stop again."""
+        """This rank's votes (7,), on the device, as StopConditions.votes casts them."""
         votes = self.conditions.votes(self.world.rank, steps, evaluation)
         if not any(votes):  # nearly always, and then nothing has to be copied to the device
             return torch.zeros(len(votes), device=self.world.device)
         return torch.tensor(votes, dtype=torch.float32, device=self.world.device)
 
     def reason(self, sums: Iterable[float]) -> str:
-        """Why to stop by these sums of votes; empty if not.
-
-        Raises:
-            AgreedError: on every rank: the run belongs to another job, a save failed, a dataset is
-                damaged.
-        """
+        """Why to stop by these sums of votes; empty if not. AgreedError, on every rank, if the run
+        belongs to another job, a save failed or a dataset is damaged."""
         votes, conditions = Votes(*sums), self.conditions
         if votes.lock_lost:
             run = conditions.directory
@@ -218,22 +214,21 @@ class Consensus:
 
     def hear(self, sums: Iterable[float]) -> None:
         """Takes in the sums of a step's votes."""
-        votes = Votes(*sums)
-        self.stop = self.stop or self.reason(votes)
-        self.save_due = self.save_due or votes.save_due > 0
+        self.stop = self.stop or self.reason(sums)
+        self.save_due = self.save_due or Votes(*sums).save_due > 0
 
     def ask(self) -> None:
-        """Votes now, where ranks wait for each other anyway."""
+        """Sums the votes at once, where ranks wait for each other anyway."""
         if not self.stop:
             sums = self.world.sum(self.votes(steps=2))
             self.stop = self.reason(fetch(sums, self.conditions.while_waiting))
 
 
 class RunLock:
-    """One run directory, one job: claim.json names the job that trains the run.
+    """One job trains a run at a time: claim.json names it.
 
-    The lock is free if its process on this host is dead, if it is of our own job before a requeue,
-    or if its heartbeat, the file's modification time, has stopped.
+    A claim is void if its process was on this host and is dead, if it is of this same job before
+    a requeue, or if its heartbeat, the file's modification time, has stopped.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -248,7 +243,7 @@ class RunLock:
         while (holder := read_json(self.path)) is not None and not self._is_free(holder):
             if not own_job or holder.get("job_id") != own_job or time.monotonic() > deadline:
                 raise self._refusal(holder)
-            time.sleep(0.5)  # a process of the attempt before this one, which is being killed
+            time.sleep(0.5)  # a process of this job's previous attempt is being killed
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         job = f"job {holder['job_id']}, " if holder.get("job_id") else ""
@@ -270,13 +265,13 @@ class RunLock:
         return not self.lost and read_json(self.path) in (None, self.mine)
 
     def take(self) -> None:
-        """Claims the run and keeps the claim alive; UserError if another job holds it."""
+        """Claims the run and keeps up the heartbeat; UserError if another job holds the run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another job is removing it too
             judged = self.path.stat()
             self.check()
-            # Renaming has one winner. Whoever finds that it took away another's fresh claim puts
-            # it back and leaves.
+            # If several jobs rename the file, one succeeds. If what it has taken away is not the
+            # void claim but a new one of another job, it puts that back and leaves.
             aside = self._beside("tmp")
             self.path.rename(aside)
             taken = aside.stat()
@@ -297,7 +292,7 @@ class RunLock:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
-        """Frees the run; where that fails, the end of this process does."""
+        """Frees the run. If that fails, the claim is void once this process has ended."""
         self._released.set()
         try:
             if self.mine and read_json(self.path) == self.mine:
@@ -306,11 +301,11 @@ class RunLock:
             tell(f"{self.path} stays: {error.strerror}")
 
     def _beside(self, kind: str) -> Path:
-        """A file of this process beside the claim."""
+        """A file beside the claim that no other process uses."""
         return self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.{kind}")
 
     def _create(self) -> bool:
-        """Makes the claim, whole from its first moment; False if there is one."""
+        """Makes the claim, complete at once; False if there is one already."""
         fresh = self._beside("new")
         # durable before it is linked, or a power failure leaves an empty claim
         write_atomically(fresh, json.dumps(self.mine).encode())
@@ -327,7 +322,7 @@ class RunLock:
             return not lives
         if holder.get("job_id") and holder["job_id"] == os.environ.get("SLURM_JOB_ID"):
             return True
-        # Both times are the file server's, so that clocks of hosts need not agree.
+        # Both times are the file server's, because the hosts' clocks may differ.
         probe = self._beside("probe")
         try:
             probe.touch()

@@ -12,9 +12,9 @@ import json
 import os
 import shutil
 import socket
+import statistics
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -63,15 +63,11 @@ class Inputs(NamedTuple):
 
 def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Inputs:
     """Checks tokenizer, datasets and an existing run directory against each other; writes nothing.
-
-    Raises:
-        UserError: an input is missing or does not fit the others, or keys or code differ from those
-            that the run was started with.
-    """
+    UserError if an input is missing or does not fit, or if keys or code have changed."""
     if config.train.init_from == "resume":
         raise ConfigError(
-            "train.init_from=resume: resuming is automatic, run the same command again;"
-            " init_from takes another run or checkpoint to start a new run from"
+            "train.init_from=resume: resuming is automatic, run the same command again; init_from"
+            " starts a new run from another run or checkpoint"
         )
     for name in ("tensorboard", "wandb"):
         if getattr(config.log, name) and not installed(name):
@@ -102,14 +98,14 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
     evaluated = checkpoint.config.train.eval_sequences
     if model_changed and evaluated != config.train.eval_sequences:
         raise ConfigError(
-            "model.py has changed, so this start compares the validation loss with the recorded"
-            f" one: leave train.eval_sequences at {evaluated} for it"
+            "model.py has changed, so its validation loss is compared with the recorded one: leave"
+            f" train.eval_sequences at {evaluated} for this start"
         )
     return inputs._replace(model_changed=model_changed)
 
 
 def _check_kind(data: DataConfig, manifests: dict[str, dict[str, Any]]) -> None:
-    """ConfigError if the dataset is of another kind than configured; a mixture may hold any."""
+    """ConfigError if the dataset is not of the configured kind; a mixture may hold any kind."""
     if data.mixture:
         return
     ((name, manifest),) = manifests.items()
@@ -126,20 +122,20 @@ def _check_kind(data: DataConfig, manifests: dict[str, dict[str, Any]]) -> None:
 def _template(manifests: dict[str, dict[str, Any]]) -> dict[str, str] | None:
     """The template that all instruct datasets share; ConfigError if one has another."""
     found = {name: known["template"] for name, known in manifests.items() if "template" in known}
-    first, template = next(iter(found.items()), ("", None))
-    for name in found:
-        if found[name] != template:
+    first = next(iter(found), "")
+    for name, template in found.items():
+        if template != found[first]:
             raise ConfigError(
                 f"data.mixture: {name} was prepared with another data.template than {first};"
                 " prepare both with the same"
             )
-    return template
+    return found.get(first)
 
 
 def _check_resumed(
     directory: Path, checkpoint: Checkpoint, config: Config, inputs: Inputs, accept_changes: bool
 ) -> None:
-    """Compares tokenizer, data and keys with those of the run; prints what has been accepted."""
+    """Compares tokenizer, data and keys with those of the run; prints the accepted changes."""
     if checkpoint.manifest["tokenizer_sha256"] != inputs.tokenizer_sha256:
         raise UserError(f"{directory}: the run was trained with another tokenizer")
     if checkpoint.manifest["dataset"] != inputs.fingerprint:
@@ -148,7 +144,7 @@ def _check_resumed(
             f" {' and '.join(inputs.weights)} (of a mixture, order and weights count); set data.dir"
             " or data.mixture to it, or start a new run with train.init_from"
         )
-    started = directory / "config.toml"  # has the changes accepted since that checkpoint, too
+    started = directory / "config.toml"  # has also changes accepted since the checkpoint
     old = build_config(read_toml(started)) if started.exists() else checkpoint.config
     found = changes(old, config)
     if found["refused"]:
@@ -191,17 +187,17 @@ def _check_code(directory: Path, accept_changes: bool) -> list[str]:
 
 
 def code_files(folder: Path = CODE) -> dict[str, Path]:
-    """Rocket's Python files in a copy of it, by their names relative to it."""
+    """Rocket's Python files in a copy of the repository, by path relative to it."""
     found = (path for room in ROOMS for path in (folder / room).glob("*.py"))
     return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
 def code_in_use() -> dict[str, str]:
-    """Name to text of the modules of Rocket that this process has loaded."""
+    """The text of those of Rocket's files that this process has loaded, by path as above."""
     ours = code_files()
     names = {path.name for path in ours.values()} - {"__init__.py"}
     files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
-    # By name first: to resolve the 2,000 files of torch takes every rank 20,000 look-ups.
+    # By name first: resolving torch's 2,000 files would take each rank 20,000 look-ups.
     loaded = {os.path.realpath(file) for file in files if os.path.basename(file) in names}
     used = {name: path for name, path in ours.items() if str(path) in loaded}
     return {name: path.read_text(encoding="utf-8") for name, path in used.items()}
@@ -211,10 +207,7 @@ def preflight(
     directory: Path, config: Config, checkpoint: Checkpoint | None, parameters: int, world: World
 ) -> None:
     """Finds what would otherwise fail hours later: ranks that differ, a bad device, a full disk.
-
-    Raises:
-        UserError: names the rank and host that differs, or what is missing.
-    """
+    AgreedError names the rank and host that differs, or what is missing."""
     seen_by = world.each(lambda: _look(config, checkpoint, parameters, world))
     if different := world.once(lambda: _first_difference(seen_by)):
         raise AgreedError.about(*different, SICK_NODE, world)
@@ -225,9 +218,7 @@ def _look(
     config: Config, checkpoint: Checkpoint | None, parameters: int, world: World
 ) -> dict[str, str]:
     """Checks this rank's device and compiler; returns what must be the same on all ranks, by name.
-
-    One rank per node reads the shared files: file systems may differ between nodes.
-    """
+    One rank per node reads the shared files, because file systems may differ between nodes."""
     _check_device(config, world.device)
     _check_memory(config, parameters, world)
     if compiles(config.train.compile, world.device):
@@ -257,7 +248,7 @@ def _first_difference(seen_by: list[dict[str, str]]) -> tuple[int, str] | None:
     """The first rank that differs from most ranks, and in what; of two ranks, rank 1."""
     for name in [name for name in seen_by[0] if name != "host"]:
         values = {rank: seen[name] for rank, seen in enumerate(seen_by) if name in seen}
-        common = Counter(values.values()).most_common(1)[0][0]
+        common = statistics.mode(values.values())
         like = next(rank for rank, value in values.items() if value == common)
         for rank, value in values.items():
             if value != common:
@@ -269,7 +260,7 @@ def _first_difference(seen_by: list[dict[str, str]]) -> tuple[int, str] | None:
 
 
 def _check_device(config: Config, device: torch.device) -> None:
-    """UserError if the GPU that the run means to use does not compute."""
+    """UserError if the GPU that the run is to use does not compute."""
     if device.type == "cpu":
         if config.train.device == "auto" and Path("/dev/nvidia0").exists():
             kind = NodeError if torch.version.cuda else UserError
@@ -300,10 +291,10 @@ def _check_memory(config: Config, parameters: int, world: World) -> None:
         memory, what = pages * os.sysconf("SC_PAGE_SIZE"), "its share of the host"
     if needed > memory:
         raise UserError(
-            f"the model does not fit: its {parameters / 1e9:.3g}B parameters, their gradients and"
-            f" the optimizer's state are {needed / 1e9:,.0f} GB a rank, and {what} has"
-            f" {memory / 1e9:,.0f} GB; set a smaller model.dim or model.n_layers, or"
-            " parallel.strategy=fsdp and more ranks (python tools/plan.py CONFIG says how many)"
+            f"the model does not fit: {parameters / 1e9:.3g}B parameters, gradients and optimizer"
+            f" state take {needed / 1e9:,.0f} GB a rank, {what} has {memory / 1e9:,.0f} GB; lower"
+            " model.dim or model.n_layers, or set parallel.strategy=fsdp and take more ranks"
+            " (python tools/plan.py CONFIG says how many)"
         )
 
 
@@ -323,7 +314,7 @@ def _check_disk(directory: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def writing(directory: Path, advice: str = "what was saved before is intact") -> Iterator[None]:
-    """Within it an OSError becomes a UserError: the run directory can't be written."""
+    """Turns an OSError inside into a UserError: the run directory can't be written."""
     try:
         yield
     except OSError as error:

@@ -1,20 +1,17 @@
 """Attempts at a run: how many in a row saved nothing new, how they ended, and what comes next.
 
-A fault that may pass (a lost rank, a signal, a deadline, a sick node) never ends a run by itself;
-train.max_attempts in a row without a new checkpoint do. The run's attempts.json remembers what the
-next attempt needs to know. slurm/train.sh calls this file as a program:
+A fault that may pass (a lost rank, a signal, a deadline, a sick node) does not end a run. It ends
+after train.max_attempts in a row without a new checkpoint. attempts.json, in the run's directory,
+keeps what the next attempt needs to know. slurm/train.sh calls this file as a program:
 
-    python attempts.py begin ATTEMPT ASKED CONFIG [overrides]
-    python attempts.py agent RUN ATTEMPT [arguments of torchrun]
-    python attempts.py judge RUN ATTEMPT SIGNAL
-    python attempts.py cancelled RUN ATTEMPT WHY
-    python attempts.py opened RUN
+    attempts.py begin ATTEMPT ASKED CONFIG [overrides]     counts an attempt; fails if too many
+    attempts.py agent RUN ATTEMPT [arguments of torchrun]  runs torchrun on one node
+    attempts.py judge RUN ATTEMPT SIGNAL                   prints what to do, sick nodes, why
+    attempts.py cancelled RUN ATTEMPT WHY                  records that the job does not come back
+    attempts.py opened RUN                                 "yes" if this job wrote config.toml
 
-begin counts an attempt, and fails if there were too many; agent is torchrun on one node, and notes
-how its ranks ended; judge prints what to do next, the sick nodes and why; cancelled records that
-the job does not come back after all; opened prints whether this job has written the run's
-config.toml. ATTEMPT is the attempt's id. ASKED is empty unless a person asked for the attempt,
-SIGNAL unless one came.
+ATTEMPT is the attempt's id. ASKED is empty unless a person asked for the attempt, SIGNAL unless a
+signal came.
 """
 
 from __future__ import annotations
@@ -45,14 +42,14 @@ Json = dict[str, Any]
 ATTEMPT = "ROCKET_ATTEMPT"  # the environment variable that holds the id of this attempt
 EXPIRY_SECONDS = 300.0  # a run without a heartbeat for this long is dead
 MOST_DEATHS, DEATHS_SECONDS = 2, 24 * 3600.0  # of ranks on one node, in this time: it is sick
-# Types in attempts.json; a value of another type was not written by this code and does not count.
+# Types in attempts.json. A value of another type was not written by this code and does not count.
 SHAPE = {"count": int, "max_attempts": int, "checkpoints": list, "deaths": dict}
 
 
 class Verdict(NamedTuple):
     """What train.sh does after an attempt."""
 
-    action: str  # done; failed: over, too; again: here and now; back: the job is requeued
+    action: str  # done or failed: end; again: try again in this job; back: requeue the job
     why: str
 
 
@@ -81,13 +78,13 @@ def main(arguments: list[str]) -> None:
 
 
 def checkpoints(directory: Path) -> set[str]:
-    """The run's checkpoints, each as name and inode: one that replaces a damaged one is new."""
+    """Name and inode of each checkpoint: one that replaces a damaged one of its name is new."""
     found = directory.glob("checkpoints/step_" + "[0-9]" * 8)
     return {f"{path.name} {path.stat().st_ino}" for path in found}
 
 
 def signal_note(directory: Path, attempt: str) -> Path:
-    """The file by which train.sh says that a signal came, which processes that start would miss."""
+    """The file that train.sh makes when a signal comes, which starting processes would miss."""
     return directory / "logs" / f"signal.{attempt}"
 
 
@@ -97,11 +94,8 @@ def newest_step(directory: Path) -> int:
 
 
 def begin(directory: Path, attempt: str, limit: int, asked: bool) -> None:
-    """Counts an attempt before it starts, so that one that leaves no trace counts too.
-
-    Raises:
-        UserError: there were too many before it; status.json says so.
-    """
+    """Counts an attempt before it starts, so that it counts even if it leaves no trace. UserError,
+    also in status.json, if there were too many before it."""
     given_up = _read(directory).get("given_up")
     # A job that comes back after it was given up was brought back by a person.
     if not asked and not given_up and (why := exhausted(directory)):
@@ -111,7 +105,7 @@ def begin(directory: Path, attempt: str, limit: int, asked: bool) -> None:
 
 
 def count(directory: Path, attempt: str, limit: int, anew: bool = False) -> None:
-    """Counts an attempt, once however often this is called; `anew` forgets those before it."""
+    """Counts an attempt once, however often this is called; anew forgets those before it."""
     record = _read(directory)
     if record.get("attempt") == attempt:
         return
@@ -127,7 +121,7 @@ def note_opened(directory: Path) -> None:
 
 
 def made_progress(directory: Path) -> bool:
-    """Whether there is a checkpoint that did not exist when the last attempt was counted."""
+    """Whether there is a checkpoint that was not there when the last attempt was counted."""
     record = _read(directory)
     counted = {"count", "max_attempts", "checkpoints"} <= record.keys()
     return not counted or bool(checkpoints(directory) - set(map(str, record["checkpoints"])))
@@ -146,7 +140,7 @@ def judge(directory: Path, attempt: str, received: bool) -> Verdict:
     """What to do after an attempt; corrects status.json if its ranks could not write it.
 
     Args:
-        received: a signal came, so that the job itself is about to end.
+        received: whether a signal came, after which the job is about to end.
     """
     ended, status = _take_notes(directory, attempt), _read(directory, "status")
     if status.get("attempt") != attempt:  # it ended before it wrote one
@@ -172,7 +166,7 @@ def judge(directory: Path, attempt: str, received: bool) -> Verdict:
 
 
 def give_up(directory: Path, attempt: str, why: str) -> Verdict:
-    """Records that the run is not tried again until a person asks for it."""
+    """Records that the run is not tried again unless a person asks for it."""
     _update(directory, given_up=True)
     correct_status(directory, attempt, requeue=False, why=why)
     return Verdict("failed", why)
@@ -190,8 +184,8 @@ def correct_status(directory: Path, attempt: str, *, requeue: bool, why: str) ->
 
 
 def write_status(directory: Path, status: Json) -> None:
-    """Writes status.json, stamped with job and time; in place where the disk is full, because the
-    blocks of the old file are enough."""
+    """Writes status.json, with job and time. On a full disk it overwrites the old file, because
+    that needs no new blocks."""
     stamp = {
         "job_id": os.environ.get("SLURM_JOB_ID"),
         "restart_count": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
@@ -210,26 +204,24 @@ def write_status(directory: Path, status: Json) -> None:
 
 
 def is_alive(directory: Path) -> bool:
-    """Whether a process trains the run: known from its claim on this host, else its heartbeat."""
+    """Whether a process trains the run: on this host it must exist, elsewhere have a heartbeat."""
     path = directory / "claim.json"
     lives = holder_lives(read_json(path) or {})
     return time.time() - path.stat().st_mtime < EXPIRY_SECONDS if lives is None else lives
 
 
 def holder_lives(claim: Json) -> bool | None:
-    """Whether the process that holds a claim lives; None if it is another host's."""
+    """Whether the process that holds a claim lives; None if it is on another host."""
     if not {"host", "pid", "started"} <= claim.keys():
-        return False  # claims are written whole: a torn one is of a node that has crashed
+        return False  # claims are written whole: this one was torn when its node crashed
     if claim["host"] != socket.gethostname():
         return None
     return process_start(claim["pid"]) == claim["started"]
 
 
 def process_start(pid: int) -> str | None:
-    """When a process of this host started, which tells it from a later one with the same number.
-
-    None if it is dead; "" where the system has no /proc.
-    """
+    """When a process of this host started, because a later one may have its number. None if it is
+    dead; "" where the system has no /proc."""
     try:
         os.kill(pid, 0)
     except PermissionError:
@@ -257,10 +249,10 @@ def _deaths(directory: Path) -> dict[str, list[float]]:
 
 
 def _take_notes(directory: Path, attempt: str) -> dict[str, dict[str, int]]:
-    """Exit codes by node and rank of what failed in an attempt; counts the deaths among them.
+    """The exit codes of the ranks that failed in an attempt, by node and rank; counts deaths.
 
-    A node is not blamed for a rank that made a mistake, lost another rank or was asked to end, nor
-    for a crash that all nodes had.
+    It is not the node's fault if a rank met a user's mistake, lost another rank or was asked to
+    end, or if ranks crashed on all nodes.
     """
     prefix, ended = f"ended.{attempt}.", {}
     for path in sorted((directory / "logs").glob(f"{prefix}*.json")):
@@ -282,7 +274,7 @@ def _take_notes(directory: Path, attempt: str) -> dict[str, dict[str, int]]:
 
 
 def agent(directory: Path, attempt: str, arguments: list[str]) -> None:
-    """torchrun in this process; prints in a line how a rank failed, and notes it for judge()."""
+    """Runs torchrun in this process; prints how a rank failed, and notes it for judge()."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous import RendezvousError
