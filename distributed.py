@@ -1,7 +1,7 @@
-"""Processes and sharding: joining torchrun's group, how ranks agree, and DDP, FSDP2 or HSDP.
+"""Processes and sharding: torchrun's process group, how ranks agree, and DDP, FSDP2 or HSDP.
 
-Every run is a process group, so that training has one path: without torchrun it is a group of one.
-This file knows nothing of data, steps or checkpoints.
+Without torchrun a run is a process group of one, so that training has a single path. This file
+knows nothing of data, steps or checkpoints.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -46,9 +46,9 @@ from config import (
 T = TypeVar("T")
 STARTUP_TIMEOUT = timedelta(minutes=30)  # ranks wait while one hashes, reads or compiles
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest disk
-MOST_FILES = 10_240  # open files per process that macOS allows at most
+MOST_FILES = 10_240  # open files per process, the most that macOS allows
 POLL_SECONDS = 0.0005
-LAG = 1  # steps until the host reads a step's numbers, so that the device has its next step by then
+LAG = 1  # steps after which the host reads a step's numbers; the device has its next step by then
 
 
 class AgreedError(UserError):
@@ -62,15 +62,15 @@ class AgreedError(UserError):
 
     @classmethod
     def about(cls, rank: int, message: str, code: int, world: World) -> AgreedError:
-        """For an error of this rank. Of a sick node all ranks exit with its code, because torchrun
-        may see only the first that exits; ranks of other nodes have lost a rank."""
+        """An error that one rank met. If its node is sick, all ranks of the node exit with that
+        code, because torchrun may see only the first that exits; other nodes have lost a rank."""
         first = world.rank - world.local_rank  # torchrun numbers a node's ranks consecutively
         same_node = first <= rank < first + world.local_size
         return cls(message, LOST_RANK if code == SICK_NODE and not same_node else code)
 
 
 class NodeError(UserError):
-    """This node fails where other nodes may work: a requeued job avoids it."""
+    """Something is wrong with this node, and other nodes may work: a requeued job avoids it."""
 
     code = SICK_NODE
 
@@ -100,8 +100,8 @@ class World:
     def once(self, function: Callable[[], T]) -> T:
         """Runs a function on rank 0 alone, and returns its result on every rank.
 
-        Shared files are read in this way: 512 ranks that read one manifest overload the file
-        system. If the function raises a UserError or OSError, all ranks raise an AgreedError.
+        Shared files are read in this way, because 512 ranks that read one manifest overload the
+        file system. If the function raises a UserError or OSError, all ranks raise an AgreedError.
         """
         box = [_attempt(function) if self.rank == 0 else None]
         dist.broadcast_object_list(box, group=self.group)
@@ -111,9 +111,9 @@ class World:
         return result
 
     def each(self, function: Callable[[], T]) -> list[T] | None:
-        """Runs a function on all ranks; rank 0 gets the results, by rank, other ranks get None.
+        """Runs a function on every rank; returns all results, by rank, on rank 0, elsewhere None.
 
-        If it raises a UserError or OSError on one rank, all ranks raise an AgreedError.
+        If the function raises a UserError or OSError on a rank, all ranks raise an AgreedError.
         """
         result, failure = _attempt(function)
         for rank, failed in enumerate(self.gather(failure)):
@@ -146,7 +146,7 @@ def _attempt(function: Callable[[], T]) -> tuple[T | None, tuple[str, int] | Non
         return None, (str(error), getattr(error, "code", UserError.code))
 
 
-class Arrived(NamedTuple):  # not Generic[T] too, which Python 3.10 refuses
+class Arrived(NamedTuple):
     """Numbers of an earlier step that have reached the host."""
 
     tag: Any  # as given to Lagged.push
@@ -154,20 +154,20 @@ class Arrived(NamedTuple):  # not Generic[T] too, which Python 3.10 refuses
     time: float  # when the device had computed them, by time.monotonic()
 
 
-class Lagged(Generic[T]):
-    """Brings the numbers of each step to the host LAG steps later, so that no step is waited for.
+class Lagged:
+    """Brings each step's numbers to the host LAG steps later, so that it need not wait for a step.
 
     Args:
         while_waiting: called repeatedly if the host has to wait for the device after all, with the
-            time.monotonic() at which the wait began; an exception that it raises ends the wait.
+            time.monotonic() at which the wait began. An exception that it raises ends the wait.
     """
 
     def __init__(self, while_waiting: Callable[[float], None]) -> None:
         self._while_waiting = while_waiting
-        self._waiting: deque[tuple[T, Tensor, torch.cuda.Event | None, float]] = deque()
+        self._waiting: deque[tuple[Any, Tensor, torch.cuda.Event | None, float]] = deque()
 
-    def push(self, tag: T, values: Tensor) -> list[Arrived]:
-        """Takes a step's numbers (N,); returns those of the steps before the last LAG."""
+    def push(self, tag: Any, values: Tensor) -> list[Arrived]:
+        """Takes a step's numbers (N,); returns those of all steps but the last LAG."""
         event = None
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -178,7 +178,7 @@ class Lagged(Generic[T]):
         return self.drain(keep=LAG)
 
     def drain(self, keep: int = 0) -> list[Arrived]:
-        """Returns the numbers of all steps but the newest, of which it keeps this many."""
+        """Returns the numbers of all steps but the last `keep`, once the device has them."""
         arrived = []
         while len(self._waiting) > keep:
             tag, values, event, at = self._waiting.popleft()
@@ -195,8 +195,8 @@ class Lagged(Generic[T]):
 
 
 def fetch(values: Tensor, while_waiting: Callable[[float], None]) -> list[Any]:
-    """The numbers of a tensor on the device; waits for them as Lagged does."""
-    lagged: Lagged[None] = Lagged(while_waiting)
+    """The numbers of a tensor on the device, for which it waits as Lagged does."""
+    lagged = Lagged(while_waiting)
     lagged.push(None, values)
     return lagged.drain()[0].values
 
@@ -205,7 +205,7 @@ def init_distributed(config: Config) -> World:
     """Joins the processes that torchrun started, or makes a group of one; sets device and threads.
 
     Collectives may take STARTUP_TIMEOUT, until set_timeout shortens it. UserError if there are
-    fewer GPUs than processes, or only some of torchrun's variables are set.
+    fewer GPUs than processes, or if only some of torchrun's variables are set.
     """
     _die_with_agent()
     rank, size, local_rank, local_size = _torchrun_ranks()
@@ -218,8 +218,8 @@ def init_distributed(config: Config) -> World:
             f"rank {rank} needs GPU {local_rank}, {socket.gethostname()} has"
             f" {torch.cuda.device_count()}; start fewer processes or set train.device=cpu"
         )
-    # Each rank compiles: together they use the node's cores, instead of min(32, cores) each.
-    # Deterministic algorithms import what reads this variable, so it is set before them.
+    # All ranks compile at once, so they share the node's cores; by default each would take up to
+    # 32. Turning on deterministic algorithms imports what reads this variable, so it comes first.
     workers = max(1, min(32, available_cores() // local_size))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
     if config.train.deterministic:  # the same bits each time, on a GPU too, or an error
@@ -227,11 +227,11 @@ def init_distributed(config: Config) -> World:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # which no code reads
     if name == "cuda":
-        # Memory grows in place, where blocks of many sizes would leave gaps; read at the first
-        # allocation. The user may have chosen otherwise, also by the variable's older name.
+        # Segments that grow leave no gaps, as blocks of many sizes do. The first allocation reads
+        # the variable. The user may have set another value, also under the variable's older name.
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        # When a collective hangs, each rank writes down its last ones.
+        # If a collective hangs, each rank dumps its last ones.
         dump = resolve_path(config.train.out_dir) / "logs" / "flight_recorder_"
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
         os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
@@ -259,16 +259,16 @@ def init_distributed(config: Config) -> World:
 
 @contextlib.contextmanager
 def process_group(config: Config) -> Iterator[World]:
-    """The process group of a training, which its ranks leave together; raises a LostRankError if a
-    collective fails because another rank died or hangs."""
+    """The process group of a training; all ranks leave it together. LostRankError if a collective
+    fails because another rank died or hangs."""
     try:
         yield init_distributed(config)
-    except AgreedError:  # raised by all ranks; after any other error some may wait for this one
+    except AgreedError:  # on all ranks; after any other error, some may still wait for this one
         shut_down()
         raise
     except (RuntimeError, dist.DistError) as error:
         if lost := explain_lost_rank(error):
-            if torch.cuda.is_initialized():  # kernels wait for that rank: exit without them
+            if torch.cuda.is_initialized():  # its kernels wait for the lost rank: don't wait too
                 atexit.register(os._exit, 1)
             raise lost from None
         raise
@@ -276,7 +276,7 @@ def process_group(config: Config) -> Iterator[World]:
 
 
 def _torchrun_ranks() -> list[int]:
-    """Rank and world size, and both within this node, as torchrun sets them; 0, 1, 0, 1 without."""
+    """Rank and number of ranks, overall and within this node, as torchrun sets them."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     given = [name for name in names if name in os.environ]
     if given and len(given) < len(names):
@@ -290,8 +290,8 @@ def _torchrun_ranks() -> list[int]:
 def _user_set_threads() -> bool:
     """Whether the user has set OMP_NUM_THREADS.
 
-    If it is missing, torchrun sets it to 1 for several ranks, which leaves cores idle. /proc has
-    the variables that torchrun was started with; without /proc (macOS), a 1 counts as torchrun's.
+    For several ranks torchrun sets it to 1 if the user did not, which leaves cores idle. /proc has
+    torchrun's own environment. Without /proc (macOS), a 1 is taken to be torchrun's.
     """
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads != "1" or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
@@ -309,13 +309,13 @@ def _user_set_threads() -> bool:
 
 
 def _die_with_agent() -> None:
-    """Makes this rank die with the torchrun agent that started it (Linux). If it went on, it would
-    hold the run, or its GPU, against the ranks of the next attempt."""
+    """Makes this rank die with the torchrun agent that started it (Linux). A rank that outlives it
+    would keep the run, or its GPU, from the ranks of the next attempt."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        # If the agent died before that call, process 1 has adopted this one. In a container the
-        # agent itself may be process 1.
+        # If the agent died before that call, this process now has another parent, process 1. But in
+        # a container the agent itself may be process 1.
         first = Path("/proc/1/cmdline")
         adopted = os.getppid() == 1 and first.exists() and b"python" not in first.read_bytes()
         if adopted or os.getppid() != STARTED_BY:
@@ -329,9 +329,9 @@ def cudnn_version() -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Makes glibc reuse freed memory instead of returning large blocks to the system at once. Each
-    step's tensors came as new pages, whose first use took a tenth of the step. Users who set
-    MALLOC_MMAP_THRESHOLD_ have chosen for themselves."""
+    """Makes glibc reuse freed memory instead of returning large blocks to the system at once: a
+    tenth of each step went into the first use of new pages. A user's own MALLOC_MMAP_THRESHOLD_
+    is respected."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # glibc's
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -339,8 +339,8 @@ def _keep_freed_memory() -> None:
 
 
 def _allow_sockets() -> None:
-    """Raises the limit of open files: in each of its groups, gloo has a socket for every rank. At
-    512 ranks these are more than the usual limit, 1,024."""
+    """Raises the limit of open files: in each process group, gloo opens a socket to every rank. For
+    512 ranks the usual limit of 1,024 is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
     if soft != resource.RLIM_INFINITY and soft < enough:
@@ -350,9 +350,9 @@ def _allow_sockets() -> None:
 def _meeting_point(rank: int) -> dist.Store:
     """A store for this attempt alone, served by rank 0.
 
-    torchrun's own store survives --max-restarts (torch 2.13): restarted ranks would find addresses
-    of dead ranks in it. So it only holds the address of the new store, and a rank that finds the
-    address of a dead one looks again.
+    torchrun's own store survives --max-restarts (torch 2.13), so that restarted ranks would find
+    addresses of dead ranks in it. It is only used to pass on the address of the new store. A rank
+    that still finds the previous store's address looks again.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options = {"timeout": STARTUP_TIMEOUT, "wait_for_workers": False}
@@ -374,7 +374,7 @@ def _meeting_point(rank: int) -> dist.Store:
 
 
 def set_timeout(model: nn.Module, seconds: float) -> None:
-    """Sets after how long a collective of training counts as hanging, which is an error."""
+    """Sets the time after which a collective of training counts as hanging, which is an error."""
     groups = {dist.group.WORLD}
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
@@ -397,8 +397,8 @@ def explain_lost_rank(error: BaseException) -> LostRankError | None:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products; auto is bfloat16 if the device has units for it. Without them it
-    is emulated, on a CPU with AVX2 alone 100 times slower than float32."""
+    """The type of matrix products; auto is bfloat16 if the device has units for it. Otherwise it
+    would be emulated: on a CPU with only AVX2, 100 times slower than float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -409,8 +409,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_compiler(device: torch.device, otherwise: str = "set train.compile=off") -> None:
-    """UserError if this host lacks what torch.compile needs: a compiler, for a GPU too (Triton's
-    launchers are C), and Python's headers."""
+    """UserError if this host lacks what torch.compile needs: Python's headers and a compiler, also
+    for a GPU, because Triton's launchers are C."""
     variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
     names = [os.environ[variable]] if os.environ.get(variable) else names
     headers = Path(sysconfig.get_path("include"), "Python.h")
@@ -428,7 +428,7 @@ def compiles(choice: str, device: torch.device) -> bool:
 
 
 def shut_down() -> None:
-    """Leaves the process group. Callers drop sharded tensors first, or gloo may abort at exit."""
+    """Leaves the process group. Sharded tensors must be gone by then, or gloo may abort at exit."""
     gc.collect()
     dist.destroy_process_group()
 
@@ -451,8 +451,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
         for block in model.model.layers:
             fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
         if not model.config.tie_embeddings:
-            # A group of its own: its gradient, the first of the backward pass, is reduced while the
-            # blocks' are computed, and the first block does not wait for its weights.
+            # In a group of its own: its gradient, the first of the backward pass, is reduced while
+            # those of the blocks are computed, and the first block does not wait for its weights.
             fully_shard(model.lm_head, reshard_after_forward=False, **options)
         fully_shard(model, reshard_after_forward=False, **options)
     model.to_empty(device=world.device)
@@ -474,7 +474,7 @@ def _device_mesh(strategy: str, world: World) -> dist.DeviceMesh:
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
-    """The module to call in training: the model if it is sharded or on a lone rank, else in DDP."""
+    """The module to call in training: the model in DDP, unless it is sharded or on a lone rank."""
     if isinstance(model, FSDPModule) or world.size == 1:
         return model
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
@@ -482,7 +482,7 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees the weights that FSDP2 has gathered and kept for a backward pass that won't come."""
+    """Frees weights that FSDP2 has gathered and keeps for a backward pass, after an evaluation."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -490,11 +490,11 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, last: bool, config: ParallelConfig) -> Iterator[None]:
-    """Sets which collectives run in the backward pass of a micro-batch, the last of a step or not.
+    """Sets which collectives run in the backward pass of a micro-batch.
 
-    DDP reduces gradients only at the last. FSDP2 reduces them within its shards at each, because
-    unreduced every rank would hold the whole model's gradients in float32; parallel.reduce_once
-    accepts that. HSDP sums over nodes, where links are slower, only at the last.
+    DDP reduces gradients only in the last micro-batch of a step. FSDP2 reduces them within its
+    shards in each: otherwise every rank would hold the whole model's gradients in float32, which
+    parallel.reduce_once accepts. HSDP sums over nodes, where links are slower, only in the last.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or not config.reduce_once)
@@ -513,12 +513,12 @@ def autocast(model: nn.Module, world: World) -> torch.autocast:
 
 
 def shard_dimension(tensor: DTensor) -> int:
-    """The dimension of the device mesh over which a tensor's rows are sharded."""
+    """The dimension of the device mesh over which a tensor's rows are sharded (HSDP's has two)."""
     return next(d for d, p in enumerate(tensor.placements) if isinstance(p, Shard))
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:
-    """This rank's rows of a tensor, by reference, and the number of the first one."""
+    """This rank's rows of a tensor, without a copy, and the index of the first one."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
     mesh, dimension = tensor.device_mesh, shard_dimension(tensor)
@@ -539,8 +539,8 @@ def saves_part(tensor: Tensor, index: int, world: World) -> bool:
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
     """Scales gradients down to a norm of at most largest (0: no clipping); returns the norm before.
 
-    It works on this rank's rows: operators over DTensors take the host longer, and in torch 2.11
-    they leak memory (pytorch issue 188174).
+    It works on this rank's rows, because operators over DTensors take the host longer and leak
+    memory in torch 2.11 (pytorch issue 188174).
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     rows = [local_part(gradient)[0] for gradient in gradients]

@@ -113,7 +113,7 @@ def train_steps(
     first = progress.step
     replicated = replicate(model, world)
     norm_ema = torch.tensor(progress.norms, device=world.device)
-    lagged: Lagged[tuple[int, float]] = Lagged(agreed.conditions.while_waiting)
+    lagged = Lagged(agreed.conditions.while_waiting)
     run.job_row()
     agreed.ask()  # the ranks vote now; in the loop, their votes travel with the loss of each step
     while True:

@@ -130,7 +130,7 @@ def score(
     return Scores.of(data.mean(losses), data.mean(bits), tokens, size), losses
 
 
-def stopped(agreed: Consensus, lagged: Lagged[None]) -> bool:
+def stopped(agreed: Consensus, lagged: Lagged) -> bool:
     """Casts this rank's votes; True if by those cast before all ranks agreed to stop."""
     heard = lagged.push(None, agreed.world.sum(agreed.votes()))
     return any(agreed.reason(votes) for _, votes, _ in heard)
@@ -191,7 +191,7 @@ def continuation(
     noise = torch.empty(end, vocab_size)
     noise = noise.exponential_(generator=torch.Generator().manual_seed(0)).log_().neg_()
     tokens, noise = tokens[:, :end].to(world.device), noise.to(world.device)
-    lagged: Lagged[None] = Lagged(agreed.conditions.while_waiting)
+    lagged = Lagged(agreed.conditions.while_waiting)
     for position in range(length, end):
         with torch.compiler.set_stance("force_eager"), autocast(model, world):
             logits = model(tokens, logits_at=(0, slice(position - 1, position)))
