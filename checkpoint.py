@@ -126,8 +126,8 @@ class Checkpoint:
                 parts.append(np.memmap(self.path / file, "<f4", "c", offset, size))
         if not parts:
             return torch.empty(0, *shape[1:])
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return torch.from_numpy(whole).view(shape if stop - start == length else [-1, *shape[1:]])
+        whole = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        return whole if shape else whole[0]
 
 
 def _step_path(run: Path, step: int) -> Path:
@@ -219,7 +219,7 @@ class Saver:
         self.run, self.model, self.optimizer, self.config = run, model, optimizer, config
         self.still_ours, self.world = still_ours, world.in_new_group()
         self.seconds = 0.0  # duration of the last save, without copying
-        self._buffer: Tensor | None = None  # in which _copied puts what the thread saves
+        self._buffer: Tensor | None = None  # host memory for the tensors that the thread saves
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -339,7 +339,7 @@ class Saver:
             self.still_ours()
             manifest["files"] = [file for of_rank in files for file in of_rank]
             _write_manifest(temporary / "manifest.json", manifest)
-            if final.exists():  # skipped on resume: damaged, or without optimizer state
+            if final.exists():  # resuming skipped it: damaged, or without optimizer state
                 _retire(final)
             temporary.replace(final)
             sync_directory(final.parent)

@@ -1,8 +1,8 @@
 """Turns datasets, which are files of token ids, into the batches of a run.
 
 A window is a sequence as it lies in a dataset. Slot n of a run is the n-th sequence that it trains
-on, counted from 0. Which window belongs to a slot is a pure function of the configuration. So a run
-resumes from its step number alone, on any number of ranks.
+on, counted from 0. The window of a slot is a pure function of the configuration, so a run resumes
+from its step number alone, on any number of ranks.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class TokenDataset:
         self.seq_len = seq_len
         self.packed = "seq_len" in manifest
         self.tokens = int(self.starts[-1])
-        extra = 0 if self.packed else 1  # tokens of a window beyond its stride
+        extra = 0 if self.packed else 1  # tokens that a window shares with the next one
         self.windows = max(0, self.tokens - extra) // seq_len
         self.unused_tokens = self.tokens - self.windows * seq_len - extra
         self.window_tokens = seq_len + extra
@@ -275,7 +275,7 @@ class Mixture:
         return found
 
     def mean(self, values: dict[str, float]) -> float:
-        """The mean of a number that each dataset has, by weight."""
+        """The mean of the datasets' values, by weight."""
         return sum(
             share * values[name] for name, share in zip(self.names, self.shares, strict=True)
         )
@@ -289,16 +289,15 @@ class Mixture:
     def batch(self, windows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Tokens and targets (B, seq_len), int64, of windows (B,). Targets that are not trained on
         are IGNORE. Window -1 is a filler sequence: its tokens are 0, its targets IGNORE."""
-        ids = np.zeros((len(windows), self.seq_len + 1), dtype=np.int64)
-        trained = np.zeros(ids.shape, dtype=bool)
+        tokens = np.zeros((len(windows), self.seq_len), dtype=np.int64)
+        targets = np.full_like(tokens, IGNORE)
         for row, window in enumerate(windows):
             if window >= 0:
                 index, own = self._find(int(window))
-                read, mask = self.datasets[index].window(own)
-                ids[row, : len(read)], trained[row, : len(read)] = read, mask
-        tokens, targets = torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(ids[:, 1:].copy())
-        targets[torch.from_numpy(~trained[:, 1:])] = IGNORE
-        return tokens, targets
+                ids, trained = self.datasets[index].window(own)
+                tokens[row] = ids[: self.seq_len]
+                targets[row, : len(ids) - 1][trained[1:]] = ids[1:][trained[1:]]
+        return torch.from_numpy(tokens), torch.from_numpy(targets)
 
     def _find(self, window: int) -> tuple[int, int]:
         """The index of a window's dataset, and the window's number within that dataset."""
