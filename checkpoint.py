@@ -109,11 +109,8 @@ class Checkpoint:
         return dict(self.manifest["tensors"][group])
 
     def tensor(self, group: str, name: str, start: int = 0, rows: int | None = None) -> Tensor:
-        """Rows of a float32 tensor, from row start on; by default all rows.
-
-        Rows that lie in one file are memory-mapped, copy-on-write. Rows of several files are
-        copied into one tensor.
-        """
+        """Rows of a float32 tensor, from row start on; by default all. Rows of one file are
+        memory-mapped, copy-on-write; rows of several files are copied into one tensor."""
         shape = self.shapes(group)[name]
         length = shape[0] if shape else 1
         stop = length if rows is None else start + rows
@@ -157,10 +154,10 @@ def _skipped_if_damaged(rank: int = 0) -> Iterator[None]:
 
 
 def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
-    """The "best" or "last" checkpoint of a run directory, or the checkpoint at path.
+    """The "last" or "best" (lowest validation loss) checkpoint of a run, or the checkpoint at path.
 
-    The best has the lowest validation loss. Only the weights are verified. Damaged checkpoints of a
-    run directory are skipped with a warning; UserError if none is left.
+    Only the weights are verified. A run's damaged checkpoints are skipped with a warning; UserError
+    if none is left.
     """
     path = path.resolve()
     if re.fullmatch(r"step_\d{8}", path.name) and not (path / "checkpoints").exists():
@@ -201,10 +198,8 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
 
 
 class Saver:
-    """Saves a run's checkpoints, one at a time; in a thread if checkpoint.asynchronous is set.
-
-    Its collectives have a process group of their own, because those of training go on meanwhile.
-    """
+    """Saves a run's checkpoints, one at a time; in a thread if checkpoint.asynchronous is set. Its
+    collectives have a process group of their own, because those of training go on meanwhile."""
 
     def __init__(
         self,
@@ -234,14 +229,11 @@ class Saver:
         return self._error is not None
 
     def save(self, step: int, record: dict[str, Any]) -> None:
-        """Saves a checkpoint; every rank must call this.
+        """Saves a checkpoint; every rank must call this. The manifest takes over record's entries.
 
-        Waits for the previous save first. If a thread saves, returns as soon as the tensors are
-        copied. AgreedError if a rank can't write this checkpoint or could not write the previous
+        It waits for the previous save first. If a thread saves, it returns once the tensors are
+        copied. AgreedError if a rank can't write this checkpoint, or could not write the previous
         one.
-
-        Args:
-            record: entries of the manifest besides the tensors: state, config, versions, …
         """
         self.wait()
         groups = {
@@ -401,11 +393,10 @@ def write_weights(
 ) -> None:
     """Writes a checkpoint without optimizer state, with one tensor in memory at a time.
 
-    A crash can leave a part of it, so callers write into a temporary directory and rename that.
+    A crash can leave a part of it, so path should lie in a directory that is renamed afterwards.
 
     Args:
-        path: the checkpoint, such as run.tmp/checkpoints/step_00000000.
-        record: entries of the manifest besides the tensors: step, state, config, …
+        record: the manifest's other entries: step, state, config, …
         weights: name and float32 tensor of each parameter, tied ones once.
     """
     shapes = []

@@ -315,10 +315,7 @@ class Batch(NamedTuple):
 
 class Batches:
     """This rank's micro-batches, on the device. A thread reads those of the next step in advance.
-
-    Attributes:
-        shape: micro-batches per step and sequences per micro-batch, equal on all ranks.
-    """
+    shape is (micro-batches per step, sequences per micro-batch), equal on all ranks."""
 
     def __init__(self, data: Mixture, config: Config, bos_id: int, world: World) -> None:
         self.data, self.config, self.bos_id, self.world = data, config, bos_id, world

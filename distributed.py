@@ -157,9 +157,8 @@ class Arrived(NamedTuple):
 class Lagged:
     """Brings each step's numbers to the host LAG steps later, so that it need not wait for a step.
 
-    Args:
-        while_waiting: called repeatedly if the host has to wait for the device after all, with the
-            time.monotonic() at which the wait began. An exception that it raises ends the wait.
+    If it has to wait all the same, it calls while_waiting repeatedly, with the time.monotonic() at
+    which the wait began. An exception that this raises ends the wait.
     """
 
     def __init__(self, while_waiting: Callable[[float], None]) -> None:

@@ -145,10 +145,7 @@ class StopConditions:
 
         If a rank dies under NCCL, the devices of the others wait for it, and torchrun sends TERM.
         Any other wait is ended by parallel.timeout_seconds. Nothing limits the first step, because
-        its duration is not known yet.
-
-        Args:
-            since: when the host began to wait for the device, by time.monotonic().
+        its duration is not known yet. The host has waited since this time.monotonic().
         """
         step = self.seconds["step"]
         waited = time.monotonic() - max(since, self.signals.terminated_at)
@@ -181,16 +178,12 @@ class StopConditions:
 
 
 class Consensus:
-    """What all ranks have agreed on. Their votes are summed together with each step's numbers.
-
-    Attributes:
-        stop: why to stop; empty until a rank asks for it.
-        save_due: whether a rank has asked for a checkpoint.
-    """
+    """What all ranks have agreed on. Their votes are summed together with each step's numbers."""
 
     def __init__(self, conditions: StopConditions, world: World) -> None:
         self.conditions, self.world = conditions, world
-        self.stop, self.save_due = "", False
+        self.stop = ""  # why to stop, if a rank has asked for it
+        self.save_due = False  # whether a rank has asked for a checkpoint
 
     def votes(self, steps: int = 0, evaluation: bool = False) -> Tensor:
         """This rank's votes (7,), on the device, as StopConditions.votes casts them."""

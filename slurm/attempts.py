@@ -137,11 +137,8 @@ def exhausted(directory: Path) -> str:
 
 
 def judge(directory: Path, attempt: str, received: bool) -> Verdict:
-    """What to do after an attempt; corrects status.json if its ranks could not write it.
-
-    Args:
-        received: whether a signal came, after which the job is about to end.
-    """
+    """What to do after an attempt; corrects status.json if its ranks could not write it. If a
+    signal was received, the job is about to end."""
     ended, status = _take_notes(directory, attempt), _read(directory, "status")
     if status.get("attempt") != attempt:  # it ended before it wrote one
         status = {}
