@@ -51,18 +51,15 @@ def read_manifest(directory: Path, tokenizer_sha256: str) -> Json:
     """The manifest of a prepared dataset; UserError if there is none, if it has another version or
     tokenizer, or if a file is missing or has another size."""
     path = directory / "manifest.json"
+    if (manifest := read_json(path)) is None:
+        raise UserError(f"{directory}: no dataset here (manifest.json is missing); run prepare.py")
     try:
-        manifest = json.loads(path.read_bytes())
         version, tokenizer = manifest["version"], manifest["tokenizer"]["sha256"]
         shards = [s for split in manifest["splits"].values() for s in split["shards"]]
         sizes = {shard["file"]: 2 * shard["tokens"] for shard in shards}
         if "seq_len" in manifest:
             sizes |= {mask_name(shard["file"]): shard["tokens"] for shard in shards}
-    except FileNotFoundError:
-        raise UserError(
-            f"{directory}: no dataset here (manifest.json is missing); run prepare.py"
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         raise UserError(f"{path}: damaged; run prepare.py with --force") from None
     if version != DATASET_VERSION:
         raise UserError(
@@ -112,12 +109,12 @@ def mixture_weights(data: DataConfig) -> dict[str, int]:
     WEIGHT_SUM, shares are rounded to multiples of 1 / WEIGHT_SUM, those with the largest remainders
     up. ConfigError if a share is rounded to zero, or a dataset is named twice.
     """
-    paths = {name: os.path.realpath(resolve_path(name)) for name in data.mixture}
+    mixture = data.mixture or {data.dir: 1}
+    paths = {name: os.path.realpath(resolve_path(name)) for name in mixture}
     times = Counter(paths.values())
     if twice := [name for name, path in paths.items() if times[path] > 1]:
         raise ConfigError(f"data.mixture: {' and '.join(twice)} are one dataset; name it once")
-    given = {name: Fraction(str(weight)) for name, weight in data.mixture.items()}
-    given = given or {data.dir: Fraction(1)}
+    given = {name: Fraction(str(weight)) for name, weight in mixture.items()}
     shares = {name: weight / sum(given.values()) for name, weight in given.items()}
     total = min(math.lcm(*(share.denominator for share in shares.values())), WEIGHT_SUM)
     weights = {name: math.floor(share * total) for name, share in shares.items()}

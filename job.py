@@ -15,7 +15,7 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -84,7 +84,7 @@ def job_end(max_hours: float) -> float:
     if limit.isdigit():
         return min(end, float(limit))
     if not limit:
-        tell(f"Slurm does not tell when job {job} ends: set train.max_hours")
+        tell(f"Slurm does not say when job {job} ends: set train.max_hours")
     return end  # N/A in a partition without a limit
 
 
@@ -153,8 +153,8 @@ class StopConditions:
             raise dist.DistError(f"{waited:.0f} s after TERM the device has not answered")
 
     def votes(self, rank: int, steps: int, evaluation: bool) -> Votes:
-        """This rank's votes. The deadline is near if what comes before the next chance to stop
-        would end too late: these steps, an evaluation after one of them, and a save."""
+        """This rank's votes. It votes for the deadline if too little time is left for this many
+        steps, an evaluation, if one is due by then, and a save."""
         now = time.monotonic()
         late = save_due = False
         if rank == 0:  # one clock, and one process that asks the file system
@@ -192,7 +192,7 @@ class Consensus:
             return torch.zeros(len(votes), device=self.world.device)
         return torch.tensor(votes, dtype=torch.float32, device=self.world.device)
 
-    def reason(self, sums: Iterable[float]) -> str:
+    def reason(self, sums: list[float]) -> str:
         """Why to stop by these sums of votes; empty if not. AgreedError, on every rank, if the run
         belongs to another job, a save failed or a dataset is damaged."""
         votes, conditions = Votes(*sums), self.conditions
@@ -205,7 +205,7 @@ class Consensus:
             conditions.check.raise_if_wrong()
         return next((why for why in ("stop_file", "signal", "deadline") if getattr(votes, why)), "")
 
-    def hear(self, sums: Iterable[float]) -> None:
+    def hear(self, sums: list[float]) -> None:
         """Takes in the sums of a step's votes."""
         self.stop = self.stop or self.reason(sums)
         self.save_due = self.save_due or Votes(*sums).save_due > 0

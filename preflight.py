@@ -164,7 +164,8 @@ def _check_resumed(
 def _check_code(directory: Path, accept_changes: bool) -> list[str]:
     """Compares the code in use with the run's snapshot; prints a diff and returns what differs."""
     snapshot, changed, diff = directory / "code", [], []
-    for name, text in code_in_use().items() if snapshot.is_dir() else ():
+    in_use = code_in_use() if snapshot.is_dir() else {}
+    for name, text in in_use.items():
         path = snapshot / name
         old = path.read_text(encoding="utf-8") if path.exists() else ""
         if old != text:
