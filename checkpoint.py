@@ -331,11 +331,13 @@ class Saver:
             self.still_ours()
             manifest["files"] = [file for of_rank in files for file in of_rank]
             _write_manifest(temporary / "manifest.json", manifest)
+            replaced = None
             if final.exists():  # resuming skipped it: damaged, or without optimizer state
-                _retire(final)
+                replaced = _retire(final)
             temporary.replace(final)
             sync_directory(final.parent)
-            remove_leftovers(self.run)
+            if replaced:
+                shutil.rmtree(replaced)
 
         try:
             self.world.once(begin)
@@ -505,10 +507,9 @@ def prune_checkpoints(run: Path, newest: int, config: CheckpointConfig) -> None:
     try:
         for checkpoint in found[config.keep_last :]:
             if checkpoint.path not in best:
-                _retire(checkpoint.path)
+                shutil.rmtree(_retire(checkpoint.path))
             elif checkpoint.has_optimizer:
                 _drop_optimizer(checkpoint)
-        remove_leftovers(run)
     except OSError as error:
         raise UserError(
             f"{error.filename or run}: old checkpoints can't be removed: {error.strerror}."
@@ -517,7 +518,7 @@ def prune_checkpoints(run: Path, newest: int, config: CheckpointConfig) -> None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Removes retired checkpoints, and what a save that was killed has left."""
+    """Removes the temporary directories of a save or pruning that was killed."""
     for path in (run / "checkpoints").glob("step_*.tmp"):
         shutil.rmtree(path)
 
@@ -532,11 +533,11 @@ def _drop_optimizer(checkpoint: Checkpoint) -> None:
         (checkpoint.path / file["name"]).unlink()
 
 
-def _retire(path: Path) -> None:
-    """Renames a checkpoint, so that it no longer counts as one; remove_leftovers() removes it."""
+def _retire(path: Path) -> Path:
+    """Renames a checkpoint, so that it no longer counts as one; returns its new path."""
     retired = path.with_suffix(".old.tmp")
     shutil.rmtree(retired, ignore_errors=True)
-    path.replace(retired)
+    return path.replace(retired)
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
