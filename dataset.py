@@ -382,15 +382,16 @@ def open_split(
 def interleave(slots: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Which dataset each slot of a run reads, and how many earlier slots read that dataset.
 
-    The datasets are the leaves of a balanced binary tree. At a node whose left half weighs l of t,
-    slot n goes left if floor((n + 1) · l / t) is above floor(n · l / t), which is the number of
-    slots before it that went left.
+    The datasets are the leaves of a balanced binary tree. At a node whose datasets weigh t, those
+    of its left half l, slot n goes left if floor((n + 1) · l / t) is above floor(n · l / t). The
+    latter is the number of earlier slots that went left.
 
-    Of the first n slots, the number that read dataset d differs from its due, n · w_d / t, by less
-    than the depth of its leaf, at most ceil(log2 k) for k datasets. Proof: the root gets its due n
-    exactly. If a node gets c slots and misses its due by m, its left child gets floor(c · l / t).
-    That misses c · l / t by less than 1, and c · l / t misses the child's due by m · l / t: by less
-    than m + 1 together. The right child gets the rest, and misses c · r / t by just as much.
+    Of the first n slots, dataset d is due n · w_d / t. The number that it gets differs from that by
+    less than the depth of its leaf, which is at most ceil(log2 k) for k datasets. Proof: the root
+    gets its due n exactly. If a node gets c slots and misses its due by m, its left child gets
+    floor(c · l / t). That differs from c · l / t by less than 1, and c · l / t differs from the
+    child's due by m · l / t: by less than m + 1 together. The right child gets the rest, which
+    differs from c · r / t by just as much.
 
     Products stay within 64 bits for slots below 2^43, because weights add up to 2^20 at most.
     """
