@@ -307,7 +307,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor
     targets: Tensor
-    documents: Tensor | None
+    documents: Tensor | None  # the number of each token's document, if attention stays within it
 
 
 class Batches:
