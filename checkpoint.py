@@ -38,8 +38,8 @@ from config import (
     UserError,
     build_config,
     file_sha256,
+    print_error,
     sync_directory,
-    tell,
     write_atomically,
 )
 from distributed import AgreedError, World, local_part, saves_part
@@ -150,7 +150,7 @@ def _skipped_if_damaged(rank: int = 0) -> Iterator[None]:
         yield
     except UserError as error:
         if rank == 0:
-            tell(f"checkpoint skipped: {error}")
+            print_error(f"checkpoint skipped: {error}")
 
 
 def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
@@ -285,7 +285,7 @@ class Saver:
             self.wait()
         except UserError as error:
             if self.world.rank == 0:
-                tell(str(error))
+                print_error(str(error))
 
     def amend(self, step: int, state: dict[str, Any]) -> None:
         """Replaces the state in the newest checkpoint, whose step was evaluated after the save."""
@@ -361,7 +361,7 @@ def _pin(buffer: Tensor) -> Callable[[], Any]:
     if status == cuda.cudaError.success:
         return lambda: cuda.cudaHostUnregister(start)
     size, why = buffer.nbytes / 1e9, cuda.cudaGetErrorString(status)
-    tell(f"{size:.1f} GB can't be pinned ({why}): each save stops training for longer")
+    print_error(f"{size:.1f} GB can't be pinned ({why}): each save stops training for longer")
     return lambda: None
 
 

@@ -718,7 +718,7 @@ def markdown_table() -> str:
 
 def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a program's main; a user's mistake becomes one line and exit code 1."""
-    with told_in_one_line():
+    with errors_in_one_line():
         main(sys.argv[1:])
         sys.stdout.flush()
     sys.exit(0)
@@ -729,18 +729,18 @@ def check_command_line(**expected: Any) -> None:
 
     Programs call it before their slow imports, so that nobody waits seconds for either.
     """
-    with told_in_one_line():
+    with errors_in_one_line():
         load_config(sys.argv[1:], **expected)
 
 
-def tell(line: str) -> None:
+def print_error(line: str) -> None:
     """Writes a line to standard error in one piece. Ranks share it, and in the unbuffered Python
     that torchrun starts, print() would write the line's end apart, behind another rank's line."""
     sys.stderr.write(f"{line}\n")
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
+def errors_in_one_line() -> Iterator[None]:
     """Turns a UserError inside into one line and exit code 1, of a rank into the error's code."""
     is_rank, program = "TORCHELASTIC_RUN_ID" in os.environ, Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="replace")  # where the terminal can't show all of Unicode
@@ -748,14 +748,14 @@ def told_in_one_line() -> Iterator[None]:
         yield
     except UserError as error:
         if os.environ.get(error.printed_by, "0") == "0":
-            tell(f"{program}: error: {error}")
+            print_error(f"{program}: error: {error}")
         sys.exit(error.code if is_rank else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
         if error.errno in DISK_FULL:
             where = error.filename or "a file or standard output"
-            tell(f"{program}: error: no space is left for {where}")
+            print_error(f"{program}: error: no space is left for {where}")
         elif not isinstance(error, BrokenPipeError):
             raise
         # Nobody can take the rest of the output: the disk is full, or a reader (`| head`) has left.

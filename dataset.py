@@ -33,9 +33,9 @@ from config import (
     DataConfig,
     UserError,
     file_sha256,
+    print_error,
     read_json,
     resolve_path,
-    tell,
 )
 from distributed import World
 from kernels import IGNORE
@@ -527,7 +527,9 @@ class DataCheck:
                 temporary.chmod(0o666 & (path / "manifest.json").stat().st_mode)
                 temporary.replace(path / self.FILE)
             except OSError as error:  # another user's dataset, for example: it is intact
-                tell(f"{path / self.FILE} can't be written: {error.strerror}; hashed in each job")
+                print_error(
+                    f"{path / self.FILE} can't be written: {error.strerror}; hashed in each job"
+                )
 
     def _known(self, path: Path) -> dict[str, list[int]]:
         try:

@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from checkpoint import Saver
-from config import UserError, read_json, tell, write_atomically
+from config import UserError, print_error, read_json, write_atomically
 from dataset import DataCheck
 from distributed import AgreedError, World, fetch
 from slurm.attempts import ATTEMPT, EXPIRY_SECONDS, holder_lives, process_start, signal_note
@@ -84,7 +84,7 @@ def job_end(max_hours: float) -> float:
     if limit.isdigit():
         return min(end, float(limit))
     if not limit:
-        tell(f"Slurm does not say when job {job} ends: set train.max_hours")
+        print_error(f"Slurm does not say when job {job} ends: set train.max_hours")
     return end  # N/A in a partition without a limit
 
 
@@ -291,7 +291,7 @@ class RunLock:
             if self.mine and read_json(self.path) == self.mine:
                 self.path.unlink()
         except OSError as error:
-            tell(f"{self.path} stays: {error.strerror}")
+            print_error(f"{self.path} stays: {error.strerror}")
 
     def _beside(self, kind: str) -> Path:
         """A file beside the claim that no other process uses."""
@@ -337,4 +337,4 @@ class RunLock:
                 else:
                     self.lost = holder is not None or not self._create()
             except OSError as error:  # the file system may be back at the next beat
-                tell(f"{self.path}: no heartbeat: {error.strerror}")
+                print_error(f"{self.path}: no heartbeat: {error.strerror}")

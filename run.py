@@ -36,10 +36,10 @@ from config import (
     ConfigError,
     UserError,
     dump_toml,
+    print_error,
     read_json,
     resolve_path,
     tables,
-    tell,
     write_atomically,
 )
 from dataset import Batches, DataCheck, Mixture
@@ -605,7 +605,7 @@ class Run:
         try:
             self.status("failed", *explain_failure(error, step, self.status_before))
         except UserError as why:
-            tell(f"no status.json: {why}")
+            print_error(f"no status.json: {why}")
         self.report()
 
     def end(self, reason: str) -> None:

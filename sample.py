@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from config import Parser, UserError, existing_path, read_rows, run_program, told_in_one_line
+from config import Parser, UserError, errors_in_one_line, existing_path, read_rows, run_program
 
 MAX_TOKENS = 256  # without --max-tokens, or what the model's context leaves
 
@@ -102,7 +102,7 @@ def number(kind: type, low: float, high: float = math.inf) -> Callable[[str], An
 
 
 if __name__ == "__main__":  # before torch, which takes seconds to import
-    with told_in_one_line():
+    with errors_in_one_line():
         parse(sys.argv[1:])
 
 import json

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from config import tell
+from config import print_error
 
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
@@ -57,6 +57,6 @@ def _lock(file: TextIO, busy: Callable[[str], None]) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        tell(f"{file.name}: this file system has no locks; start one program at a time on it")
+        print_error(f"{file.name}: no locks on this file system; start one program at a time on it")
         return False
     return True

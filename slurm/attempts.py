@@ -32,9 +32,9 @@ from config import (
     SICK_NODE,
     UserError,
     load_config,
+    print_error,
     read_json,
     resolve_path,
-    tell,
     write_atomically,
 )
 
@@ -286,12 +286,12 @@ def agent(directory: Path, attempt: str, arguments: list[str]) -> None:
     except SignalException:
         pass  # the ranks have printed what they did about it
     except RendezvousError as error:  # another node's agent has gone
-        tell(f"{node} lost contact with the other nodes: {error}".partition("\n")[0])
+        print_error(f"{node} lost contact with the other nodes: {error}".partition("\n")[0])
     except ChildFailedError as error:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         for rank, code in codes.items():
             if code not in (UserError.code, LOST_RANK, SICK_NODE):  # those have printed an error
-                tell(f"rank {rank} on {node} {_how_it_ended(code)}")
+                print_error(f"rank {rank} on {node} {_how_it_ended(code)}")
         note = directory / "logs" / f"ended.{attempt}.{node}.json"
         note.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(note, json.dumps(codes).encode())

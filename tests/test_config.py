@@ -230,9 +230,18 @@ def test_imports_point_one_way():
             assert rooms <= {"slurm"}, name
 
 
-def test_the_top_level_is_small():
-    """A newcomer sees the four programs and what trains; the rest is in rooms."""
-    assert len([name for name in code_files() if "/" not in name]) <= 16
+def test_the_top_level_stays_small():
+    """A newcomer sees the four programs and what trains, and reads the loop in ten minutes."""
+    top = {name: path.read_text() for name, path in code_files().items() if "/" not in name}
+    assert len(top) <= 16
+    assert sum(text.count("\n") for text in top.values()) <= 5_600
+    assert top["rocket.py"].count("\n") <= 400
+    assert (ROOT / "README.md").read_text().count("\n") <= 250
+    for name, text in top.items():
+        for node in ast.walk(ast.parse(text)):
+            assert not isinstance(node, ast.Nonlocal), f"{name}:{node.lineno}"
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
 
 
 def test_the_model_knows_nothing_of_ranks_or_files():

@@ -31,10 +31,10 @@ from config import (
     build_config,
     existing_path,
     installed,
+    print_error,
     read_toml,
     run_program,
     tables,
-    tell,
     write_atomically,
 )
 from corpus.locks import locked
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
 
 def give_up(reason: str) -> NoReturn:
     """Ends this process with one line, and without the package's exit handlers, which may hang."""
-    tell(f"track.py: error: W&B: {reason}")
+    print_error(f"track.py: error: W&B: {reason}")
     os._exit(1)
 
 
