@@ -13,7 +13,7 @@ import io
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,22 +39,9 @@ NUMBERS = {
     "rms_norm_eps": ("norm_eps", float, 1e-6),
     "initializer_range": ("init_std", float, 0.02),
 }
-# Keys that may only have these values, which are those of a plain Llama.
-NEUTRAL = {
-    "model_type": ("llama",),
-    "architectures": (["LlamaForCausalLM"], None),
-    "hidden_act": ("silu", "swish"),
-    "attention_dropout": (0, None),
-    "resid_pdrop": (0, None),
-    "embd_pdrop": (0, None),
-    "pretraining_tp": (1, None),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False, None),
-}
-# Keys that don't change what the model computes, or that read_config looks at by name.
+# Keys that don't change what the model computes, or that are compared with tokenizer.model.
 HARMLESS = set(
-    "vocab_size tie_word_embeddings head_dim rope_theta rope_parameters rope_scaling"
-    " _name_or_path transformers_version use_cache bos_token_id eos_token_id pad_token_id"
+    "_name_or_path transformers_version use_cache bos_token_id eos_token_id pad_token_id"
     " unk_token_id sep_token_id dtype torch_dtype id2label label2id return_dict"
     " return_dict_in_generate chunk_size_feed_forward num_labels max_sequence_length"
     " model_max_length max_length min_length temperature top_k top_p do_sample tokenizer_class"
@@ -63,7 +50,6 @@ HARMLESS = set(
     " num_return_sequences no_repeat_ngram_size diversity_penalty typical_p output_attentions"
     " output_hidden_states problem_type task_specific_params".split()
 )
-PLAIN_ROPE = (("rope_type", "default"), ("type", "default"), ("partial_rotary_factor", 1))
 
 
 class Pretrained:
@@ -86,13 +72,8 @@ class Pretrained:
         self.tokenizer_path = path / "tokenizer.model"
         if not self.tokenizer_path.is_file():
             raise UserError(f"{path}: no tokenizer.model; Rocket reads SentencePiece models alone")
-        tokenizer = Tokenizer(self.tokenizer_path)
-        if tokenizer.vocab_size > self.vocab_size:
-            raise UserError(
-                f"{self.tokenizer_path} has {tokenizer.vocab_size} pieces, but the model has rows"
-                f" for {self.vocab_size}; it is the tokenizer of another model"
-            )
-        self.template = self._read_tokenizer_config(values, tokenizer)
+        self._check_tokenizer(values, Tokenizer(self.tokenizer_path))
+        self.template = self._read_template()
         self._stored = read_shards(path)
         self._check_tensors()
 
@@ -117,23 +98,15 @@ class Pretrained:
                 " missing, or num_hidden_layers of config.json is wrong"
             )
         buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(c.n_layers)}
-        buffers &= found.keys()
+        buffers &= found.keys()  # old exports hold them
         wanted = self.shapes() | {name: [c.dim // c.n_heads // 2] for name in buffers}
-        copied_head = c.tie_embeddings and HEAD in found
-        if copied_head:
+        if copied_head := c.tie_embeddings and HEAD in found:
             wanted[HEAD] = wanted[EMBEDDING]
-        if missing := wanted.keys() - found.keys():
-            raise UserError(f"{self.path}: the tensor {min(missing)} is missing")
-        if extra := found.keys() - wanted.keys():
-            raise UserError(f"{self.path}: the tensor {min(extra)!r} does not belong to a Llama")
-        for name, shape in wanted.items():
-            _, there, dtype = found[name]
-            if there != shape:
-                raise UserError(f"{self.path}: {name} has the shape {there}, not {shape}")
+        check_shapes({name: shape for name, (_, shape, _) in found.items()}, wanted, self.path)
+        for name, (_, _, dtype) in found.items():
             if dtype not in DTYPES:
                 raise UserError(
-                    f"{self.path}: {name} is of type {dtype}; Rocket reads float32, float16 and"
-                    " bfloat16"
+                    f"{self.path}: {name} is of type {dtype}; Rocket reads {', '.join(DTYPES)}"
                 )
         for name in buffers:
             if not torch.allclose(self.tensor(name).float(), inverse_frequencies(c), rtol=1e-2):
@@ -146,45 +119,63 @@ class Pretrained:
                 " set it to false if both are used"
             )
 
-    def _read_tokenizer_config(
-        self, values: dict[str, Any], tokenizer: Tokenizer
-    ) -> dict[str, str] | None:
-        """The template, if there is one; UserError for tokens that tokenizer.model does not have.
+    def _check_tokenizer(self, values: dict[str, Any], tokenizer: Tokenizer) -> None:
+        """UserError if the directory names tokens that tokenizer.model does not have.
 
-        Rows beyond its pieces are spare, unless the directory names a token for one.
+        Rows of the embedding beyond its pieces are spare, unless a token is named for one.
         """
-        named = {}
-        own = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
-        for key in own:
-            ids = values.get(key)
-            named |= {i: key for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int}
-        for key, i in own.items():
-            if key in named.values() and named.get(i) != key:
+        if tokenizer.vocab_size > self.vocab_size:
+            raise UserError(
+                f"{tokenizer.path} has {tokenizer.vocab_size} pieces, but the model has rows for"
+                f" {self.vocab_size}; it is the tokenizer of another model"
+            )
+        names = {}
+        for key, own in (("bos_token_id", tokenizer.bos_id), ("eos_token_id", tokenizer.eos_id)):
+            given = values[key] if isinstance(values.get(key), list) else [values.get(key)]
+            ids = [i for i in given if type(i) is int]
+            names |= dict.fromkeys(ids, key)
+            if ids and own not in ids:
                 raise UserError(
                     f"{self.path}/config.json: {key} is {values[key]}, but of tokenizer.model it is"
-                    f" {i}; they are of different models"
+                    f" {own}; they are of different models"
                 )
-        table, added = (
-            read_json(path) if path.exists() else {}
-            for path in (self.path / "tokenizer_config.json", self.path / "added_tokens.json")
-        )
-        ids = [i for i in added.values() if type(i) is int]
-        if isinstance(decoder := table.get("added_tokens_decoder"), dict):
-            ids += [int(i) for i in decoder if i.isdecimal() and len(i) < 10]
-        for i, name in (named | dict.fromkeys(ids, "an added token")).items():
+        added = self._optional("added_tokens.json").values()
+        added = [i for i in added if type(i) is int]
+        decoder = self._optional("tokenizer_config.json").get("added_tokens_decoder")
+        if isinstance(decoder, dict):
+            added += [int(i) for i in decoder if i.isdecimal() and len(i) < 10]
+        for i, name in (names | dict.fromkeys(added, "an added token")).items():
             if tokenizer.vocab_size <= i < self.vocab_size:
                 raise UserError(
                     f"{self.path}: {name} is id {i}, but tokenizer.model has only"
                     f" {tokenizer.vocab_size} pieces; add the missing ones to it, in order, with"
                     " train_tokenizer.py --add-pieces"
                 )
-        template = table.get("rocket_template")
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file of the directory; empty if there is no such file."""
+        path = self.path / name
+        return read_json(path) if path.exists() else {}
+
+    def _read_template(self) -> dict[str, str] | None:
+        """The template that convert.py wrote, if it did; UserError if it is malformed."""
+        template = self._optional("tokenizer_config.json").get("rocket_template")
         if template is not None:
             try:
                 build_config({"data": {"template": template}})
             except ConfigError as error:
                 raise UserError(f"{self.path}/tokenizer_config.json: {error}") from None
         return template
+
+
+def check_shapes(found: dict[str, list[int]], wanted: dict[str, list[int]], where: Path) -> None:
+    """UserError for the first parameter that is missing, unknown or of another shape."""
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise UserError(
+                f"{where} is no plain Llama: {name!r} is {found.get(name, 'missing')} where a Llama"
+                f" has {wanted.get(name, 'nothing')}; another model needs a conversion of its own"
+            )
 
 
 def llama_shapes(config: ModelConfig, vocab_size: int) -> dict[str, list[int]]:
@@ -222,13 +213,13 @@ def read_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: more than {MAX_JSON_BYTES // 1_000_000} MB of JSON")
         values = json.loads(path.read_bytes())
+        if isinstance(values, dict):
+            return values
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: not JSON, or cut short") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return values
+        pass
+    raise UserError(f"{path}: not a JSON object, or cut short")
 
 
 def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
@@ -237,67 +228,75 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
     Raises:
         UserError: a field is missing, has the wrong type, or makes it another model than a Llama.
     """
-
-    def refuse(key: str, why: str) -> None:
-        raise UserError(f"{path}: {key!r} is {json.dumps(values[key])[:80]}: {why}")
-
-    if "model_type" not in values:
-        raise UserError(f"{path}: no model_type; it is llama in a Llama's configuration")
-    for key, value in values.items():
-        if key in NEUTRAL and value not in NEUTRAL[key]:
-            refuse(key, f"Rocket reads plain Llamas, where it is {json.dumps(NEUTRAL[key][0])}")
-        known = key in NEUTRAL or key in NUMBERS or key in HARMLESS
-        if not known and json.dumps(value) not in ("null", "false", '""', "[]", "{}"):
-            refuse(key, "not supported: it may change what the model computes")
-    table = {
-        "rope_theta": read_rope_theta(values, path),
-        "tie_embeddings": values.get("tie_word_embeddings", False),
-    }
-    for key, (ours, kind, default) in {**NUMBERS, "vocab_size": ("rows", int, None)}.items():
-        value = default if values.get(key) is None else values[key]
+    if (kind := values.get("model_type")) != "llama":
+        raise UserError(f"{path}: model_type = {json.dumps(kind)[:80]}: Rocket reads llama alone")
+    # transformers 5 writes the base of the rotary embedding into a table, 4 beside the tables.
+    tables = [values, values.get("rope_parameters"), values.get("rope_scaling")]
+    bases = [table.get("rope_theta") for table in tables if isinstance(table, dict)]
+    found = {**values, "rope_theta": next((base for base in bases if base is not None), None)}
+    ours = {"tie_embeddings": values.get("tie_word_embeddings", False)}
+    more = {"vocab_size": ("rows", int, None), "rope_theta": ("rope_theta", float, 10_000.0)}
+    for key, (name, kind, default) in {**NUMBERS, **more}.items():
+        value = default if found.get(key) is None else found[key]
         if value is None:
             raise UserError(f"{path}: no {key}")
         low = 0 if kind is float or default == 0 else 1
         if type(value) not in {kind, int} or not low <= value < 1e15:
-            refuse(key, "not a sensible number")
-        table[ours] = kind(value)
-    rows = table.pop("rows")
-    data = {"seq_len": min(1024, table["max_seq_len"])}
+            raise UserError(f"{path}: {key} = {json.dumps(value)[:80]}: not a sensible number")
+        ours[name] = kind(value)
+    rows = ours.pop("rows")
+    data = {"seq_len": min(1024, ours["max_seq_len"])}
     try:
-        config = build_config({"model": table, "data": data}).model
+        config = build_config({"model": ours, "data": data}).model
     except ConfigError as error:
         raise UserError(f"{path}: {error}") from None
-    if values.get("head_dim") not in (None, config.dim // config.n_heads):
-        refuse("head_dim", "Rocket's heads have hidden_size / num_attention_heads")
+    plain = plain_config(config, rows)
+    plain |= {"resid_pdrop": 0, "embd_pdrop": 0, "partial_rotary_factor": 1}
+    plain["rope_parameters"] |= {"type": "default", "partial_rotary_factor": 1}
+    plain["rope_scaling"] = plain["rope_parameters"]
+    if values.get("hidden_act") == "swish":  # silu's other name
+        plain["hidden_act"] = "swish"
+    check_values({k: v for k, v in values.items() if k not in HARMLESS}, plain, path)
     return config, rows
 
 
-def read_rope_theta(values: dict[str, Any], path: Path) -> float:
-    """The base of the rotary embedding, from where transformers 4 or 5 write it.
+def check_values(
+    values: dict[str, Any], plain: dict[str, Any], path: Path, table: str = ""
+) -> None:
+    """UserError for the first value that is not the plain Llama's; null is any key's default."""
+    for key, value in values.items():
+        expected = plain.get(key)
+        if value is None or value == expected:
+            continue
+        if isinstance(expected, dict) and isinstance(value, dict):
+            check_values(value, expected, path, f"{key}.")
+            continue
+        why = f"in a plain Llama with the other values it is {json.dumps(expected)[:80]}"
+        if key not in plain:
+            if json.dumps(value) in ("false", '""', "[]", "{}"):
+                continue
+            why = "not supported, as it may change what the model computes"
+        raise UserError(f"{path}: {table}{key} = {json.dumps(value)[:80]}: {why}")
 
-    Raises:
-        UserError: the embedding is scaled or partial; two places differ.
-    """
-    found = {"rope_theta": values.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-        table = values.get(key) or {}
-        if not isinstance(table, dict):
-            raise UserError(f"{path}: {key} is not a JSON object")
-        for name, value in table.items():
-            if name == "rope_theta":
-                found[f"{key}.rope_theta"] = value
-            elif (name, value) not in PLAIN_ROPE:
-                raise UserError(
-                    f"{path}: {key}.{name} = {json.dumps(value)[:80]} is not supported; Rocket's"
-                    " rotary embedding is the default one, not scaled"
-                )
-    given = {key: value for key, value in found.items() if value is not None}
-    for key, value in given.items():
-        if type(value) not in (int, float) or not 1 <= value < 1e15:
-            raise UserError(f"{path}: {key} = {json.dumps(value)[:80]}: not a sensible number")
-    if len(set(given.values())) > 1:
-        raise UserError(f"{path}: {' and '.join(given)} differ; keep the one that is right")
-    return float(next(iter(given.values()), 10_000.0))
+
+def plain_config(config: ModelConfig, rows: int) -> dict[str, Any]:
+    """What config.json says of a plain Llama whose embedding has that many rows."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{key: getattr(config, name) for key, (name, *_) in NUMBERS.items()},
+        "head_dim": config.dim // config.n_heads,
+        "vocab_size": rows,
+        "tie_word_embeddings": config.tie_embeddings,
+        # transformers 5 reads the table, 4 the number: without it, it takes 10000 silently
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "pretraining_tp": 1,
+    }
 
 
 class Stored(NamedTuple):
@@ -350,34 +349,6 @@ def read_shards(path: Path) -> dict[str, Stored]:
             raise UserError(f"{shard}: holds other tensors than {INDEX} says")
         tensors |= held
     return tensors
-
-
-# --- what is written beside the weights ---
-
-
-def config_json(config: ModelConfig, vocab_size: int, tokenizer: Tokenizer, dtype: str) -> dict:
-    """The config.json of a model whose embedding has vocab_size rows."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{theirs: getattr(config, ours) for theirs, (ours, *_) in NUMBERS.items()},
-        "head_dim": config.dim // config.n_heads,
-        "vocab_size": vocab_size,
-        "tie_word_embeddings": config.tie_embeddings,
-        # transformers 5 reads the table, 4 the number: without it, it takes 10000 silently
-        "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "mlp_bias": False,
-        "pretraining_tp": 1,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": tokenizer.eos_id,
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
 
 
 # --- a SentencePiece model in the terms of other tokenizers ---
@@ -545,42 +516,43 @@ def llama_parts(config: ModelConfig) -> list[str]:
     return ["model.embed_tokens", *layers, "model.norm", "lm_head"]
 
 
-def llama_part(part: str, x: Tensor, weight: Callable[[str], Tensor], c: ModelConfig) -> Tensor:
+def llama_part(part: str, x: Tensor, weights: dict[str, Tensor], c: ModelConfig) -> Tensor:
     """A part's result for x: ids (B, T) to the residual stream (B, T, D), at the end to logits.
 
     Written without any code of model.py (Touvron et al., arXiv 2302.13971 and 2307.09288).
 
     Args:
-        weight: the part's float32 parameters, by the rest of their names.
+        weights: the part's float32 parameters, by the rest of their names.
     """
 
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ weights[f"{name}.weight"].T
+
     def norm(x: Tensor, name: str) -> Tensor:
-        return x * (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).rsqrt() * weight(name)
+        return x * (x.pow(2).mean(-1, keepdim=True) + c.norm_eps).rsqrt() * weights[name]
 
     if part == "model.embed_tokens":
-        return weight("weight")[x]
+        return weights["weight"][x]
     if part == "model.norm":
         return norm(x, "weight")
     if part == "lm_head":
-        return x @ weight("weight").T
+        return x @ weights["weight"].T
     T, head_dim = x.shape[1], c.dim // c.n_heads
     angles = torch.outer(torch.arange(T).float(), inverse_frequencies(c))
     cos, sin = angles.cos(), angles.sin()  # (T, E/2)
 
-    def heads(name: str, turned: bool) -> Tensor:
-        y = (h @ weight(f"self_attn.{name}_proj.weight").T).unflatten(-1, (-1, head_dim))
-        y = y.transpose(1, 2)
-        if turned:
-            a, b = y.chunk(2, dim=-1)
-            y = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-        return y.repeat_interleave(c.n_heads // y.shape[1], dim=1)
+    def turned(y: Tensor) -> Tensor:
+        a, b = y.chunk(2, dim=-1)
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
     h = norm(x, "input_layernorm.weight")
-    scores = heads("q", True) @ heads("k", True).transpose(2, 3) / math.sqrt(head_dim)
+    q, k, v = (linear(h, f"self_attn.{name}_proj") for name in "qkv")
+    q, k, v = (y.unflatten(-1, (-1, head_dim)).transpose(1, 2) for y in (q, k, v))
+    k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for y in (k, v))
+    scores = turned(q) @ turned(k).transpose(2, 3) / math.sqrt(head_dim)
     scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
-    y = (scores.softmax(-1) @ heads("v", False)).transpose(1, 2).flatten(2)
-    x = x + y @ weight("self_attn.o_proj.weight").T
+    y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    x = x + linear(y, "self_attn.o_proj")
     h = norm(x, "post_attention_layernorm.weight")
-    gate = h @ weight("mlp.gate_proj.weight").T
-    up = h @ weight("mlp.up_proj.weight").T
-    return x + (gate * torch.sigmoid(gate) * up) @ weight("mlp.down_proj.weight").T
+    gate = linear(h, "mlp.gate_proj")
+    return x + linear(gate * torch.sigmoid(gate) * linear(h, "mlp.up_proj"), "mlp.down_proj")

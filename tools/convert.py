@@ -171,13 +171,7 @@ def read_run(options: argparse.Namespace) -> Run:
     tokenizer = tokenizer_of(checkpoint)
     shapes, config = checkpoint.shapes("model"), checkpoint.config.model
     rows = shapes.get(EMBEDDING, [0])[0]
-    plain = pretrained.llama_shapes(config, rows)
-    for name in sorted(shapes.keys() | plain.keys()):
-        if shapes.get(name) != plain.get(name):
-            raise UserError(
-                f"{checkpoint.path} is no plain Llama: {name} is {shapes.get(name, 'missing')}, in"
-                f" a Llama {plain.get(name, 'unknown')}; a changed model needs an export of its own"
-            )
+    pretrained.check_shapes(shapes, pretrained.llama_shapes(config, rows), checkpoint.path)
     dtypes = dict.fromkeys(shapes, getattr(torch, options.dtype))
     if options.command == "to-gguf":  # llama.cpp wants the norms in float32
         dtypes |= {name: torch.float32 for name, shape in shapes.items() if len(shape) == 1}
@@ -216,11 +210,10 @@ def written(path: Path) -> Iterator[Path]:
         check_free(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent / f"{temporary.name}.lock", refuse) as died:
-            if not died:
-                check_free(temporary)
-            elif temporary.exists():
+            if died and temporary.exists():
                 remove(temporary)
                 print(f"{temporary}: removed, left by {died}, which was killed", file=sys.stderr)
+            check_free(temporary)
             check_free(path)  # a process that was at work may have ended just now
             try:
                 yield temporary
@@ -278,16 +271,17 @@ def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) 
     def run(part: str, module: nn.Module, x: Tensor, *rest: Any, **options: Any) -> Tensor:
         if part != next(expected, None) or not torch.equal(x, streams[-1]):
             raise differs("the residual stream is changed before", part)
-        mine, read = {}, {}
+        weights = {}
         for name, _ in module.named_parameters():
             full = f"{part}.{name}"
             full = EMBEDDING if full == HEAD and config.tie_embeddings else full
-            mine[name], read[name] = ours(full), theirs(full)
-            if not torch.equal(mine[name], read[name]):
+            weights[name] = theirs(full).float()
+            if not torch.equal(ours(full).float(), weights[name]):
                 raise UserError(f"not proved: {full} was read back with other values")
-        module.load_state_dict({name: w.float() for name, w in mine.items()}, assign=True)
+        # Before model.py sees x and the weights, which it might change in place.
+        plain = pretrained.llama_part(part, x, weights, config)
+        module.load_state_dict(weights, assign=True)
         y = type(module).forward(module, x, *rest, **options)
-        plain = pretrained.llama_part(part, x, lambda name: read[name].float(), config)
         added = y - x if part.startswith("model.layers.") else y
         if not (y - plain).norm() <= 1e-4 * added.norm() + 1e-6 * y.norm():
             raise differs("another result at", part)
@@ -323,7 +317,14 @@ def write_hf(directory: Path, run: Run, options: argparse.Namespace) -> Weights:
     silent = {*np.flatnonzero(tokenizer.byte_lengths() == 0).tolist()}
     silent |= {*range(tokenizer.vocab_size, run.vocab_size)}  # rows without a piece
     files = {
-        "config.json": pretrained.config_json(config, run.vocab_size, tokenizer, options.dtype),
+        "config.json": {
+            **pretrained.plain_config(config, run.vocab_size),
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+            "dtype": options.dtype,
+            "torch_dtype": options.dtype,
+            "use_cache": True,
+        },
         "generation_config.json": {
             "bos_token_id": tokenizer.bos_id,
             "eos_token_id": stops if len(stops) > 1 else stops[0],
@@ -410,11 +411,8 @@ def chat_template(template: dict[str, str]) -> str:
 
 
 def check_tokenizer(directory: Path, run: Run) -> None:
-    """Compares the written tokenizer with SentencePiece; reports where they may differ.
-
-    Raises:
-        UserError: they differ where they must not.
-    """
+    """Compares the written tokenizer with SentencePiece: a line where they may differ, UserError
+    where they differ but must not."""
     import tokenizers
 
     theirs, ours = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), run.tokenizer
@@ -496,11 +494,8 @@ def from_hf(options: argparse.Namespace) -> None:
 
 
 def fetched(source: str, revision: str | None) -> Path:
-    """The directory `source`, or a repository of the hub, which is downloaded to data/raw.
-
-    Raises:
-        UserError: there is no such directory, or the hub does not give it.
-    """
+    """The directory `source`, or a repository of the hub, which is downloaded to data/raw;
+    UserError if there is neither."""
     if existing_path(source).is_dir():
         return existing_path(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
@@ -527,13 +522,14 @@ def write_gguf(path: Path, run: Run, options: argparse.Namespace) -> Weights:
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, run.config.n_layers)
     names = {name: names.get_name(name, [".weight"]) for name in run.shapes}
-    kinds = {dtype: kind for dtype, (kind, _) in GGUF_TYPES.items()}
+    kinds = {dtype: gguf.GGMLQuantizationType[kind] for dtype, (kind, _) in GGUF_TYPES.items()}
+    dtypes = {kind: dtype for dtype, kind in kinds.items()}
     writer = gguf.GGUFWriter(path, "llama")
     describe(writer, run)
     for name, shape in run.shapes.items():
         dtype = run.dtypes[name]
-        size, kind = math.prod(shape) * dtype.itemsize, gguf.GGMLQuantizationType[kinds[dtype]]
-        writer.add_tensor_info(names[name], shape, np.dtype("f4"), size, kind)
+        size = math.prod(shape) * dtype.itemsize
+        writer.add_tensor_info(names[name], shape, np.dtype("f4"), size, kinds[dtype])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -545,22 +541,17 @@ def write_gguf(path: Path, run: Run, options: argparse.Namespace) -> Weights:
 
     def read(name: str) -> Tensor:
         tensor = stored[names[name]]
-        (dtype,) = (dtype for dtype, kind in kinds.items() if kind == tensor.tensor_type.name)
         # The file is mapped for each tensor, so that its pages are freed with it.
         data = np.memmap(path, "u1", "c", int(tensor.data_offset), int(tensor.n_bytes))
-        weight = torch.from_numpy(data).view(dtype)
-        shape = [int(n) for n in reversed(tensor.shape)]
-        return interleaved(name, weight.view(shape), run.config, undo=True)
+        weight = torch.from_numpy(data).view(dtypes[tensor.tensor_type])
+        weight = weight.view(tensor.shape[::-1].tolist())
+        return interleaved(name, weight, run.config, undo=True)
 
     return read
 
 
 def describe(writer: Any, run: Run) -> None:
-    """Writes everything but the tensors: sizes, the tokenizer, the chat template.
-
-    Raises:
-        UserError: llama.cpp's SentencePiece tokenizer can't do what this one does.
-    """
+    """Writes everything but the tensors; UserError for a tokenizer that llama.cpp lacks."""
     config, tokenizer, spm = run.config, run.tokenizer, run.spm
     obstacles = {
         "is not BPE": not spm.is_bpe,
