@@ -1,9 +1,9 @@
 """A Llama as a Hugging Face directory: config.json, safetensors shards, the tokenizer.
 
-Such a directory may come from anyone, so nothing in it is executed or trusted: a field of
-config.json is known, neutral or refused by name, and the tensors must be those of a Llama, with
-their shapes. The arithmetic of a plain Llama is written out at the end, independently of model.py,
-so that the two can be compared.
+Such a directory may come from anyone, so nothing in it is executed or trusted: what config.json
+says must be true of a plain Llama or is refused by name, and the tensors must be those of a Llama,
+with their shapes. The arithmetic of a plain Llama is written out at the end, independently of
+model.py, so that the two can be compared.
 """
 
 from __future__ import annotations
@@ -229,7 +229,7 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
         UserError: a field is missing, has the wrong type, or makes it another model than a Llama.
     """
     if (kind := values.get("model_type")) != "llama":
-        raise UserError(f"{path}: model_type = {json.dumps(kind)[:80]}: Rocket reads llama alone")
+        raise UserError(f"{path}: 'model_type' is {json.dumps(kind)[:80]}: Rocket reads Llamas")
     # transformers 5 writes the base of the rotary embedding into a table, 4 beside the tables.
     tables = [values, values.get("rope_parameters"), values.get("rope_scaling")]
     bases = [table.get("rope_theta") for table in tables if isinstance(table, dict)]
@@ -242,7 +242,7 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
             raise UserError(f"{path}: no {key}")
         low = 0 if kind is float or default == 0 else 1
         if type(value) not in {kind, int} or not low <= value < 1e15:
-            raise UserError(f"{path}: {key} = {json.dumps(value)[:80]}: not a sensible number")
+            raise UserError(f"{path}: {key!r} is {json.dumps(value)[:80]}: not a sensible number")
         ours[name] = kind(value)
     rows = ours.pop("rows")
     data = {"seq_len": min(1024, ours["max_seq_len"])}
@@ -270,13 +270,12 @@ def check_values(
             continue
         if isinstance(expected, dict) and isinstance(value, dict):
             check_values(value, expected, path, f"{key}.")
-            continue
-        why = f"in a plain Llama with the other values it is {json.dumps(expected)[:80]}"
-        if key not in plain:
-            if json.dumps(value) in ("false", '""', "[]", "{}"):
-                continue
-            why = "not supported, as it may change what the model computes"
-        raise UserError(f"{path}: {table}{key} = {json.dumps(value)[:80]}: {why}")
+        elif key in plain or json.dumps(value) not in ("false", '""', "[]", "{}"):
+            why = "not supported: it may change what the model computes"
+            if key in plain:
+                plainly = json.dumps(expected)[:80]
+                why = f"Rocket reads plain Llamas, where it is {plainly} with the other values"
+            raise UserError(f"{path}: {table + key!r} is {json.dumps(value)[:80]}: {why}")
 
 
 def plain_config(config: ModelConfig, rows: int) -> dict[str, Any]:
@@ -311,8 +310,7 @@ def read_shards(path: Path) -> dict[str, Stored]:
     """The tensors of a directory's safetensors files, by their headers, which are checked.
 
     Raises:
-        UserError: there is no such file, one is damaged or lies outside the directory, or the index
-            does not match what the files hold.
+        UserError: there is no such file, one is damaged or lies elsewhere, or the index is wrong.
     """
     if not installed("safetensors"):
         raise UserError(NEEDS_HF)

@@ -6,7 +6,7 @@
 
 The written weights are read back. On random tokens, each part of model.py must then give the same
 result as that part of a plain Llama with these weights. One part of the model is in memory at a
-time. Where a proof fails nothing is left behind; what a killed process left, the next one removes.
+time. If the proof fails, nothing is left behind; the next process removes what a killed one left.
 """
 
 from __future__ import annotations
@@ -30,19 +30,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    exports = {"to-hf": ("directory", "to make"), "to-gguf": ("file", "to write")}
-    for name, (output, meaning) in exports.items():
+    for name, output in {"to-hf": "directory", "to-gguf": "file"}.items():
         command = commands.add_parser(name, allow_abbrev=False, help=f"a run to a {output}")
         command.add_argument("run", help="run directory or checkpoint")
-        command.add_argument("output", metavar=output.upper(), help=meaning)
+        command.add_argument("output", metavar=output.upper(), help="to write")
         dtypes = ("float32", "float16", "bfloat16")
         command.add_argument("--dtype", choices=dtypes, default="float32")
         which = "best, last or a checkpoint's path (best)"
         command.add_argument("--checkpoint", default="best", help=which)
-    size = "largest file in GB; as much memory (2)"
-    commands.choices["to-hf"].add_argument(
-        "--shard-gb", type=positive_number, default=2.0, help=size
-    )
+    size = "largest file in GB; as much memory is needed (2)"
+    to_hf = commands.choices["to-hf"]
+    to_hf.add_argument("--shard-gb", type=positive_number, default=2.0, help=size)
     command = commands.add_parser("from-hf", allow_abbrev=False, help="a directory to a run")
     command.add_argument("source", help="Hugging Face directory, or OWNER/NAME on the hub")
     command.add_argument("output", metavar="RUN", help="run directory to make")
@@ -93,7 +91,7 @@ FROM_HUB = (
     "config.json generation_config.json tokenizer_config.json added_tokens.json tokenizer.model"
     " model*.safetensors model.safetensors.index.json".split()
 )
-# Texts that tokenizers get wrong easily: blanks, control characters, marks, signs of several code
+# Texts that tokenizers easily get wrong: blanks, control characters, marks, signs of several code
 # points, other scripts, names of pieces, repetitions.
 HARD_TEXTS = (
     *(
@@ -121,16 +119,13 @@ class Run(NamedTuple):
     def weight(self, name: str) -> Tensor:
         """A weight in the type that it is written in; UserError where that can't hold it."""
         tensor = self.checkpoint.tensor("model", name).to(self.dtypes[name])
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        problem = f"has values that {dtype} can't hold; export it as bfloat16 or float32"
-        return finite(tensor, f"{self.checkpoint.path}: {name} {problem}")
-
-
-def finite(tensor: Tensor, problem: str) -> Tensor:
-    """The tensor; UserError(problem) if it has values that are not finite."""
-    if not torch.isfinite(tensor).all():
-        raise UserError(problem)
-    return tensor
+        if not torch.isfinite(tensor).all():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self.checkpoint.path}: {name} has values that {dtype} can't hold; export it as"
+                " bfloat16 or float32"
+            )
+        return tensor
 
 
 def main(arguments: list[str]) -> None:
@@ -194,9 +189,9 @@ def new_path(name: str) -> Path:
 
 @contextlib.contextmanager
 def written(path: Path) -> Iterator[Path]:
-    """A path to write to, which becomes `path` if all goes well; otherwise nothing is left.
+    """A path to write to: renamed to `path` if all goes well, else removed.
 
-    What a killed process left there is removed.
+    What a killed process left there is removed, too.
 
     Raises:
         UserError: something is there, another process writes it, or it can't be written.
@@ -455,11 +450,12 @@ def from_hf(options: argparse.Namespace) -> None:
     output = new_path(options.output)
     model = Pretrained(fetched(options.source, options.revision))
     tokenizer = Tokenizer(model.tokenizer_path)
-    spare = model.vocab_size - tokenizer.vocab_size
     data = {"template": model.template} if model.template else {}
-    path = str(output / "tokenizer.model")
     values = {
-        "tokenizer": {"vocab_size": tokenizer.vocab_size, "path": path},
+        "tokenizer": {
+            "vocab_size": tokenizer.vocab_size,
+            "path": str(output / "tokenizer.model"),
+        },
         "model": asdict(model.config),
         "data": {"seq_len": min(1024, model.config.max_seq_len), **data},
         "train": {"out_dir": str(output)},
@@ -478,8 +474,10 @@ def from_hf(options: argparse.Namespace) -> None:
     }
 
     def theirs(name: str) -> Tensor:
-        problem = f"{model.path}: {name} holds values that are not finite"
-        return finite(model.tensor(name).float(), problem)
+        tensor = model.tensor(name).float()
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{model.path}: {name} holds values that are not finite")
+        return tensor
 
     with written(output) as directory:
         path = directory / "checkpoints" / "step_00000000"
@@ -489,7 +487,7 @@ def from_hf(options: argparse.Namespace) -> None:
         ours = partial(Checkpoint(path).tensor, "model")
         prove(model.config, model.vocab_size, ours, theirs)
     print(f"{output}: proved to be the Llama of {model.path}")
-    if spare:
+    if spare := model.vocab_size - tokenizer.vocab_size:
         print(f"{spare} rows have no piece in tokenizer.model; they are never sampled")
 
 
