@@ -539,7 +539,7 @@ def llama_part(part: str, x: Tensor, weights: dict[str, Tensor], c: ModelConfig)
     angles = torch.outer(torch.arange(T).float(), inverse_frequencies(c))
     cos, sin = angles.cos(), angles.sin()  # (T, E/2)
 
-    def turned(y: Tensor) -> Tensor:
+    def rotated(y: Tensor) -> Tensor:
         a, b = y.chunk(2, dim=-1)
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -547,7 +547,7 @@ def llama_part(part: str, x: Tensor, weights: dict[str, Tensor], c: ModelConfig)
     q, k, v = (linear(h, f"self_attn.{name}_proj") for name in "qkv")
     q, k, v = (y.unflatten(-1, (-1, head_dim)).transpose(1, 2) for y in (q, k, v))
     k, v = (y.repeat_interleave(c.n_heads // c.n_kv_heads, dim=1) for y in (k, v))
-    scores = turned(q) @ turned(k).transpose(2, 3) / math.sqrt(head_dim)
+    scores = rotated(q) @ rotated(k).transpose(2, 3) / math.sqrt(head_dim)
     scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
     y = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
     x = x + linear(y, "self_attn.o_proj")

@@ -380,6 +380,10 @@ CHANGES = {
         "x = self.model.embed_tokens(tokens)",
         "x = 6 * self.model.embed_tokens(tokens)",
     ),
+    "embeddings scaled in place": (
+        "x = self.model.embed_tokens(tokens)",
+        "x = self.model.embed_tokens(tokens).mul_(6)",
+    ),
     "soft-capped logits": ("return self.lm_head(x)", "return 30 * (self.lm_head(x) / 30).tanh()"),
     "interleaved rotary": (
         "turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)",
@@ -399,6 +403,7 @@ CHANGES = {
 PLACES = {
     "GELU": "another result at model.layers.0;",
     "scaled embeddings": "before model.layers.0;",
+    "embeddings scaled in place": "before model.layers.0;",
     "soft-capped logits": "after lm_head;",
     "weights used apart": "after lm_head;",
 }

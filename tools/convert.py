@@ -273,15 +273,15 @@ def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) 
             weights[name] = theirs(full).float()
             if not torch.equal(ours(full).float(), weights[name]):
                 raise UserError(f"not proved: {full} was read back with other values")
-        # Before model.py sees x and the weights, which it might change in place.
-        plain = pretrained.llama_part(part, x, weights, config)
+        # First, and with our own copy of x: model.py may change weights and tensors in place.
+        plain = pretrained.llama_part(part, streams[-1], weights, config)
         module.load_state_dict(weights, assign=True)
         y = type(module).forward(module, x, *rest, **options)
-        added = y - x if part.startswith("model.layers.") else y
+        added = y - streams[-1] if part.startswith("model.layers.") else y
         if not (y - plain).norm() <= 1e-4 * added.norm() + 1e-6 * y.norm():
             raise differs("another result at", part)
         module.to("meta")
-        streams.append(y)
+        streams.append(y.clone())
         return y
 
     try:
@@ -290,7 +290,7 @@ def prove(config: ModelConfig, vocab_size: int, ours: Weights, theirs: Weights) 
         for part in parts:
             module = model.get_submodule(part)
             module.forward = partial(run, part, module)
-        logits = model(tokens)
+        logits = model(tokens.clone())
     except UserError:
         raise
     except Exception as error:  # whatever a changed model.py may raise
