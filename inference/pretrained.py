@@ -263,10 +263,10 @@ def read_config(values: dict[str, Any], path: Path) -> tuple[ModelConfig, int]:
 def check_values(
     values: dict[str, Any], plain: dict[str, Any], path: Path, table: str = ""
 ) -> None:
-    """UserError for the first value that is not the plain Llama's; null is any key's default."""
+    """UserError for the first value that is not the plain Llama's. Null is, unless for a name."""
     for key, value in values.items():
         expected = plain.get(key)
-        if value is None or value == expected:
+        if value == expected or (value is None and not isinstance(expected, str)):
             continue
         if isinstance(expected, dict) and isinstance(value, dict):
             check_values(value, expected, path, f"{key}.")
