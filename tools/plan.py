@@ -28,6 +28,7 @@ from config import (
     ConfigError,
     UserError,
     load_config,
+    read_json,
     resolve_path,
     run_program,
 )
@@ -67,9 +68,10 @@ RECOMPUTE_COST = {"none": 1.0, "selective": 1.1, "block": 4 / 3}
 GPU_SLACK = 0.05  # of a GPU's memory that the allocator loses to fragments; an estimate
 MEMORY_ERROR = 0.1  # the largest relative error of predicted memory; docs/planning.md
 FITS, TIGHT, TOO_LARGE = "fits", "is tight: may not fit", "does not fit"
+COUNTS = ("gpus", "nodes", "gpus-per-node")  # flags that count something
 LONG_DAYS = 60  # few people mean a plan for more days
 Facts = dict[str, Any]
-COLUMNS = "weights grads optim. activ. loss comm. fixed total".split()  # PARTS, and their sum
+COLUMNS = "weight grads optim. activ. loss comm. fixed total".split()  # PARTS, and their sum
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ class Option:
     @property
     def total(self) -> float:
         return sum(self.memory.values())
+
+    @property
+    def shape(self) -> str:
+        return f"{self.setup.micro_batches} × {self.setup.micro_batch}"
 
 
 def option(
@@ -221,11 +227,10 @@ def prepared_windows(name: str, seq_len: int) -> int:
     """Training sequences of a dataset, 0 where it is not prepared (see dataset.TokenDataset)."""
     path = resolve_path(name) / "manifest.json"
     try:
-        manifest = json.loads(path.read_bytes())
+        if (manifest := read_json(path)) is None:
+            return 0
         tokens = sum(shard["tokens"] for shard in manifest["splits"]["train"]["shards"])
-    except FileNotFoundError:
-        return 0
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, KeyError, TypeError):
         raise UserError(f"{path}: damaged; run prepare.py with --force") from None
     return max(0, tokens - ("seq_len" not in manifest)) // seq_len
 
@@ -240,65 +245,57 @@ def read_cluster(flags: list[str]) -> Cluster:
         ConfigError: an unknown GPU, a value that is not a number, GPUs that don't fill the nodes.
     """
     values = dict(flag[2:].split("=", 1) for flag in flags if "=" in flag)
-    name = values.get("gpu", "h100").lower()
-    given = "gpu-memory-gb" in values and "gpu-tflops" in values
-    if name not in (*GPUS, "cpu") and not given:
+    name = values.pop("gpu", "h100").lower()
+    given = {flag: number(flag, text) for flag, text in values.items()}
+    if name not in (*GPUS, "cpu") and not {"gpu-memory-gb", "gpu-tflops"} <= given.keys():
         near = difflib.get_close_matches(name, GPUS, n=1, cutoff=0.5)
         raise ConfigError(
             f"--gpu={name} is not known{f', did you mean {near[0]}?' if near else ','}"
             f" there are {', '.join(GPUS)} and cpu; or give --gpu-memory-gb and --gpu-tflops"
         )
-    gpus, per_node = read_nodes(values)
+    gpus, per_node = read_nodes(given)
+    available, datasheet = GPUS.get(name, (0.0, ""))
     if name == "cpu":
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / per_node
-        flops = None
-    else:
-        available, datasheet = GPUS.get(name, (0.0, ""))
-        flops = PEAK_FLOPS.get(datasheet)
-    available = 1e9 * number(values, "gpu-memory-gb", available / 1e9 or 1)
+    available = 1e9 * given.get("gpu-memory-gb", available / 1e9)
     available *= 1 if name == "cpu" else 1 - GPU_SLACK
-    flops = 1e12 * number(values, "gpu-tflops", 1) if "gpu-tflops" in values else flops
-    mfu = number(values, "mfu", DEFAULT_MFU)
+    flops = 1e12 * given["gpu-tflops"] if "gpu-tflops" in given else PEAK_FLOPS.get(datasheet)
+    mfu = given.get("mfu", DEFAULT_MFU)
     if mfu > 1:
         raise ConfigError(f"--mfu={mfu:g} is a share, such as 0.4, not above 1")
     return Cluster(name, gpus, per_node, available, flops, mfu)
 
 
-def read_nodes(values: dict[str, str]) -> tuple[int, int]:
-    """GPUs of the job and GPUs per node, which divide them."""
-    if {"gpus", "nodes"} <= values.keys() and "gpus-per-node" in values:
-        raise ConfigError("give two of --gpus, --nodes and --gpus-per-node; the third follows")
-    per_node = number(values, "gpus-per-node", 8)
-    gpus = number(values, "gpus", per_node)
-    if "nodes" in values:
-        nodes = number(values, "nodes", 1)
-        if "gpus" not in values:
-            gpus = nodes * per_node
-        elif gpus % nodes:
-            raise ConfigError(f"--gpus={gpus} can't be spread evenly over --nodes={nodes}")
-        else:
-            per_node = gpus // nodes
-    per_node = min(per_node, gpus)
-    if gpus % per_node:
-        raise ConfigError(
-            f"--gpus={gpus} is not a multiple of the {per_node} GPUs of a node: give"
-            f" {gpus - gpus % per_node} or {gpus + per_node - gpus % per_node}, or --gpus-per-node"
-        )
-    return gpus, per_node
-
-
-def number(values: dict[str, str], name: str, default: float) -> float:
+def number(flag: str, text: str) -> float:
     """A flag's value above 0; a whole number where the flag counts something."""
-    counts = name in ("gpus", "nodes", "gpus-per-node")
-    text = values.get(name, str(default))
+    convert, kind = (int, "a whole number") if flag in COUNTS else (float, "a number")
     try:
-        value = int(text) if counts else float(text)
+        value = convert(text)
     except ValueError:
         value = 0
     if not 1e-6 < value < 1e9:
-        kind = "a whole number" if counts else "a number"
-        raise ConfigError(f"--{name} is {kind} above 0, not {text!r}")
+        raise ConfigError(f"--{flag} is {kind} above 0, not {text!r}")
     return value
+
+
+def read_nodes(given: dict[str, Any]) -> tuple[int, int]:
+    """GPUs of the job and GPUs per node, which divide them."""
+    gpus, nodes, per_node = (given.get(flag) for flag in COUNTS)
+    if gpus and nodes:
+        if per_node:
+            raise ConfigError("give two of --gpus, --nodes and --gpus-per-node; the third follows")
+        if gpus % nodes:
+            raise ConfigError(f"--gpus={gpus} can't be spread evenly over --nodes={nodes}")
+        per_node = gpus // nodes
+    per_node = per_node or 8
+    gpus = gpus or per_node * (nodes or 1)
+    per_node = min(per_node, gpus)
+    if rest := gpus % per_node:
+        raise ConfigError(
+            f"--gpus={gpus} is not a multiple of the {per_node} GPUs of a node: give"
+            f" {gpus - rest} or {gpus + per_node - rest}, or --gpus-per-node"
+        )
+    return gpus, per_node
 
 
 def main(arguments: list[str]) -> None:
@@ -318,13 +315,12 @@ def main(arguments: list[str]) -> None:
         ]
         print(json.dumps(facts, indent=1))
     else:
-        print(*summary(config, cluster, facts), "", sep="\n")
-        print(*table(config, cluster, found, best), sep="\n")
+        parts = [*summary(config, cluster, facts), "", *table(config, cluster, found, best)]
         if best:
-            for text in (why(config, cluster, found, best), *facts["warnings"]):
-                print("", *textwrap.wrap(text, 100), sep="\n")
-            print("", launch(cluster, facts, arguments), sep="\n")
-            print("", *textwrap.wrap(request(config, facts), 100), sep="\n")
+            for text in (why(config, cluster, best), *facts["warnings"]):
+                parts += ["", *textwrap.wrap(text, 100)]
+            parts += ["", launch(cluster, facts, arguments), "", *request(config, facts)]
+        print(*parts, sep="\n")
     if not best:
         least = min(found, key=lambda one: one.total)
         raise UserError(
@@ -353,20 +349,12 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
     Hours are at --mfu, times what its recomputation, communication and filler sequences cost; None
     where the FLOP/s are not known, or nothing fits.
     """
-    train, v, seq_len = config.train, config.tokenizer.vocab_size, config.data.seq_len
-    size, keep = sizes(config.model, v), config.checkpoint
-    tokens = steps * train.global_batch_size * seq_len
-    flops = memory.flops_per_token(config.model, v, seq_len)
-    rate, slowdown, causes = None, None, {}
-    if best and cluster.flops:
-        fillers = best.setup.sequences / train.global_batch_size
-        causes = {"recomputation and communication": best.cost, "filler sequences": fillers}
-        slowdown = best.cost * fillers
-        rate = cluster.flops * cluster.mfu * cluster.gpus / slowdown
-    hours = tokens * flops / rate / 3600 if rate else None
-    checkpoint = FP32 * (3 * size.total - memory.muon_parameters(config))
+    v, seq_len, keep = config.tokenizer.vocab_size, config.data.seq_len, config.checkpoint
+    parameters, batch = sizes(config.model, v).total, config.train.global_batch_size
+    tokens, flops = steps * batch * seq_len, memory.flops_per_token(config.model, v, seq_len)
+    checkpoint = FP32 * (3 * parameters - memory.muon_parameters(config))
     facts: Facts = {
-        "parameters": size.total,
+        "parameters": parameters,
         "multiplied_parameters": memory.multiplied(config.model, v),
         "flops_per_token": flops,
         "gpus": cluster.gpus,
@@ -374,27 +362,36 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
         "nodes": cluster.nodes,
         "memory_a_gpu": cluster.memory,
         "mfu": cluster.mfu,
-        "slowdown": slowdown,
-        "slowed_by": [name for name, factor in causes.items() if factor >= 1.005],
-        "tokens_a_step": train.global_batch_size * seq_len,
+        "slowed_by": [],
+        "tokens_a_step": batch * seq_len,
         "steps": steps,
         "tokens": tokens,
         "total_flops": tokens * flops,
-        "tokens_per_second": rate / flops if rate else None,
-        "hours": hours,
-        "gpu_hours": hours * cluster.gpus if hours else None,
         "checkpoint_bytes": checkpoint,
         # one more is being written beside those that are kept
-        "disk_bytes": (keep.keep_last + 1) * checkpoint + keep.keep_best * FP32 * size.total,
+        "disk_bytes": (keep.keep_last + 1) * checkpoint + keep.keep_best * FP32 * parameters,
     }
+    facts |= dict.fromkeys(("slowdown", "tokens_per_second", "hours", "gpu_hours"))
     if best:
+        setup = best.setup
         facts |= {
-            "strategy": best.setup.strategy,
-            "recompute": best.setup.recompute,
-            "micro_batch_size": best.setup.micro_batch,
-            "micro_batches": best.setup.micro_batches,
-            "fillers": best.setup.sequences - train.global_batch_size,
+            "strategy": setup.strategy,
+            "recompute": setup.recompute,
+            "micro_batch_size": setup.micro_batch,
+            "micro_batches": setup.micro_batches,
+            "fillers": setup.sequences - batch,
             "memory": best.memory,
+        }
+        fillers = setup.sequences / batch
+    if best and cluster.flops:
+        causes = {"recomputation and communication": best.cost, "filler sequences": fillers}
+        rate = cluster.flops * cluster.mfu * cluster.gpus / (best.cost * fillers)
+        facts |= {
+            "slowdown": best.cost * fillers,
+            "slowed_by": [name for name, factor in causes.items() if factor >= 1.005],
+            "tokens_per_second": rate / flops,
+            "hours": (hours := tokens * flops / rate / 3600),
+            "gpu_hours": hours * cluster.gpus,
         }
     return facts
 
@@ -404,20 +401,25 @@ def figure(number: float) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
+def in_billions(facts: Facts) -> dict[str, str]:
+    return {k: figure(v / 1e9) for k, v in facts.items() if isinstance(v, int | float)}
+
+
+def counted(config: Config) -> str:
+    """What N counts in 6 N, the operations per token."""
+    return f"with{'' if config.model.tie_embeddings else 'out'} the input embedding"
+
+
 def summary(config: Config, cluster: Cluster, facts: Facts) -> list[str]:
     """The run in figures, a line each."""
     keep, giga = config.checkpoint, in_billions(facts)
-    hours = f"not known: {'give --gpu-tflops' if 'strategy' in facts else 'nothing fits'}"
-    if facts["hours"]:
-        mfu = f"{facts['mfu']:.0%} MFU (assumed)"
-        if facts["slowdown"] >= 1.005:
-            mfu = (
-                f"{facts['mfu'] / facts['slowdown']:.0%} MFU ({facts['mfu']:.0%} is assumed, and"
-                f" the recommended settings take {facts['slowdown']:.2f} times as long)"
-            )
-        hours = (
-            f"{figure(facts['hours'])} h at {mfu}, {facts['tokens_per_second']:,.0f} tokens/s:"
-            f" {figure(facts['gpu_hours'])} GPU-hours"
+    time = f"not known: {'give --gpu-tflops' if 'strategy' in facts else 'nothing fits'}"
+    if slowdown := facts["slowdown"]:
+        longer = f", and the recommended settings take {slowdown:.2f} times as long"
+        time = (
+            f"{figure(facts['hours'])} h at {cluster.mfu / slowdown:.0%} MFU ({cluster.mfu:.0%} is"
+            f" assumed{longer if facts['slowed_by'] else ''}), {facts['tokens_per_second']:,.0f}"
+            f" tokens/s: {figure(facts['gpu_hours'])} GPU-hours"
         )
     rate = f", {figure(cluster.flops / 1e12)} TFLOP/s" if cluster.flops else ""
     return [
@@ -428,48 +430,55 @@ def summary(config: Config, cluster: Cluster, facts: Facts) -> list[str]:
         f"run     {facts['steps']:,} steps of {facts['tokens_a_step']:,} tokens: {giga['tokens']}"
         " billion tokens",
         *(f"data    {line}" for line in facts["epochs"]),
-        *textwrap.wrap(f"time    {hours}", 100, subsequent_indent=" " * 8),
+        *textwrap.wrap(f"time    {time}", 100, subsequent_indent=" " * 8),
         f"disk    {giga['disk_bytes']} GB: {giga['checkpoint_bytes']} GB per checkpoint,"
         f" {keep.keep_last} kept and one being written, {keep.keep_best} best",
     ]
 
 
-def in_billions(facts: Facts) -> dict[str, str]:
-    return {k: figure(v / 1e9) for k, v in facts.items() if isinstance(v, int | float)}
-
-
 def table(config: Config, cluster: Cluster, found: list[Option], best: Option | None) -> list[str]:
     """The options, a line each, under a heading, and what CONFIG itself would take."""
     heading = (
-        "Peak memory per GPU in GB. micro: number × size of the micro-batches that divide the"
-        " global batch best; most: the largest size that fits. * is recommended, - does not fit, ?"
-        f" may not fit: the estimate can be wrong by {MEMORY_ERROR:.0%}, and is too close to the"
-        " limit."
+        "Peak memory per GPU in GB. most: the largest micro-batch that fits; micro: number × size"
+        " of those that divide the global batch best; time: of a step, 1 where arithmetic hides"
+        f" all communication (assuming {INSIDE_NODE / 1e9:.0f} GB/s per GPU in a node,"
+        f" {BETWEEN_NODES / 1e9:.0f} between). * is recommended, - does not fit, ? may not fit:"
+        f" the estimate can be wrong by {MEMORY_ERROR:.0%}."
     )
-    columns = "".join(f"{column:>8}" for column in COLUMNS)
+    columns = "".join(f"{column:>7}" for column in COLUMNS)
     lines = [
         *textwrap.wrap(heading, 100),
-        f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}{columns}",
+        f"  {'':<5}{'recompute':<10}{'most':>5}{'micro':>9}{'time':>7}{columns}",
     ]
     for one in found:
         mark = "*" if one is best else {FITS: " ", TIGHT: "?", TOO_LARGE: "-"}[one.fit]
-        shape = f"{one.setup.micro_batches} × {one.setup.micro_batch}"
         digits = 2 if one.total < 100e9 else 1
-        columns = (*(one.memory[part] for part in PARTS), one.total)
         lines.append(
-            f"{mark} {one.setup.strategy:<5}{one.setup.recompute:<10}{one.largest:>5}{shape:>9}"
-            + "".join(f"{value / 1e9:8,.{digits}f}" for value in columns)
+            f"{mark} {one.setup.strategy:<5}{one.setup.recompute:<10}{one.largest:>5}"
+            f"{one.shape:>9} {one.cost:6.2f}"
+            + "".join(f" {one.memory[part] / 1e9:6.{digits}f}" for part in PARTS)
+            + f" {one.total / 1e9:6.{digits}f}"
         )
     strategy, recompute = config.parallel.strategy, config.train.recompute
     own = option(config, cluster, strategy, recompute, config.train.micro_batch_size)
-    shape = f"{own.setup.micro_batches} × {own.setup.micro_batch}"
-    itself = f"CONFIG itself ({strategy}, {recompute}, {shape}): {own.total / 1e9:,.2f} GB"
+    itself = f"CONFIG itself ({strategy}, {recompute}, {own.shape}): {own.total / 1e9:,.2f} GB"
     return [*lines, f"{itself}, which {own.fit}"]
 
 
-def counted(config: Config) -> str:
-    """What N counts in 6 N, the operations per token."""
-    return f"with{'' if config.model.tie_embeddings else 'out'} the input embedding"
+def why(config: Config, cluster: Cluster, best: Option) -> str:
+    """The recommendation and its reason."""
+    setup, batch = best.setup, config.train.global_batch_size
+    largest = max(best.memory, key=lambda part: best.memory[part])
+    fillers = setup.sequences - batch
+    uneven = f" The batch does not divide evenly: {fillers} filler sequences per step are wasted."
+    return (
+        f"Recommended: {setup.strategy}, recompute = {setup.recompute}, {setup.micro_batches}"
+        f" micro-batches of {setup.micro_batch} on each rank for the global batch of {batch}. It is"
+        " the fastest that fits, and of those within 2% the one with the least sharding and"
+        " recomputation."
+        f" At its peak ({best.moment}) a rank holds {best.total / 1e9:,.1f} of"
+        f" {cluster.memory / 1e9:,.1f} GB, most of it {largest}.{uneven if fillers else ''}"
+    )
 
 
 def warnings(config: Config, cluster: Cluster, facts: Facts, best: Option) -> list[str]:
@@ -481,8 +490,8 @@ def warnings(config: Config, cluster: Cluster, facts: Facts, best: Option) -> li
         steps = round(facts["steps"] * LONG_DAYS / days)
         found.append(
             f"warning: it takes {figure(days)} days on these GPUs. For {LONG_DAYS} days"
-            + (f" take about {gpus:,} of them, or" if enough else "")
-            + f" train on {figure(steps * facts['tokens_a_step'] / 1e9)} billion tokens"
+            f"{f' take about {gpus:,} of them, or' if enough else ''} train on"
+            f" {figure(steps * facts['tokens_a_step'] / 1e9)} billion tokens"
             f" (train.max_steps={steps}), or train a smaller model."
         )
     if best.fit == TIGHT:
@@ -494,44 +503,6 @@ def warnings(config: Config, cluster: Cluster, facts: Facts, best: Option) -> li
     return found
 
 
-def why(config: Config, cluster: Cluster, found: list[Option], best: Option) -> str:
-    """The recommendation and its reasons."""
-    setup, batch = best.setup, config.train.global_batch_size
-    largest = max(best.memory, key=lambda part: best.memory[part])
-    reasons = [
-        f"Recommended: {setup.strategy}, recompute = {setup.recompute}, {setup.micro_batches}"
-        f" micro-batches of {setup.micro_batch} on each rank make the global batch of {batch}."
-    ]
-    if fillers := setup.sequences - batch:
-        reasons.append(
-            f"It does not divide evenly: {fillers} filler sequences per step are wasted."
-        )
-    reasons.append(
-        f"It takes {best.total / 1e9:,.1f} of {cluster.memory / 1e9:,.1f} GB, most of it {largest},"
-        f" at its peak ({best.moment})."
-    )
-    whole = [one for one in found if one.setup.strategy == "ddp"]
-    if setup.sharded and all(one.fit == TOO_LARGE for one in whole):
-        least = min(one.total for one in whole) / 1e9
-        reasons.append(f"A whole model per GPU (ddp) would take at least {least:,.1f} GB.")
-    if setup.recompute != "none":
-        reasons.append(
-            "Keeping all activations does not fit for sure, or leaves too few tokens at a time."
-        )
-    if cluster.flops and cluster.gpus > 1:
-        costs = ", ".join(
-            f"{one.setup.strategy} {one.setup.recompute} {one.cost:.2f}"
-            + " (tight)" * (one.fit == TIGHT)
-            for one in found
-            if one.fit != TOO_LARGE
-        )
-        reasons.append(
-            f"Estimated time, 1 where arithmetic hides all communication: {costs} (assuming"
-            f" {INSIDE_NODE / 1e9:.0f} GB/s per GPU in a node, {BETWEEN_NODES / 1e9:.0f} between)."
-        )
-    return " ".join(reasons)
-
-
 def launch(cluster: Cluster, facts: Facts, arguments: list[str]) -> str:
     """The command that runs the plan, with the overrides of this command line."""
     chosen = {
@@ -540,8 +511,8 @@ def launch(cluster: Cluster, facts: Facts, arguments: list[str]) -> str:
         "train.micro_batch_size": facts["micro_batch_size"],
     }
     config = next((a for a in arguments if not a.startswith("-")), "config/tiny.toml")
-    kept = [a for a in arguments if "." in a.partition("=")[0] and a.startswith("--")]
-    kept = [a for a in kept if a[2:].partition("=")[0] not in chosen]
+    overrides = [a for a in arguments if a.startswith("--") and "." in a.partition("=")[0]]
+    kept = [a for a in overrides if a[2:].partition("=")[0] not in chosen]
     tail = " ".join([shlex.join((config, *kept)), *(f"--{k}={v}" for k, v in chosen.items())])
     if cluster.name == "cpu":
         return f"torchrun --standalone --nproc_per_node={cluster.gpus} rocket.py {tail}"
@@ -555,18 +526,13 @@ def launch(cluster: Cluster, facts: Facts, arguments: list[str]) -> str:
     )
 
 
-def request(config: Config, facts: Facts) -> str:
-    """A paragraph for an allocation request; "" where the hours are not known."""
+def request(config: Config, facts: Facts) -> list[str]:
+    """The lines of a paragraph for an allocation request; none where the hours are not known."""
     if not facts["hours"]:
-        return ""
+        return []
     model, seq_len, giga = config.model, config.data.seq_len, in_billions(facts)
-    share = " (published runs of this kind: 39% to 46%)."
-    if facts["slowdown"] >= 1.005:
-        share = (
-            f": {facts['mfu']:.0%}, which runs reach that recompute nothing (published: 39% to"
-            f" 46%), over {facts['slowdown']:.2f} for {' and '.join(facts['slowed_by'])}."
-        )
-    return (
+    longer = f", and {facts['slowdown']:.2f} times as long for {' and '.join(facts['slowed_by'])}"
+    text = (
         f"We request {figure(facts['gpu_hours'])} GPU-hours ({facts['gpus']} {facts['gpu']} on"
         f" {facts['nodes']} node{'s' * (facts['nodes'] > 1)} for {figure(facts['hours'])} hours)"
         f" and {giga['disk_bytes']} GB of disk to train a Llama 2 transformer of"
@@ -574,11 +540,12 @@ def request(config: Config, facts: Facts) -> str:
         f" of {seq_len}. The training takes {facts['total_flops']:.2e} floating-point operations:"
         f" 6 N + 12 L D T per token, where N = {giga['multiplied_parameters']} billion parameters"
         f" {counted(config)}, L = {model.n_layers} layers, D = {model.dim} their width and T ="
-        f" {seq_len} tokens. The hours assume that it reaches"
-        f" {facts['mfu'] / facts['slowdown']:.0%} of the GPUs' dense bfloat16 rate{share}"
-        " Evaluation, checkpoints, the optimizer's step, queueing and repeated runs are not"
-        " counted."
+        f" {seq_len} tokens. The hours assume {facts['mfu']:.0%} of the GPUs' dense bfloat16 rate,"
+        " as published runs reach that recompute nothing (39% to 46%)"
+        f"{longer if facts['slowed_by'] else ''}. Evaluation, checkpoints, the optimizer's step,"
+        " queueing and repeated runs are not counted."
     )
+    return textwrap.wrap(text, 100)
 
 
 if __name__ == "__main__":
