@@ -62,8 +62,8 @@ def test_counts_are_the_models(name):
 
     config = configured(name)
     shape, v, length = config.model, config.tokenizer.vocab_size, config.data.seq_len
-    assert sizes(shape, v).total == model.parameter_count(shape, v)
-    assert flops_per_token(shape, v, length) == model.flops_per_token(shape, v, length)
+    assert sizes(config).total == model.parameter_count(shape, v)
+    assert flops_per_token(config) == model.flops_per_token(shape, v, length)
 
 
 def test_muons_buffer_is_the_optimizers():
@@ -284,7 +284,7 @@ def test_sharding_128_ways_saves_what_torchtitan_saw():
         one = plan.option(config, plan.read_cluster({f"--gpus={gpus}"}), "fsdp", "selective", 2)
         assert one.total < 77 * 2**30  # they have all logits at once
         totals.append(sum(moments(config, one.setup)["embedding"].values()))
-    assert sizes(model, 128_256).total == pytest.approx(8.03e9, rel=0.001)
+    assert sizes(config).total == pytest.approx(8.03e9, rel=0.001)
     assert totals[0] - totals[1] == pytest.approx(15 * 2**30, rel=0.1)
 
 

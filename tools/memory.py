@@ -27,42 +27,46 @@ ByMoment = dict[str, float]  # of one part: bytes by MOMENTS
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model: of a block, of its matrices, and of what is outside of blocks."""
+    """Numbers of parameters."""
 
+    layers: int
     block: int
     matrices: int  # of a block
-    root: int  # embeddings, head, last norm
-    layers: int
+    head: int
+    root: int  # outside of blocks: embedding, head, last norm
+    multiplied: int  # with each token: all but an input embedding that is not the head too
+    muon: int  # that Muon updates
 
     @property
     def total(self) -> int:
         return self.layers * self.block + self.root
 
 
-def sizes(model: ModelConfig, vocab_size: int) -> Sizes:
+def sizes(config: Config) -> Sizes:
     """Counted as model.py builds it; tests compare it with model.parameter_count."""
-    kv_dim = model.dim // model.n_heads * model.n_kv_heads
-    matrices = 2 * model.dim * (model.dim + kv_dim) + 3 * model.dim * model.ffn_dim
-    embeddings = (1 if model.tie_embeddings else 2) * vocab_size * model.dim
-    return Sizes(matrices + 2 * model.dim, matrices, embeddings + model.dim, model.n_layers)
+    model, head = config.model, config.tokenizer.vocab_size * config.model.dim
+    matrices = 2 * model.dim * (model.dim + kv_dim(model)) + 3 * model.dim * model.ffn_dim
+    block = matrices + 2 * model.dim
+    return Sizes(
+        layers=model.n_layers,
+        block=block,
+        matrices=matrices,
+        head=head,
+        root=head * (1 if model.tie_embeddings else 2) + model.dim,
+        multiplied=model.n_layers * block + head + model.dim,
+        muon=model.n_layers * matrices if config.optimizer.name == "muon" else 0,
+    )
 
 
-def flops_per_token(model: ModelConfig, vocab_size: int, seq_len: int) -> float:
+def kv_dim(model: ModelConfig) -> int:
+    """Width of the keys, and of the values."""
+    return model.dim // model.n_heads * model.n_kv_heads
+
+
+def flops_per_token(config: Config) -> float:
     """As model.flops_per_token, without torch: 6 N + 12 L D T (PaLM, arXiv 2204.02311)."""
-    return 6 * multiplied(model, vocab_size) + 12 * model.n_layers * model.dim * seq_len
-
-
-def multiplied(model: ModelConfig, vocab_size: int) -> int:
-    """Parameters that each token is multiplied with: all but the input embedding, unless it is the
-    head too."""
-    embedding = 0 if model.tie_embeddings else vocab_size * model.dim
-    return sizes(model, vocab_size).total - embedding
-
-
-def muon_parameters(config: Config) -> int:
-    """Parameters that Muon updates: the blocks' matrices, or with AdamW none."""
-    size = sizes(config.model, config.tokenizer.vocab_size)
-    return size.layers * size.matrices if config.optimizer.name == "muon" else 0
+    model = config.model
+    return 6 * sizes(config).multiplied + 12 * model.n_layers * model.dim * config.data.seq_len
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,11 @@ class Setup:
 
 def moments(config: Config, setup: Setup) -> dict[str, Memory]:
     """Bytes that a rank holds at each of MOMENTS; with Muon its rounds are the optimizer's step."""
-    size, muon = sizes(config.model, config.tokenizer.vocab_size), muon_parameters(config)
+    size = sizes(config)
     held = {
         "weights": FP32 * size.total / setup.shards,
         # AdamW keeps two moments per parameter, Muon one
-        "optimizer": FP32 * (2 * size.total - muon) / setup.shards,
+        "optimizer": FP32 * (2 * size.total - size.muon) / setup.shards,
         "overhead": GPU_OVERHEAD if setup.on_gpu else CPU_OVERHEAD,
     }
     parts = {
@@ -113,7 +117,7 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
         moment: held | {part: by_moment.get(moment, 0.0) for part, by_moment in parts.items()}
         for moment in MOMENTS
     }
-    if muon:
+    if size.muon:
         step = found.pop("optimizer")
         for name, freed, buffers in muon_rounds(config, setup):
             found[name] = step | {
@@ -125,9 +129,8 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
 
 def gradient_bytes(config: Config, setup: Setup) -> ByMoment:
     """Gradients, reduced or not."""
-    model, b = config.model, setup.bytes
-    size = sizes(model, config.tokenizer.vocab_size)
-    head, down_proj = config.tokenizer.vocab_size * model.dim, model.dim * model.ffn_dim
+    model, size, b = config.model, sizes(config), setup.bytes
+    head, down_proj = size.head, model.dim * model.ffn_dim
     whole = setup.sharded and setup.micro_batches > 1 and config.parallel.reduce_once
     everything = FP32 * size.total / (1 if whole else setup.shards)
     # Between micro-batches gradients stay, between steps they don't. But DDP's buckets stay, and
@@ -154,9 +157,8 @@ def gradient_bytes(config: Config, setup: Setup) -> ByMoment:
 
 def activation_bytes(config: Config, setup: Setup) -> ByMoment:
     """Activations, recomputed ones included, and weights cast by autocast."""
-    model, b = config.model, setup.bytes
+    model, size, b = config.model, sizes(config), setup.bytes
     n = setup.micro_batch * config.data.seq_len
-    size = sizes(model, config.tokenizer.vocab_size)
     kept = kept_per_token(config, setup, setup.recompute)
     final = 2 * b + (0 if setup.on_gpu else FP32)  # around the last norm
     everything = n * (size.layers * kept + model.dim * final)
@@ -186,8 +188,7 @@ def kept_per_token(config: Config, setup: Setup, recompute: str) -> int:
     and attention, block the input alone.
     """
     model, b = config.model, setup.bytes
-    D, F = model.dim, model.ffn_dim
-    K = model.dim // model.n_heads * model.n_kv_heads
+    D, K, F = model.dim, kv_dim(model), model.ffn_dim
     if recompute == "block":
         return b * D
     logsumexp = FP32 * model.n_heads
@@ -204,7 +205,7 @@ def loss_bytes(config: Config, setup: Setup) -> ByMoment:
     """The loss with a chunk's logits and the gradients that it makes on the way; at the head, its
     gradient is scaled while the old one still exists."""
     model, v, b = config.model, config.tokenizer.vocab_size, setup.bytes
-    n, head = setup.micro_batch * config.data.seq_len, v * model.dim
+    n, head = setup.micro_batch * config.data.seq_len, sizes(config).head
     chunk = min(loss_chunk(config, setup.on_gpu) or n, n)
     # logits, log_softmax and, in bfloat16, what it is made from and the gradient in that type
     logits = chunk * v * (2 * b if setup.compiled else 8 if b == FP32 else 10)
@@ -223,9 +224,8 @@ def gathered_bytes(config: Config, setup: Setup) -> ByMoment:
     backward pass a block's gradients."""
     if not setup.sharded:
         return {}
-    size, b = sizes(config.model, config.tokenizer.vocab_size), setup.bytes
-    # what is reduced last, embedding and last norm: see distributed.parallelize
-    last = (config.tokenizer.vocab_size + 1) * config.model.dim
+    size, b = sizes(config), setup.bytes
+    last = size.head + config.model.dim  # embedding and last norm: see distributed.parallelize
     if config.parallel.reshard_after_forward:
         whole, block = b * size.root, b * size.block
     else:

@@ -146,8 +146,7 @@ def relative_cost(config: Config, cluster: Cluster, setup: Setup) -> float:
     arithmetic = RECOMPUTE_COST[setup.recompute]
     if cluster.flops is None or cluster.gpus == 1:
         return arithmetic
-    vocab_size, seq_len = config.tokenizer.vocab_size, config.data.seq_len
-    parameters = sizes(config.model, vocab_size).total
+    parameters, seq_len = sizes(config).total, config.data.seq_len
     inside, between = 1 / INSIDE_NODE, 1 / (BETWEEN_NODES if cluster.nodes > 1 else INSIDE_NODE)
     replicas = 2 * FP32 * parameters / setup.shards * between
     shards, times = (2 * setup.bytes + FP32) * parameters, setup.micro_batches
@@ -156,8 +155,8 @@ def relative_cost(config: Config, cluster: Cluster, setup: Setup) -> float:
         "hsdp": replicas + times * (shards * inside),
         "fsdp": times * (shards * between),
     }
-    flops = memory.flops_per_token(config.model, vocab_size, seq_len)
-    seconds = times * setup.micro_batch * seq_len * flops / (cluster.flops * cluster.mfu)
+    flops = times * setup.micro_batch * seq_len * memory.flops_per_token(config)
+    seconds = flops / (cluster.flops * cluster.mfu)
     return max(arithmetic, moving[setup.strategy] / seconds)
 
 
@@ -349,13 +348,12 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
     Hours are at --mfu, times what its recomputation, communication and filler sequences cost; None
     where the FLOP/s are not known, or nothing fits.
     """
-    v, seq_len, keep = config.tokenizer.vocab_size, config.data.seq_len, config.checkpoint
-    parameters, batch = sizes(config.model, v).total, config.train.global_batch_size
-    tokens, flops = steps * batch * seq_len, memory.flops_per_token(config.model, v, seq_len)
-    checkpoint = FP32 * (3 * parameters - memory.muon_parameters(config))
+    size, keep, batch = sizes(config), config.checkpoint, config.train.global_batch_size
+    flops, tokens_a_step = memory.flops_per_token(config), batch * config.data.seq_len
+    tokens, checkpoint = steps * tokens_a_step, FP32 * (3 * size.total - size.muon)
     facts: Facts = {
-        "parameters": parameters,
-        "multiplied_parameters": memory.multiplied(config.model, v),
+        "parameters": size.total,
+        "multiplied_parameters": size.multiplied,
         "flops_per_token": flops,
         "gpus": cluster.gpus,
         "gpu": cluster.name,
@@ -363,13 +361,13 @@ def figures(config: Config, cluster: Cluster, steps: int, best: Option | None) -
         "memory_a_gpu": cluster.memory,
         "mfu": cluster.mfu,
         "slowed_by": [],
-        "tokens_a_step": batch * seq_len,
+        "tokens_a_step": tokens_a_step,
         "steps": steps,
         "tokens": tokens,
         "total_flops": tokens * flops,
         "checkpoint_bytes": checkpoint,
         # one more is being written beside those that are kept
-        "disk_bytes": (keep.keep_last + 1) * checkpoint + keep.keep_best * FP32 * parameters,
+        "disk_bytes": (keep.keep_last + 1) * checkpoint + keep.keep_best * FP32 * size.total,
     }
     facts |= dict.fromkeys(("slowdown", "tokens_per_second", "hours", "gpu_hours"))
     if best:
