@@ -468,9 +468,9 @@ def train(arguments):
     def steps():  # in a frame of its own: what is sharded must be gone before the group is
         world = init_distributed(config)
         batches = measure.random_batches(config, world)
-        step, _ = measure.rocket_trainer("", config, world, batches)
+        trainer = measure.Trainer(config, world)
         for _ in range(2 if world.size == 1 else 3):  # DDP fills its final buckets in the second
-            step()
+            trainer.step(batches)
         status = Path("/proc/self/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         print(f"rank {world.rank}: VmHWM {peak / GB:.3f}", flush=True)

@@ -6,7 +6,7 @@ training    real steps over random tokens: tokens/s, MFU, where a step's time go
 sampling    prefill and decode of sample.py with random weights, greedy, at each batch size
 startup     --help beyond the bare interpreter, and launch to the first training row (prepared data)
 checkpoint  saving and loading in a temporary directory: seconds and GB/s
-tokenizing  the corpus and the tokenizer of CONFIG, see below
+tokenizing  the corpus of CONFIG with its tokenizer: MB of text (UTF-8) per second, by processes
 
 Contestants run in turns, since a machine's speed drifts: only ratios within a turn count. Each
 figure is printed as its median, lowest and highest, and as its ratio to the first contestant's,
@@ -20,10 +20,9 @@ clipping. `communication` counts collectives in full, even where they overlap wi
 is the time to read a step's batches if CONFIG's dataset is prepared. `memory` is the peak of the
 process so far: resident on a CPU, allocated on a GPU.
 
-tokenizing: `ceiling`: running processes that only encode texts in their memory; `prepare`: the
-program from start to end; `tokenizes`: the rate that it prints, without what comes before and
-after; `datasets.map`: the same by the package datasets, if it is installed, from and to Arrow
-files, in batches, with ids as lists; `lean`: with arrays of uint16.
+tokenizing: `ceiling` is running processes that only encode texts in their memory, `prepare` the
+program from start to end, `tokenizes` the rate that it prints; `datasets.map` the same by the
+package datasets, if it is installed, with ids as lists, or arrays of uint16 (`lean`).
 """
 
 from __future__ import annotations
@@ -40,14 +39,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository
+sys.path.append(f"{sys.path[0]}/tests")  # peers
 
 from config import (
     ROOT,
@@ -117,11 +115,8 @@ def main(arguments: list[str]) -> None:
     machine = {"cores": available_cores(), "load": round(os.getloadavg()[0], 1)}
     machine |= {"python": platform.python_version()}
     machine |= {p: version(p) for p in ("numpy", "sentencepiece", "pyarrow", "datasets", "torch")}
-    say(", ".join(f"{key} {value}" for key, value in machine.items()))
-    if name == "tokenizing":
-        found = {"rows": tokenizing(config, options)}
-    else:
-        found = compare(name, config, options, arguments[1:])
+    say(f"{listed(machine)}; {options['repeats']} turns")
+    found = compare(name, config, options, arguments[1:])
     if options["json"] != "PATH" and is_first_rank():
         content = {"benchmark": name, "arguments": arguments[1:], "machine": machine, **found}
         try:
@@ -150,14 +145,11 @@ def read_arguments(arguments: list[str]) -> tuple[str, Config, Options]:
 
 
 def whole_numbers(flag: str, text: str, several: bool) -> int | list[int]:
-    if not re.fullmatch("[1-9][0-9]*(,[1-9][0-9]*)*", text):
-        raise ConfigError(f"--{flag}: whole numbers above 0, such as 1,2, not {text!r}")
+    if not re.fullmatch("[1-9][0-9]*" + "(,[1-9][0-9]*)*" * several, text):
+        kind = "whole numbers above 0, such as 1,2" if several else "one whole number above 0"
+        raise ConfigError(f"--{flag}: {kind}, not {text!r}")
     numbers = [int(number) for number in text.split(",")]
-    if several:
-        return numbers
-    if len(numbers) > 1:
-        raise ConfigError(f"--{flag}: one number, not {text}")
-    return numbers[0]
+    return numbers if several else numbers[0]
 
 
 def is_first_rank() -> bool:
@@ -169,6 +161,10 @@ def say(text: str) -> None:
         print(text, flush=True)
 
 
+def listed(found: Json) -> str:
+    return ", ".join(f"{key} {value}" for key, value in found.items())
+
+
 def version(package: str) -> str:
     try:
         return metadata.version(package)
@@ -176,23 +172,22 @@ def version(package: str) -> str:
         return "absent"
 
 
-def report(
-    who: Json, label: str, turns: list[Figures], base: list[Figures] | None = None
-) -> list[Json]:
-    """Prints each figure's median, lowest and highest over turns; returns them, led by `who`.
+def report(label: str, turns: list[Figures], base: list[Figures] | None) -> list[Json]:
+    """Prints each figure's median, lowest and highest over turns; returns them.
 
     Args:
-        base: the same turns of another, for ratios.
+        base: the same turns of another contestant, for ratios.
     """
-    rows = []
+    rows, width = [], max(len(key.rpartition(" ")[0]) for key in turns[0])
     for key in turns[0]:
-        what, unit = key.rsplit(" ", 1)
-        row = {"what": what, **who, "unit": unit} | spread([turn[key] for turn in turns])
-        text = f"{label}: {what:<22} {written(row)} {unit}".rstrip()
+        what, _, unit = key.rpartition(" ")
+        row = {"what": what, "contestant": label.rstrip(), "unit": unit}
+        row |= spread([turn[key] for turn in turns])
+        text = f"{label}: {what:<{width}} {written(row)} {unit}".rstrip()
         if base and all(other.get(key) for other in base):
             ratios = [turn[key] / other[key] for turn, other in zip(turns, base, strict=True)]
             row["ratio"] = spread(ratios)
-            text = f"{text:<{len(label) + 67}} × {written(row['ratio'])}"
+            text = f"{text:<{len(label) + width + 45}} × {written(row['ratio'])}"
         say(text)
         rows.append(row)
     return rows
@@ -220,34 +215,35 @@ def compare(name: str, config: Config, options: Options, arguments: list[str]) -
     first = remote("rocket", own) if rivals else contestant(name, config, options, "")
     contestants = [("rocket", first)]  # labels may repeat
     for argument in rivals:
-        kind, _, value = argument.partition("=")
+        kind, _, label = argument.partition("=")
         if kind == "--versus":
-            contestants.append((value, remote(value, common + shlex.split(value))))
+            rival = remote(label, common + shlex.split(label))
         elif kind == "--checkout":
-            contestants.append((value, remote(value, common, checkout=value)))
+            rival = remote(label, common, checkout=label)
         elif name in ("training", "sampling"):
-            label = re.sub(":.*?(:compile)?$", r"\1", value)
-            contestants.append((label, remote(label, common, peer=value)))
+            peer, label = label, re.sub(":.*?(:compile)?$", r"\1", label)
+            rival = remote(label, common, peer=peer)
         else:
             raise ConfigError("--peer: only training and sampling are compared with peers")
+        contestants.append((label, rival))
     about: Json = {}
     with contextlib.ExitStack() as stack:
         for label, one in contestants:
             stack.callback(one.close)
             about[label] = next(one)
-            say(f"{label}: " + ", ".join(f"{key} {value}" for key, value in about[label].items()))
+            say(f"{label}: {listed(about[label])}")
         turns = [[next(one) for _, one in contestants] for _ in range(options["repeats"])]
     rows, width = [], max(len(label) for label, _ in contestants)
     for i, (label, _) in enumerate(contestants):
         found, base = ([turn[which] for turn in turns] for which in (i, 0))
-        rows += report({"contestant": label}, f"{label:<{width}}", found, base if i else None)
+        rows += report(f"{label:<{width}}", found, base if i else None)
     return {"contestants": about, "rows": rows}
 
 
 def contestant(name: str, config: Config, options: Options, peer: str) -> Contestant:
     """A contestant in this process. torch is imported late: it takes seconds and memory."""
-    if name == "startup":
-        return startup(config)
+    if name in WITHOUT_TORCH:
+        return WITHOUT_TORCH[name](config, options)
     from tools import measure
 
     return measure.contestant(name, config, options, peer)
@@ -267,19 +263,27 @@ def remote(label: str, arguments: list[str], *, peer: str = "", checkout: str = 
     found = next((path for path in programs if path.exists()), None)
     if not found:
         raise ConfigError(f"--checkout={checkout}: no checkout of Rocket")
-    command = [sys.executable, str(found), "worker", peer, *arguments]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with (
-        tempfile.TemporaryFile() as errors,
-        subprocess.Popen(command, bufsize=0, stderr=errors, env=environment, **pipes) as process,
-    ):
+    command = [str(found), "worker", peer, *arguments]
+    options = {"stdin": subprocess.PIPE, "bufsize": 0, "env": environment}
+    with running(label, command, **options) as process:
         while line := process.stdout.readline():
             yield json.loads(line)
             with contextlib.suppress(BrokenPipeError):  # it died, so there is no next line either
                 process.stdin.write(b"\n")
-        errors.seek(0)
-        said = errors.read().decode(errors="replace").strip().splitlines() or ["it was killed"]
-        raise UserError(f"{label}: {said[-1].removeprefix('bench.py: error: ')}")
+
+
+@contextlib.contextmanager
+def running(label: str, command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
+    """Python in a process whose output is read; UserError with its last line where it fails."""
+    options |= {"args": [sys.executable, *command], "stdout": subprocess.PIPE}
+    with tempfile.TemporaryFile() as errors:
+        with subprocess.Popen(stderr=errors, **options) as process:
+            yield process
+        if process.returncode:
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines() or ["it was killed"]
+            message = said[-1].removeprefix(f"{Path(command[0]).name}: error: ")
+            raise UserError(f"{label}: {message}")
 
 
 def work(peer: str, name: str, config: Config, options: Options) -> None:
@@ -292,7 +296,18 @@ def work(peer: str, name: str, config: Config, options: Options) -> None:
                 return
 
 
-def startup(config: Config) -> Contestant:
+def launch(program: str, config: Config, scratch: str, *flags: str) -> list[tuple[float, str]]:
+    """Runs a program on a configuration: what it printed, each line with the seconds since launch,
+    and its end as an empty line."""
+    path = Path(scratch, "config.toml")
+    path.write_text(dump_toml(config), encoding="utf-8")
+    command, start = [str(ROOT / program), str(path), *flags], time.perf_counter()
+    with running(program, command, text=True, encoding="utf-8") as process:
+        lines = [(time.perf_counter() - start, line) for line in process.stdout]
+    return [*lines, (time.perf_counter() - start, "")]
+
+
+def startup(config: Config, _: Options) -> Contestant:
     """Launches of rocket.py: `--help`, and a new run to the row of its first step."""
     program = str(ROOT / "rocket.py")
     config.train.log_interval = config.train.stop_at_step = 1
@@ -305,66 +320,52 @@ def startup(config: Config) -> Contestant:
             taken.append(time.perf_counter() - start)
         with tempfile.TemporaryDirectory() as scratch:
             config.train.out_dir = f"{scratch}/run"
-            lines = launch(program, config, Path(scratch))
+            lines = launch("rocket.py", config, scratch)
         first = next((at for at, line in lines if line.startswith("step 1/")), None)
         if first is None:
             raise UserError("rocket.py printed no step")
         yield {"--help s": taken[0] - taken[1], "first step s": first}
 
 
-def launch(program: str, config: Config, scratch: Path, *flags: str) -> list[tuple[float, str]]:
-    """Runs a program on a configuration: what it printed, each line with the seconds since launch,
-    and its end as an empty line. UserError: what it printed when it failed."""
-    path = scratch / "config.toml"
-    path.write_text(dump_toml(config), encoding="utf-8")
-    command, start = [sys.executable, program, str(path), *flags], time.perf_counter()
-    streams = {"stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(command, stderr=errors, **streams) as process:
-            lines = [(time.perf_counter() - start, line) for line in process.stdout]
-        lines.append((time.perf_counter() - start, ""))
-        errors.seek(0)
-        if process.returncode:
-            raise UserError(errors.read().strip() or f"{program} failed without a word")
-    return lines
-
-
-def tokenizing(config: Config, options: Options) -> list[Json]:
-    """MB of text (UTF-8) per second by all processes together, and ratios.
+def tokenizing(config: Config, options: Options) -> Contestant:
+    """MB of text (UTF-8) per second by all processes together, for each number of them.
 
     Raises:
         UserError: what prepare.py says of the corpus; one that is not text.
     """
     global TOKENIZER
-    repeats, copies = options["repeats"], options["copies"]
     data = config.data = hub.local_sources(config.data)
     if data.format != "text" or data.mixture:
         raise ConfigError("bench.py tokenizing takes data.format = text, and no mixture")
     data.deduplicate = False  # all encode the same
     TOKENIZER = configured_tokenizer(config.tokenizer)
     TEXTS[:] = [one.text for part in readers.plan(data) for one in readers.read(part, data)]
-    with tempfile.TemporaryDirectory() as name:
-        scratch, rows = Path(name), []
-        if copies > 1:
+    with tempfile.TemporaryDirectory() as scratch:
+        if (copies := options["copies"]) > 1:
             TEXTS[:] = [f"{text}# {i}\n" for i in range(copies) for text in TEXTS]
             lines = (json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS)
-            (scratch / "corpus.jsonl").write_text("".join(lines), encoding="utf-8")
-            data.sources, data.val_sources, data.test_sources = [f"{name}/corpus.jsonl"], [], []
+            corpus = Path(scratch, "corpus.jsonl")
+            corpus.write_text("".join(lines), encoding="utf-8")
+            data.sources, data.val_sources, data.test_sources = [str(corpus)], [], []
             data.document, data.text_column = "row", "text"
         size = sum(len(text.encode()) for text in TEXTS) / 1e6
-        print(f"{size:.1f} MB in {len(TEXTS):,} documents, {repeats} turns", flush=True)
+        about = {"MB": f"{size:.1f}", "documents": len(TEXTS)}
         ways = [encode_only, lambda count: run_prepare(config, count, scratch)]
         if version("datasets") == "absent":
-            print("the package datasets is not installed, so it is not compared")
+            about["datasets"] = "not compared, it is not installed"
         else:
-            ways.append(map_with_datasets(scratch))
-        for count in options["workers"]:
-            turns = [turn([way(count) for way in ways], size) for _ in range(repeats)]
-            rows += report({"workers": count}, f"{count} workers", turns)
-    return rows
+            from peer_datasets import mapper
+
+            ways.append(mapper(TEXTS, TOKENIZER, scratch))
+        yield about
+        while True:
+            figures: Figures = {}
+            for count in options["workers"]:
+                figures |= rates(f", {count} workers", [way(count) for way in ways], size)
+            yield figures
 
 
-def turn(results: list[tuple[Figures, int]], size: float) -> Figures:
+def rates(of: str, results: list[tuple[Figures, int]], size: float) -> Figures:
     """Rates from the seconds of each way, and their ratios; `size` in MB.
 
     Raises:
@@ -373,11 +374,11 @@ def turn(results: list[tuple[Figures, int]], size: float) -> Figures:
     if len({tokens for _, tokens in results}) > 1:
         raise RuntimeError(f"different numbers of tokens: {results}")
     seconds = {what: taken for found, _ in results for what, taken in found.items()}
-    rates = {f"{what} MB/s": size / taken for what, taken in seconds.items()}
+    found = {f"{what}{of} MB/s": size / taken for what, taken in seconds.items()}
     for what, base in RATIOS:
         if base in seconds:
-            rates[f"{what} / {base} "] = seconds[base] / seconds[what]  # it has no unit
-    return rates | {"prepare, the rest s": seconds["prepare"] - seconds["tokenizes"]}
+            found[f"{what} / {base}{of} "] = seconds[base] / seconds[what]  # it has no unit
+    return found | {f"prepare, the rest{of} s": seconds["prepare"] - seconds["tokenizes"]}
 
 
 def encode_only(count: int) -> tuple[Figures, int]:
@@ -395,47 +396,19 @@ def encode_share(share: slice) -> bytes:
     return b"".join(TOKENIZER.encode(text).tobytes() for text in TEXTS[share])
 
 
-def run_prepare(config: Config, count: int, scratch: Path) -> tuple[Figures, int]:
-    config.data.workers, config.data.dir = count, str(scratch / "data")
-    lines = launch(str(ROOT / "prepare.py"), config, scratch, "--force")
+def run_prepare(config: Config, count: int, scratch: str) -> tuple[Figures, int]:
+    config.data.workers, config.data.dir = count, f"{scratch}/data"
+    lines = launch("prepare.py", config, scratch, "--force")
     printed = "".join(line for _, line in lines)
     own = re.search(r"^tokenized .*, (\S+) MB in .*, (\S+) MB/s$", printed, re.MULTILINE)
     if not float(own[1]) or not float(own[2]):
         raise UserError("the corpus is too short to be measured; raise --copies")
-    splits = json.loads((scratch / "data" / "manifest.json").read_bytes())["splits"].values()
+    splits = json.loads(Path(scratch, "data", "manifest.json").read_bytes())["splits"].values()
     tokens = sum(split["tokens"] - 2 * split["documents"] for split in splits)
     return {"prepare": lines[-1][0], "tokenizes": float(own[1]) / float(own[2])}, tokens
 
 
-def map_with_datasets(scratch: Path) -> Callable[[int], tuple[Figures, int]]:
-    import datasets
-    import pyarrow.compute as pc
-
-    datasets.disable_progress_bars()
-    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(scratch / "rows")
-    options = {"batched": True, "remove_columns": ["text"], "load_from_cache_file": False}
-    lean = datasets.Features({"ids": datasets.List(datasets.Value("uint16"))})
-    variants = (("datasets.map", lists_of_rows, None), ("datasets.map, lean", arrays_of_rows, lean))
-
-    def way(count: int) -> tuple[Figures, int]:
-        taken, workers = {}, count if count > 1 else None
-        for name, function, features in variants:
-            rows = datasets.load_from_disk(scratch / "rows")
-            start = time.perf_counter()
-            rows = rows.map(function, num_proc=workers, features=features, **options)
-            taken[name] = time.perf_counter() - start
-        return taken, pc.sum(pc.list_value_length(rows.data.column("ids"))).as_py()
-
-    return way
-
-
-def lists_of_rows(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-    return {"ids": [TOKENIZER.processor.encode(text) for text in rows["text"]]}
-
-
-def arrays_of_rows(rows: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
-    return {"ids": [TOKENIZER.encode(text) for text in rows["text"]]}
-
+WITHOUT_TORCH = {"startup": startup, "tokenizing": tokenizing}
 
 if __name__ == "__main__":
     run_program(main)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import itertools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,12 +54,6 @@ def contestant(name: str, config: Config, options: Options, peer: str) -> Contes
         shut_down()
 
 
-def of_peers(name: str) -> Any:
-    """What has this name in tests/peers.py: other trainers and samplers, by their own code."""
-    sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
-    return getattr(importlib.import_module("peers"), name)
-
-
 def describe(world: World, parameters: int) -> dict[str, Any]:
     device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
     return {
@@ -75,10 +67,14 @@ def describe(world: World, parameters: int) -> dict[str, Any]:
 def training(config: Config, options: Options, peer: str, world: World) -> Contestant:
     """Optimizer steps of rocket.py, or of a peer, over random tokens on the device."""
     device, seq_len, batches = world.device, config.data.seq_len, random_batches(config, world)
-    trainer = of_peers("trainer") if peer else rocket_trainer
-    step, parameters = trainer(peer, config, world, batches)
-    about, reads = describe(world, parameters), None
-    if not peer:
+    about, reads = {}, None
+    if peer:
+        from peers import trainer
+
+        step, parameters = trainer(peer, config, world, batches)
+    else:
+        step = functools.partial(Trainer(config, world).step, batches)
+        parameters = parameter_count(config.model, config.tokenizer.vocab_size)
         try:
             reads = reading(config, world)
             next(reads)  # opens the dataset
@@ -90,7 +86,7 @@ def training(config: Config, options: Options, peer: str, world: World) -> Conte
         profile = profiled(step, 3, device)
         if world.rank == 0:
             profile.export_chrome_trace(options["trace"])
-    yield about
+    yield describe(world, parameters) | about
     tokens = config.train.global_batch_size * seq_len
     flops = tokens * flops_per_token(config.model, config.tokenizer.vocab_size, seq_len)
     while True:
@@ -113,15 +109,6 @@ def build_model(config: Config, world: World) -> tuple[nn.Module, torch.optim.Op
     config.train.init_from = ""
     inputs = SimpleNamespace(vocab_size=config.tokenizer.vocab_size)
     return build(config, inputs, None, world, print)
-
-
-def rocket_trainer(
-    _: str, config: Config, world: World, batches: list[Batch]
-) -> tuple[Callable[[], Any], int]:
-    """A step of rocket.py's loop, and the number of parameters."""
-    trainer = Trainer(config, world)
-    count = parameter_count(config.model, config.tokenizer.vocab_size)
-    return lambda: trainer.step(batches), count
 
 
 class Trainer:
@@ -198,7 +185,7 @@ def timed_steps(
         backward(*args, **kwargs)
         marks.append(mark(device))
 
-    parts, steps = dict.fromkeys(("forward", "backward", "optimizer"), 0.0), []
+    steps = []
     torch.Tensor.backward = marked
     try:
         start = now(device)
@@ -209,11 +196,11 @@ def timed_steps(
         seconds = (now(device) - start) / count
     finally:
         torch.Tensor.backward = backward
+    parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
     for points in steps:
         *passes, rest = map(between, points, points[1:])
-        parts["forward"] += sum(passes[::2]) / count
-        parts["backward"] += sum(passes[1::2]) / count
-        parts["optimizer"] += rest / count
+        for name, taken in zip(parts, (sum(passes[::2]), sum(passes[1::2]), rest), strict=True):
+            parts[name] += taken / count
     return seconds, parts
 
 
@@ -255,7 +242,9 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
     config.model.max_seq_len = max(config.model.max_seq_len, length + new)
     if new < 3:
         raise ConfigError("--new: at least 3, the rate is that of the third and later tokens")
-    sampler = of_peers("sampler") if peer else rocket_sampler
+    sampler = rocket_sampler
+    if peer:
+        from peers import sampler
     with sampler(peer, config, world) as (generate, parameters):
         ids = torch.randint(2, config.tokenizer.vocab_size, (max(sizes), length)).tolist()
         taken = [size for size in sizes if generate(ids[:size], new)]  # compiles
