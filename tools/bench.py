@@ -78,7 +78,7 @@ FLAGS = {
     "--json=PATH": "where to write the figures, too",
 }
 # Both tie the embeddings, as the peers do, and have 8 dim² parameters per layer in the
-# feed-forward, as GPT-2 has. So parameter counts are equal, but for nanoGPT's learnt positions.
+# feed-forward, as GPT-2 has. So parameter counts are equal, but for nanoGPT's position embeddings.
 SHARED = (
     "--model.n_kv_heads=0 --model.max_seq_len=512 --model.tie_embeddings=true"
     " --optimizer.name=adamw"
@@ -352,7 +352,7 @@ def tokenizing(config: Config, options: Options) -> Contestant:
         about = {"MB": f"{size:.1f}", "documents": len(TEXTS)}
         ways = [encode_only, lambda count: run_prepare(config, count, scratch)]
         if version("datasets") == "absent":
-            about["datasets"] = "not compared, it is not installed"
+            about["datasets"] = "is not installed, so it is not compared"
         else:
             from peer_datasets import mapper
 

@@ -120,10 +120,8 @@ def moments(config: Config, setup: Setup) -> dict[str, Memory]:
     if size.muon:
         step = found.pop("optimizer")
         for name, freed, buffers in muon_rounds(config, setup):
-            found[name] = step | {
-                "gradients": step["gradients"] - freed,
-                "optimizer": step["optimizer"] + buffers,
-            }
+            gradients, optimizer = step["gradients"] - freed, step["optimizer"] + buffers
+            found[name] = step | {"gradients": gradients, "optimizer": optimizer}
     return found
 
 
@@ -226,10 +224,8 @@ def gathered_bytes(config: Config, setup: Setup) -> ByMoment:
         return {}
     size, b = sizes(config), setup.bytes
     last = size.head + config.model.dim  # embedding and last norm: see distributed.parallelize
-    if config.parallel.reshard_after_forward:
-        whole, block = b * size.root, b * size.block
-    else:
-        whole, block = b * size.total, 0
+    reshard = config.parallel.reshard_after_forward
+    whole, block = (b * size.root, b * size.block) if reshard else (b * size.total, 0)
     forward, backward = whole + block, whole + 2 * block + FP32 * size.block
     found = (forward, forward, backward, backward, FP32 * last, 0.0)
     return dict(zip(MOMENTS, found, strict=True))
