@@ -310,10 +310,10 @@ def test_a_full_disk_is_one_line():
     assert done.stderr == ("config.py: error: no space is left for a file or standard output\n")
 
 
-def test_a_told_line_is_one_write():
+def test_an_error_line_is_one_write():
     """Else lines of ranks that share a file run into each other; a datagram is a write."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs:
-        script = "from config import tell; tell('one line')"
+        script = "from config import print_error; print_error('one line')"
         subprocess.run([sys.executable, "-u", "-c", script], stderr=theirs, cwd=ROOT, check=True)
         assert ours.recv(100) == b"one line\n"
