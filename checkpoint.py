@@ -229,11 +229,11 @@ class Saver:
         return self._error is not None
 
     def save(self, step: int, record: dict[str, Any]) -> None:
-        """Saves a checkpoint; every rank must call this. The manifest takes over record's entries.
+        """Saves a checkpoint; every rank must call this. The manifest includes record's entries.
 
-        It waits for the previous save first. If a thread saves, it returns once the tensors are
-        copied. AgreedError if a rank can't write this checkpoint, or could not write the previous
-        one.
+        It waits for the previous save first. With a thread, this method returns once the tensors
+        are copied. AgreedError if a rank can't write this checkpoint, or could not write the
+        previous one.
         """
         self.wait()
         groups = {
@@ -248,7 +248,7 @@ class Saver:
         pieces = [piece for group in groups.items() for piece in _own_pieces(*group, self.world)]
         if self.config.asynchronous:
             arguments = manifest, self._copied(pieces)
-            # A daemon, or the thread would keep the process alive after training has failed.
+            # A daemon: another thread would keep the process alive after training has failed.
             self._thread = threading.Thread(target=self._run_thread, args=arguments, daemon=True)
             self._thread.start()
         else:
@@ -497,9 +497,9 @@ def load_optimizer(
 def prune_checkpoints(run: Path, newest: int, config: CheckpointConfig) -> None:
     """Removes old checkpoints; UserError if one can't be removed.
 
-    Of the checkpoints up to step newest, the last checkpoint.keep_last stay, and the weights of the
-    checkpoint.keep_best with the lowest validation loss. Later ones were skipped on resume: they
-    are not touched.
+    Up to step `newest`, it keeps the last checkpoint.keep_last checkpoints, and the weights of the
+    checkpoint.keep_best with the lowest validation loss. Later checkpoints were skipped on resume:
+    they are not touched.
     """
     found = [c for c in readable_checkpoints(run) if c.step <= newest]
     evaluated = sorted((c for c in found if c.val_loss < math.inf), key=lambda c: c.val_loss)

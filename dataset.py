@@ -95,7 +95,7 @@ def fingerprint(manifest: Json) -> str:
 
 
 def mixture_fingerprint(manifests: dict[str, Json], weights: dict[str, int]) -> str:
-    """A digest that identifies datasets, their order and weights; of one alone, its fingerprint."""
+    """A digest that identifies datasets, their order and weights; of one, its own fingerprint."""
     parts = [(fingerprint(manifest), weights[name]) for name, manifest in manifests.items()]
     if len(parts) == 1:
         return parts[0][0]
@@ -137,12 +137,12 @@ def open_file(path: Path, dtype: str) -> np.memmap:
 
 
 def read_file(path: Path, dtype: str, start: int, stop: int) -> np.ndarray:
-    """The entries start to stop of a shard or mask; UserError if the file was cut while open:
+    """Entries [start, stop) of a shard or mask; UserError if the file was truncated while open:
     reading beyond its end would kill the process by SIGBUS, without a message."""
     array = open_file(path, dtype)
     if array.base.size() < array.nbytes:  # mmap.size() is the file's size now
         raise UserError(
-            f"{path} was cut while it was in use; restore it, or run prepare.py with --force"
+            f"{path} was truncated while in use; restore it, or run prepare.py with --force"
         )
     return array[start:stop]
 
@@ -210,7 +210,7 @@ class TokenDataset:
         ]
 
     def _pieces(self, index: int) -> Iterator[tuple[int, int, int]]:
-        """The pieces of a window: tokens start to stop of a shard, as (shard, start, stop)."""
+        """The pieces of a window as (shard, start, stop): tokens [start, stop) of the shard."""
         start = index * self.seq_len
         stop = start + self.window_tokens
         shard = int(np.searchsorted(self.starts, start, side="right")) - 1
@@ -382,16 +382,16 @@ def open_split(
 def interleave(slots: np.ndarray, weights: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Which dataset each slot of a run reads, and how many earlier slots read that dataset.
 
-    The datasets are the leaves of a balanced binary tree. At a node whose datasets weigh t, those
-    of its left half l, slot n goes left if floor((n + 1) · l / t) is above floor(n · l / t). The
-    latter is the number of earlier slots that went left.
+    The datasets are the leaves of a balanced binary tree. At a node of weight t whose left half has
+    weight l, slot n goes left if floor((n + 1) · l / t) is above floor(n · l / t). The latter is
+    the number of earlier slots that went left.
 
     Of the first n slots, dataset d is due n · w_d / t. The number that it gets differs from that by
     less than the depth of its leaf, which is at most ceil(log2 k) for k datasets. Proof: the root
     gets its due n exactly. If a node gets c slots and misses its due by m, its left child gets
     floor(c · l / t). That differs from c · l / t by less than 1, and c · l / t differs from the
-    child's due by m · l / t: by less than m + 1 together. The right child gets the rest, which
-    differs from c · r / t by just as much.
+    child's due by m · l / t. So the left child misses its due by less than m + 1. The right child
+    gets the rest, so it misses its due by just as much.
 
     Products stay within 64 bits for slots below 2^43, because weights add up to 2^20 at most.
     """
@@ -424,7 +424,7 @@ def permute(seed: int, epoch: int, positions: np.ndarray, size: int) -> np.ndarr
     """The values at these positions of a permutation of range(size) that depends on seed and epoch.
 
     It needs O(1) memory. A Feistel network permutes the numbers below the next power of four. An
-    output of size or more is permuted again, until it is below size (Black and Rogaway, "Ciphers
+    output that is not below `size` is permuted again, until it is (Black and Rogaway, "Ciphers
     with Arbitrary Finite Domains", 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
@@ -467,7 +467,7 @@ def rank_share(windows: np.ndarray, micro_batch_size: int, rank: int, ranks: int
 
 
 def padded(windows: np.ndarray, multiple: int) -> np.ndarray:
-    """The windows, and behind them filler sequences (-1) up to a multiple of this length."""
+    """The windows, then filler sequences (-1) until their number divides by `multiple`."""
     return np.pad(windows, (0, -len(windows) % multiple), constant_values=-1)
 
 
@@ -476,7 +476,7 @@ class DataCheck:
 
     Training would read a flipped bit without an error. Each rank hashes a share of the files, in a
     thread of the lowest priority. verified.json, beside the manifest, records size, time and inode
-    of each intact file. The file is not hashed again until one of them changes.
+    of each intact file. Such a file is hashed again only if one of these three changes.
     """
 
     FILE = "verified.json"
@@ -528,7 +528,7 @@ class DataCheck:
                 temporary.replace(path / self.FILE)
             except OSError as error:  # another user's dataset, for example: it is intact
                 print_error(
-                    f"{path / self.FILE} can't be written: {error.strerror}; hashed in each job"
+                    f"{path / self.FILE} can't be written: {error.strerror}; each job hashes again"
                 )
 
     def _known(self, path: Path) -> dict[str, list[int]]:
@@ -563,7 +563,7 @@ class DataCheck:
                 return
             if not intact:
                 self.wrong = (
-                    f"{path} is damaged: its sha256 is not that of manifest.json; restore it, or"
+                    f"{path} is damaged: its sha256 is not the one in manifest.json; restore it, or"
                     " run prepare.py with --force. Steps of this job may have read it"
                 )
                 return

@@ -2,9 +2,9 @@
 python prepare.py [CONFIG] [--section.key=value …] --download | --task=I/N | --verify | --inspect
 
 Tokenizes the sources of CONFIG into the packed dataset `data.dir`, on all cores. After a kill, the
-same command continues; when all is done, it says "up to date". To share the work of several
-machines, start N tasks of a job array with --task=I/N. When they have ended, run once without it,
-to do what is missing and to publish the dataset.
+same command continues; when all is done, it says "up to date". To share the work among several
+machines, start N tasks of a job array with --task=I/N. When they have ended, run once without
+--task, to do what is missing and to publish the dataset.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
 
 
 def read_task(flags: list[str]) -> build.Task | None:
-    """The task that --task gives; ConfigError if there is no such task, or for another flag."""
+    """The task that --task gives; ConfigError for no such task, or another flag beside it."""
     texts = [flag.partition("=")[2] for flag in flags if flag.startswith("--task=")]
     if not texts:
         return None

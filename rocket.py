@@ -59,7 +59,7 @@ from run import NotFiniteError, Run
 from tokenizer import Tokenizer
 
 NORM_DECAY = 0.98  # of the running mean of the gradient norm, see should_skip
-NORM_STEPS = 20  # steps in the mean before steps are compared with it
+NORM_STEPS = 20  # steps that the mean must hold before others are compared with it
 
 
 def main(arguments: list[str]) -> None:
@@ -245,7 +245,7 @@ def check_model(run: Run, model: nn.Module, batches: Batches) -> bool:
         AgreedError: the losses differ, so the weights belong to another model.
     """
     recorded = run.progress.val_loss
-    run.say("model.py has changed: these weights were trained by another model")
+    run.say("model.py has changed: these weights were trained with another model")
     if recorded is None or not run.val_data:
         run.say("can't check whether it computes the same: this step was not evaluated")
         return True
@@ -271,7 +271,7 @@ def build(
     world: World,
     say: Callable[[str], None],
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Model and optimizer: resumed from a checkpoint, from train.init_from, or fresh."""
+    """Model and optimizer: from a checkpoint, from train.init_from, or fresh."""
     cost = loss_chunk(config, world.device.type == "cuda"), config.train.recompute
     with torch.device("meta"):  # without memory: what will be sharded is never whole
         model = Llama(config.model, inputs.vocab_size, *cost)
@@ -338,7 +338,7 @@ def find_weights(config: Config, inputs: Inputs) -> tuple[Checkpoint, int | None
 
 
 def open_datasets(config: Config, inputs: Inputs) -> tuple[Mixture, Mixture | None]:
-    """The training splits and, of the datasets that have one, the validation splits."""
+    """The training splits, and the validation splits of the datasets that have them."""
     validated = [name for name, found in inputs.manifests.items() if "val" in found["splits"]]
     if not validated and config.train.patience:
         raise ConfigError("train.patience needs a validation split: set data.val_fraction")

@@ -304,7 +304,7 @@ def test_a_shard_that_is_cut_while_it_is_mapped_is_named(ranks, run, dataset, tm
         until(lambda: "| loss" in launched.said())
         os.truncate(data / "train-00000.bin", 100)
         assert launched.wait() == 1
-    assert f"error: {data}/train-00000.bin was cut while it was in use" in launched.said()
+    assert f"error: {data}/train-00000.bin was truncated while in use" in launched.said()
 
 
 def test_rows_that_are_missing_are_said_to_be(run, finished, tmp_path):
