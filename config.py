@@ -71,10 +71,9 @@ SENTENCEPIECE_OPTIONS = (
 ).split()
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-STARTED_BY = (
-    os.getppid()
-)  # a rank's parent, torchrun's agent; asked before the slow import of torch
-LOST_RANK, SICK_NODE = os.EX_TEMPFAIL, os.EX_UNAVAILABLE  # exit codes that attempts.py understands
+# A rank's parent, torchrun's agent; asked before the slow import of torch.
+STARTED_BY = os.getppid()
+LOST_RANK, SICK_NODE = os.EX_TEMPFAIL, os.EX_UNAVAILABLE  # exit codes that slurm/attempts.py reads
 
 
 class UserError(Exception):
@@ -437,7 +436,8 @@ def _check_relations(config: Config) -> None:
         )
     if data.seq_len > model.max_seq_len:
         raise ConfigError(
-            f"data.seq_len ({data.seq_len}) is above model.max_seq_len ({model.max_seq_len})"
+            f"data.seq_len ({data.seq_len}) is above model.max_seq_len ({model.max_seq_len}):"
+            " lower the one or raise the other"
         )
     if config.tokenizer.vocab_size > MAX_VOCAB_SIZE:
         raise ConfigError(

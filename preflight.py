@@ -16,13 +16,19 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from checkpoint import Checkpoint, checkpoint_paths, readable_checkpoints
+from checkpoint import (
+    Checkpoint,
+    checkpoint_paths,
+    find_checkpoint,
+    readable_checkpoints,
+)
 from config import (
     ACCEPT_CHANGES,
     SICK_NODE,
@@ -40,7 +46,7 @@ from config import (
 )
 from dataset import mixture_fingerprint, mixture_weights, read_manifest
 from distributed import AgreedError, NodeError, World, check_compiler, compiles
-from tokenizer import configured_tokenizer
+from tokenizer import Tokenizer, configured_tokenizer
 
 CODE = Path(__file__).resolve().parent
 ROOMS = ("", "corpus", "inference", "slurm", "tools")  # folders of Rocket's Python files
@@ -72,7 +78,8 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
     for name in ("tensorboard", "wandb"):
         if getattr(config.log, name) and not installed(name):
             raise UserError(
-                f"log.{name}: the package {name} is missing: pip install 'rocket-llama[{name}]'"
+                f"log.{name}: the package {name} is missing; in the repository: pip install"
+                f" '.[{name}]'"
             )
     tokenizer = configured_tokenizer(config.tokenizer)
     weights = mixture_weights(config.data)
@@ -137,7 +144,10 @@ def _check_resumed(
 ) -> None:
     """Compares tokenizer, data and keys with those of the run; prints the accepted changes."""
     if checkpoint.manifest["tokenizer_sha256"] != inputs.tokenizer_sha256:
-        raise UserError(f"{directory}: the run was trained with another tokenizer")
+        raise UserError(
+            f"{directory}: the run was trained with another tokenizer; set tokenizer.path to that"
+            " one, or another train.out_dir"
+        )
     if checkpoint.manifest["dataset"] != inputs.fingerprint:
         raise UserError(
             f"{directory}: the run was trained on another dataset or mixture than"
@@ -185,6 +195,42 @@ def _check_code(directory: Path, accept_changes: bool) -> list[str]:
         )
     print(f"accepted: other code in {', '.join(changed)}")
     return changed
+
+
+class InitialWeights(NamedTuple):
+    """The weights from which a new run starts."""
+
+    checkpoint: Checkpoint
+    known: int | None  # tokens that both vocabularies share, see load_weights
+
+
+def initial_weights(config: Config, inputs: Inputs) -> InitialWeights | None:
+    """The weights of train.init_from; None if it is not set.
+
+    The run's tokenizer may extend that of the weights.
+
+    Raises:
+        UserError: there is no checkpoint, or the checkpoint has another shape, or this run's
+            tokenizer does not extend the checkpoint's.
+    """
+    if not config.train.init_from:
+        return None
+    checkpoint = find_checkpoint(resolve_path(config.train.init_from))
+    free = ("model.max_seq_len", "model.init_std")  # they change no shape and no output
+    for change in chain(*changes(checkpoint.config, config).values()):
+        if change.startswith("model.") and not change.startswith(free):
+            raise ConfigError(f"train.init_from: {checkpoint.path} has another model: {change}")
+    if checkpoint.manifest["tokenizer_sha256"] == inputs.tokenizer_sha256:
+        rows = checkpoint.shapes("model")["model.embed_tokens.weight"][0]
+        return InitialWeights(checkpoint, inputs.vocab_size if rows > inputs.vocab_size else None)
+    old = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
+    new = Tokenizer(resolve_path(config.tokenizer.path))
+    if not new.extends(old):
+        raise UserError(
+            f"train.init_from: {checkpoint.path} was trained with {old.path}, which {new.path} does"
+            f" not extend; use {old.path}, or add pieces to it"
+        )
+    return InitialWeights(checkpoint, old.vocab_size)
 
 
 def code_files(folder: Path = CODE) -> dict[str, Path]:

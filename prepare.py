@@ -1,5 +1,6 @@
 """python prepare.py [CONFIG] [--section.key=value …] [--force]
-python prepare.py [CONFIG] [--section.key=value …] --download | --task=I/N | --verify | --inspect
+python prepare.py [CONFIG] [--section.key=value …] --download | --task=I/N | --verify
+python prepare.py [CONFIG] [--section.key=value …] --inspect | --bad-steps
 
 Tokenizes the sources of CONFIG into the packed dataset `data.dir`, on all cores. After a kill, the
 same command continues; when all is done, it says "up to date". To share the work among several

@@ -16,18 +16,14 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
     check_command_line(usage=__doc__, flags=FLAGS)
 
 import math
-from collections.abc import Callable
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from checkpoint import Checkpoint, find_checkpoint, load_optimizer, load_weights
+from checkpoint import Checkpoint, load_optimizer, load_weights
 from config import (
     Config,
     ConfigError,
-    UserError,
-    changes,
     load_config,
     loss_chunk,
     resolve_path,
@@ -54,9 +50,8 @@ from job import Signals, job_end
 from kernels import IGNORE
 from model import Llama, initial_weight
 from optimizer import build_optimizer, learning_rate
-from preflight import Inputs, check_inputs, preflight
+from preflight import InitialWeights, Inputs, check_inputs, initial_weights, preflight
 from run import NotFiniteError, Run
-from tokenizer import Tokenizer
 
 NORM_DECAY = 0.98  # of the running mean of the gradient norm, see should_skip
 NORM_STEPS = 20  # steps that the mean must hold before others are compared with it
@@ -84,17 +79,24 @@ def train(config: Config, accept_changes: bool, signals: Signals, world: World) 
         reason = run.over()  # it may be finished already
         if not reason:
             preflight(directory, config, checkpoint, run.parameters, world)
+            initial = world.once(lambda: None if checkpoint else initial_weights(config, inputs))
             world.once(run.open)
-            reason = train_job(run, checkpoint, signals, end)
+            reason = train_job(run, checkpoint, initial, signals, end)
         run.end(reason)
 
 
-def train_job(run: Run, checkpoint: Checkpoint | None, signals: Signals, end: float) -> str:
+def train_job(
+    run: Run,
+    checkpoint: Checkpoint | None,
+    initial: InitialWeights | None,
+    signals: Signals,
+    end: float,
+) -> str:
     """Builds model and optimizer and trains them; returns why the run, or this job, is over."""
     config, inputs, world = run.config, run.inputs, run.world
-    model, optimizer = build(config, inputs, checkpoint, world, run.say)
+    model, optimizer = build(config, inputs, checkpoint, initial, world)
     with Batches(run.data, config, inputs.bos_id, world) as batches:
-        run.describe(batches, checkpoint)
+        run.describe(batches, checkpoint, initial)
         run.start(model, optimizer, signals, end)
         if inputs.model_changed and check_model(run, model, batches):
             world.once(run.record_start)  # if model.py has not changed, run.open has done that
@@ -188,8 +190,8 @@ def train_step(
     skip = should_skip(loss, grad_norm, norm_ema, config.train.spike_factor)
     # Without a trained token, old moments and weight decay would still move the weights.
     skip = torch.where(trained > 0, skip, 1.0)
-    agreed = world.sum(torch.cat((loss[None], votes, skip[None])))
-    skip = agreed[-1].clamp(max=1.0)  # all ranks skip if one does: norms may differ in the last bit
+    sums = world.sum(torch.cat((loss[None], votes, skip[None])))
+    skip = sums[-1].clamp(max=1.0)  # all ranks skip if one does: norms may differ in the last bit
     if config.train.spike_factor:
         taken = torch.stack((grad_norm, torch.ones_like(grad_norm)))
         norm_ema.lerp_(torch.where(skip > 0, norm_ema, taken), 1 - NORM_DECAY)
@@ -200,7 +202,7 @@ def train_step(
     optimizer.grad_scale, optimizer.found_inf = None, skip
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.cat((agreed, grad_norm[None]))
+    return torch.cat((sums, grad_norm[None]))
 
 
 def should_skip(loss: Tensor, grad_norm: Tensor, norm_ema: Tensor, spike_factor: float) -> Tensor:
@@ -245,7 +247,7 @@ def check_model(run: Run, model: nn.Module, batches: Batches) -> bool:
         AgreedError: the losses differ, so the weights belong to another model.
     """
     recorded = run.progress.val_loss
-    run.say("model.py has changed: these weights were trained with another model")
+    run.say("the model's code has changed since these weights were saved")
     if recorded is None or not run.val_data:
         run.say("can't check whether it computes the same: this step was not evaluated")
         return True
@@ -268,8 +270,8 @@ def build(
     config: Config,
     inputs: Inputs,
     checkpoint: Checkpoint | None,
+    initial: InitialWeights | None,
     world: World,
-    say: Callable[[str], None],
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer: from a checkpoint, from train.init_from, or fresh."""
     cost = loss_chunk(config, world.device.type == "cuda"), config.train.recompute
@@ -282,8 +284,8 @@ def build(
     if checkpoint:
         load_weights(model, checkpoint)
         load_optimizer(model, optimizer, checkpoint)
-    elif config.train.init_from:
-        start_from(config, model, inputs, world, say)
+    elif initial:
+        world.each(lambda: load_weights(model, *initial))
     else:
         initialise(model, config)
     return model, optimizer
@@ -296,45 +298,6 @@ def initialise(model: nn.Module, config: Config) -> None:
         rows, start = local_part(parameter)
         full = initial_weight(name, parameter.shape, config.model, config.train.seed, rows.device)
         rows.copy_(full[start : start + len(rows)])
-
-
-def start_from(
-    config: Config, model: nn.Module, inputs: Inputs, world: World, say: Callable[[str], None]
-) -> None:
-    """Loads the weights of train.init_from into the model of a new run.
-
-    The run's tokenizer may extend that of the weights: new tokens start from the mean embedding.
-    """
-    checkpoint, known = world.once(lambda: find_weights(config, inputs))
-    world.each(lambda: load_weights(model, checkpoint, known))
-    say(f"weights of step {checkpoint.step} from {checkpoint.path}")
-    if known and (new_tokens := inputs.vocab_size - known):
-        say(f"{new_tokens} new tokens start from the mean of the old embeddings")
-
-
-def find_weights(config: Config, inputs: Inputs) -> tuple[Checkpoint, int | None]:
-    """The checkpoint of train.init_from and, for load_weights, how many tokens both models know.
-
-    Raises:
-        UserError: there is no checkpoint, or the checkpoint has another shape, or this run's
-            tokenizer does not extend the checkpoint's.
-    """
-    checkpoint = find_checkpoint(resolve_path(config.train.init_from))
-    free = ("model.max_seq_len", "model.init_std")  # they change no shape and no output
-    for change in chain(*changes(checkpoint.config, config).values()):
-        if change.startswith("model.") and not change.startswith(free):
-            raise ConfigError(f"train.init_from: {checkpoint.path} has another model: {change}")
-    if checkpoint.manifest["tokenizer_sha256"] == inputs.tokenizer_sha256:
-        rows = checkpoint.shapes("model")["model.embed_tokens.weight"][0]
-        return checkpoint, inputs.vocab_size if rows > inputs.vocab_size else None
-    old = Tokenizer(checkpoint.path.parent.parent / "tokenizer.model")
-    new = Tokenizer(resolve_path(config.tokenizer.path))
-    if not new.extends(old):
-        raise UserError(
-            f"train.init_from: {checkpoint.path} was trained with {old.path}, which {new.path} does"
-            f" not extend; use {old.path}, or add pieces to it"
-        )
-    return checkpoint, old.vocab_size
 
 
 def open_datasets(config: Config, inputs: Inputs) -> tuple[Mixture, Mixture | None]:

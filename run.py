@@ -46,7 +46,7 @@ from dataset import Batches, DataCheck, Mixture
 from distributed import AgreedError, Arrived, World, compiles, cudnn_version, explain_lost_rank
 from job import Consensus, RunLock, Signals, StopConditions
 from model import flops_per_token, parameter_count
-from preflight import CODE, Inputs, code_files, writing
+from preflight import CODE, InitialWeights, Inputs, code_files, writing
 from slurm import attempts
 
 REPORT_SECONDS = 300.0  # limit for tools/report.py; it reads a million rows in 11 s
@@ -341,7 +341,9 @@ class Run:
             "commit": commit or None,
         }
 
-    def describe(self, batches: Batches, checkpoint: Checkpoint | None) -> None:
+    def describe(
+        self, batches: Batches, checkpoint: Checkpoint | None, initial: InitialWeights | None
+    ) -> None:
         """Prints what is about to run, and what of it the user may not expect."""
         config, data, val_data, world = self.config, self.data, self.val_data, self.world
         batch_size, on_gpu = config.train.global_batch_size, world.device.type == "cuda"
@@ -377,6 +379,10 @@ class Run:
             )
         if checkpoint:
             self.say(f"resuming from step {checkpoint.step}: {checkpoint.path}")
+        if initial:
+            self.say(f"weights of step {initial.checkpoint.step} from {initial.checkpoint.path}")
+        if initial and initial.known and (new := self.inputs.vocab_size - initial.known):
+            self.say(f"{new} new tokens start from the mean of the old embeddings")
 
     # ---- steps, evaluations, checkpoints
 

@@ -165,6 +165,8 @@ def measure(source: Source, options: argparse.Namespace) -> None:
             found = evaluate_split(model, source, options.evaluate, options.batch_size, world)
         else:
             path = existing_path(options.evaluate)
+            if not path.exists():
+                raise UserError(f"--evaluate={path}: No such file; or give train, val or test")
             found = evaluate_text(model, source.tokenizer, path, options.batch_size)
     if options.json:
         print(json.dumps({"model": str(source.path), "step": source.step, **found._asdict()}))

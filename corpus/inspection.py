@@ -368,7 +368,7 @@ def show_bad_steps(config: Config) -> None:
     """Prints the texts of the training steps that a run skipped; UserError for a damaged record,
     or a dataset that has changed since."""
     path = resolve_path(config.train.out_dir) / "bad_steps.jsonl"
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:
         say(f"{path.parent}: no step was skipped")
         return
     tokenizer = configured_tokenizer(config.tokenizer)

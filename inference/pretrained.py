@@ -24,7 +24,7 @@ from config import ConfigError, ModelConfig, UserError, build_config, installed
 from tokenizer import SPACE, Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-NEEDS_HF = "Hugging Face models need more packages: pip install 'rocket-llama[hf]'"
+NEEDS_HF = "Hugging Face models need more packages; in the repository: pip install '.[hf]'"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_JSON_BYTES = 100_000_000
 DTYPES = ("F32", "F16", "BF16")

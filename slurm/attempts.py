@@ -2,7 +2,7 @@
 
 A fault that may pass (a lost rank, a signal, a deadline, a sick node) does not end a run. It ends
 after train.max_attempts in a row without a new checkpoint. attempts.json, in the run's directory,
-keeps what the next attempt needs to know. slurm/train.sh calls this file as a program:
+keeps what the next attempt needs to know. slurm/train.sh calls it as a program, attempts.py:
 
     attempts.py begin ATTEMPT ASKED CONFIG [overrides]     counts an attempt; fails if too many
     attempts.py agent RUN ATTEMPT [arguments of torchrun]  runs torchrun on one node

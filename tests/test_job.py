@@ -385,7 +385,7 @@ def test_other_code_needs_consent(run, tmp_path):
     accepted = start(program, *run(), "--accept-changes")
     assert accepted.returncode == 0, accepted.stderr
     assert "accepted: other code in model.py" in accepted.stdout
-    assert "these weights were trained with another model" in accepted.stdout
+    assert "the model's code has changed since these weights were saved" in accepted.stdout
     assert "this step was not evaluated" in accepted.stdout
     assert (out / "code" / "model.py").read_text().endswith("EDITED = True\n")
 

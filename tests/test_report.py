@@ -454,7 +454,7 @@ def test_a_missing_package_is_told_before_training(package, tmp_path, monkeypatc
     config = build_config({"log": {package: True}})
     assert getattr(LogConfig(), package) is False
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(UserError, match=rf"pip install 'rocket-llama\[{package}\]'"):
+    with pytest.raises(UserError, match=rf"in the repository: pip install '\.\[{package}\]'"):
         check_inputs(tmp_path / "run", config, False)
 
 

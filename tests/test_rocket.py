@@ -427,6 +427,7 @@ def test_init_from_starts_anew_with_old_weights(run, finished, tmp_path, tiny_to
     assert "another model: model.n_heads: 4 -> 8" in error_of(rocket(other))
     assert "automatic" in error_of(rocket(run("none", train__init_from="resume")))
     assert "no checkpoint" in error_of(rocket(run("none", train__init_from=tmp_path)))
+    assert not (tmp_path / "none").exists(), "a refused start writes nothing"
 
 
 @pytest.mark.long

@@ -80,7 +80,7 @@ def configure(strategy=None, **model):
 
 def build(config, world):
     inputs = Inputs({}, {}, "", None, VOCABULARY, 1, "", np.zeros(0), False)
-    return rocket.build(config, inputs, None, world, print)
+    return rocket.build(config, inputs, None, None, world)
 
 
 def step(config, model, optimizer, world, micro_batches, length=32):

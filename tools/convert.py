@@ -145,7 +145,7 @@ def export(options: argparse.Namespace) -> None:
         write, tool = write_gguf, "llama.cpp's server"
         advice = "send it ids, or take these names out of what people write"
         if not installed("gguf"):
-            raise UserError("to-gguf needs the package gguf: pip install 'rocket-llama[gguf]'")
+            raise UserError("the package gguf is missing; in the repository: pip install '.[gguf]'")
     run, output = read_run(options), new_path(options.output)
     with written(output) as path:
         prove(run.config, run.vocab_size, run.weight, write(path, run, options))
@@ -499,7 +499,7 @@ def fetched(source: str, revision: str | None) -> Path:
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source, re.ASCII):
         raise UserError(f"{source}: no such directory, and no OWNER/NAME on the hub")
     if not installed("huggingface_hub"):
-        raise UserError(f"downloads need the package huggingface_hub: {NEEDS_HF}")
+        raise UserError(f"huggingface_hub is missing: {NEEDS_HF}")
     from huggingface_hub import errors, snapshot_download
 
     directory = resolve_path("data/raw") / (f"{source}@{revision}" if revision else source)

@@ -106,9 +106,8 @@ def training(config: Config, options: Options, peer: str, world: World) -> Conte
 
 def build_model(config: Config, world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer as rocket.py builds them for a fresh run; no tokenizer is needed."""
-    config.train.init_from = ""
     inputs = SimpleNamespace(vocab_size=config.tokenizer.vocab_size)
-    return build(config, inputs, None, world, print)
+    return build(config, inputs, None, None, world)
 
 
 class Trainer:

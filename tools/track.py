@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> None:
         if not (directory / name).is_file():
             raise UserError(f"{directory}: {name} is missing: no run, or one that has just begun")
     if not installed("wandb"):
-        raise UserError("the package wandb is missing: pip install 'rocket-llama[wandb]'")
+        raise UserError("the package wandb is missing; in the repository: pip install '.[wandb]'")
     over = threading.Event()
     if options.follow:
         threading.Thread(target=watch, args=(over,), daemon=True).start()
