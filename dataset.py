@@ -38,7 +38,7 @@ from config import (
     resolve_path,
 )
 from distributed import World
-from kernels import IGNORE
+from fast import IGNORE
 
 Json = dict[str, Any]
 

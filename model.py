@@ -1,6 +1,6 @@
 """The model: Llama 2 (Touvron et al., arXiv 2307.09288) in plain PyTorch, as the paper has it.
 
-It knows nothing of distribution, files or training; what only makes it faster is in kernels.py.
+It knows nothing of distribution, files or training; what only makes it faster is in fast.py.
 Modules and parameters carry the names of Hugging Face's LlamaForCausalLM, and the rotary embedding
 uses its half-split layout, so a state dict moves between the two unchanged.
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ModelConfig, Recompute
-from kernels import (
+from fast import (
     KVCache,
     LayerCache,
     Mask,
@@ -139,7 +139,7 @@ class Llama(nn.Module):
 
     Args:
         loss_chunk: tokens whose logits exist at a time when a loss is computed; 0: all.
-        recompute: what the backward pass computes again, to save memory; see kernels.recomputed.
+        recompute: what the backward pass computes again, to save memory; see fast.recomputed.
     """
 
     def __init__(

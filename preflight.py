@@ -101,7 +101,7 @@ def check_inputs(directory: Path, config: Config, accept_changes: bool) -> Input
         return inputs
     _check_resumed(directory, checkpoint, config, inputs, accept_changes)
     changed = _check_code(directory, accept_changes)
-    model_changed = not {"model.py", "kernels.py"}.isdisjoint(changed)
+    model_changed = not {"model.py", "fast.py"}.isdisjoint(changed)
     evaluated = checkpoint.config.train.eval_sequences
     if model_changed and evaluated != config.train.eval_sequences:
         raise ConfigError(

@@ -45,9 +45,9 @@ from distributed import (
     reshard,
     set_timeout,
 )
+from fast import IGNORE
 from inference.evaluation import evaluate, predictions
 from job import Signals, job_end
-from kernels import IGNORE
 from model import Llama, initial_weight
 from optimizer import build_optimizer, learning_rate
 from preflight import InitialWeights, Inputs, check_inputs, initial_weights, preflight

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +25,13 @@ from dataset import (
     read_manifest,
 )
 from distributed import AgreedError, Lagged, World, autocast, fetch
-from inference.generation import Source
+from fast import IGNORE
 from job import Consensus
-from kernels import IGNORE
 from model import Llama
 from tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # training evaluates, and needs nothing of sampling
+    from inference.generation import Source
 
 WRITTEN_TOKENS, WRITTEN_TEMPERATURE = 48, 0.8  # of the text that a model writes by itself
 MAX_TEXT_BYTES = 16_000_000  # encoding one text takes 60 bytes a byte

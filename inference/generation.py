@@ -19,9 +19,9 @@ from torch import Tensor
 from checkpoint import Checkpoint, find_checkpoint
 from config import Config, ModelConfig, UserError
 from distributed import check_compiler
+from fast import KVCache
 from inference.linear import RowLinear, can_pack, linears, pack
 from inference.pretrained import EMBEDDING, HEAD, Pretrained
-from kernels import KVCache
 from model import Llama
 from tokenizer import Tokenizer
 

@@ -188,7 +188,7 @@ def numerics(options: Options, documents: bool) -> None:
     import torch
 
     from distributed import init_distributed
-    from kernels import IGNORE
+    from fast import IGNORE
     from model import Llama
 
     config = configured(options, "llama_110m", SMALL)
@@ -324,8 +324,8 @@ def kernels(options: Options) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from distributed import init_distributed
+    from fast import attend, past_mask
     from inference.generation import take_any_shape
-    from kernels import attend, past_mask
 
     config = configured(options, "llama_110m")
     device = init_distributed(config).device

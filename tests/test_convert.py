@@ -418,7 +418,7 @@ def copied(tmp_path):
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_refused(runs, copied, change):
     old, new = CHANGES[change]
-    path = copied / ("kernels.py" if change == "a window" else "model.py")
+    path = copied / ("fast.py" if change == "a window" else "model.py")
     source = path.read_text()
     assert old in source
     path.write_text(source.replace(old, new))

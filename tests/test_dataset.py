@@ -30,7 +30,7 @@ from dataset import (
     read_manifest,
     slot_counts,
 )
-from kernels import IGNORE
+from fast import IGNORE
 
 SEQ_LEN = 8
 

@@ -9,6 +9,7 @@ import torch
 from training import overrides, rocket
 
 from config import UserError
+from fast import IGNORE
 from inference.evaluation import (
     batches,
     evaluate_choices,
@@ -17,7 +18,6 @@ from inference.evaluation import (
     read_questions,
 )
 from inference.generation import load_model, open_source
-from kernels import IGNORE
 from sample import main
 
 CPU = torch.device("cpu")

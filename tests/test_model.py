@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import ROOT, ModelConfig, build_config, read_toml
-from kernels import IGNORE, LinearCrossEntropy, attend, attend_by_products, chunk_loss
+from fast import IGNORE, LinearCrossEntropy, attend, attend_by_products, chunk_loss
 from model import Llama, flops_per_token, initial_weight, parameter_count
 
 VOCAB = 64
