@@ -360,6 +360,8 @@ def build_config(values: dict[str, Any]) -> Config:
     config = Config()
     for section, table in values.items():
         if section not in SECTIONS:
+            if home := next((s for s in SECTIONS if section in KEYS[s]), ""):
+                raise ConfigError(f"{section} is a key of [{home}]: write it below that line")
             raise ConfigError(f"unknown table [{section}]{_nearest(section, SECTIONS)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{section} is a table: write [{section}] and its keys below")
@@ -582,7 +584,7 @@ def _config_file(name: str) -> Path:
     path = existing_path(name)
     if not path.is_file():
         shipped = sorted(p.stem for p in (ROOT / "config").glob("*.toml"))
-        raise ConfigError(f"{name}: no such file; shipped in config/: {', '.join(shipped)}")
+        raise ConfigError(f"{name}: no such file; in config/: {', '.join(shipped)}")
     return path
 
 

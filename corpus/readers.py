@@ -411,6 +411,8 @@ class Reader:
             if (count := names.count(column)) != 1:
                 wrong = f"{count} columns {column!r}" if count else f"no column {column!r}"
                 known = ", ".join(names)
+                if self.key == "text_column" and {"messages", "conversations"} & set(names):
+                    known += "; or, for conversations, data.format = instruct"
                 raise Unreadable(f"{wrong}; set data.{self.key} to one of: {known}")
 
     def convert(self, row: bytes | Sequence[object]) -> str | Bad | None:

@@ -99,6 +99,11 @@ def test_mistakes_are_one_line_with_the_nearest_name(argument, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_a_key_outside_its_table_is_told_where_it_belongs():
+    with pytest.raises(ConfigError, match=r"max_steps is a key of \[train\]"):
+        build_config({"max_steps": 5})
+
+
 def test_both_lengths_are_refused():
     with pytest.raises(ConfigError, match=r"train\.max_steps .* and train\.epochs"):
         build_config({"train": {"max_steps": 5, "epochs": 1}})
