@@ -1,11 +1,13 @@
-# make            the whole path on the embedded default: environment, tokenizer, dataset, training
+# make            everything for config/tiny.toml: environment, tokenizer, dataset, training
 #                 (interrupted and resumed), sampling
-# make test       the fast tests; make test-all: the long proofs too; make lint: style
-# make torture    kills training 100 times, mostly while it saves, and proves that nothing is lost
-# make clean      removes what the path wrote (data/tiny, out/tiny), never anything else
+# make test       runs the fast tests
+# make test-all   runs the long tests too
+# make lint       checks style and format
+# make torture    kills training 100 times, mostly while it saves, and checks that nothing is lost
+# make clean      removes what `make` wrote (data/tiny, out/tiny), and nothing else
 #
-# An active virtual or conda environment that satisfies pyproject.toml is used as it is; else VENV
-# is made. PYTHON and VENV may be set: make PYTHON=python3.11 VENV=/scratch/me/venv
+# An active virtual or conda environment that satisfies pyproject.toml is used as it is. Otherwise
+# VENV is created. You can set PYTHON and VENV: make PYTHON=python3.11 VENV=/scratch/me/venv
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -35,7 +37,7 @@ path: $(READY)
 	$(PY) sample.py out/tiny --prompt="$$(printf 'import os\nimport sys\n\ndef ')" --temperature=0.5
 	$(PY) tests/compare_xz.py out/tiny
 
-# Two tests at a time: most spend their time starting processes. JOBS=1 for one.
+# Two tests run at a time, because most wait for processes to start. JOBS=1 runs one at a time.
 test: $(READY)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
 

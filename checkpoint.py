@@ -1,17 +1,21 @@
-"""Checkpoints that never lie: written aside, synced, checksummed, renamed; verified before use.
+"""Saves, verifies and loads checkpoints.
 
-A checkpoint is a directory of raw little-endian float32 arrays beside one manifest.json:
+A checkpoint is a directory of raw little-endian float32 arrays and one manifest.json:
 
-    step_00001000/manifest.json        what there is and where, every file's digest and its own
-    step_00001000/model-00003.bin      the rows of the weights that rank 3 held
-    step_00001000/optimizer-00003.bin  the same of the optimizer state
+    step_00001000/manifest.json        state of the run; tensors; files, each with its sha256
+    step_00001000/model-00003.bin      the rows of the weights that rank 3 saved
+    step_00001000/optimizer-00003.bin  the rows of the optimizer state that rank 3 saved
 
-Loading never executes anything, needs no process group, and cuts the rows for any other sharding.
+It is written under a temporary name, synced to disk and then renamed, so it is complete or does not
+exist. Loading executes no code and needs no process group. Each rank reads only the rows that it
+holds, so a run can resume on another number of ranks or with another sharding.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -21,7 +25,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,24 +38,30 @@ from config import (
     UserError,
     build_config,
     file_sha256,
+    print_error,
     sync_directory,
-    tell,
     write_atomically,
 )
-from distributed import AgreedError, World, local_part, writes
+from distributed import AgreedError, World, local_part, saves_part
 
 FORMAT_VERSION = 1
-GROUPS = ("model", "optimizer")
-# The manifest begins {"digest": "<64 hex digits>", and the digest covers every other byte of it.
-DIGEST_AT, UNSEALED = slice(12, 76), b"0" * 64
+# A manifest begins with {"digest": "<64 hex digits>". The digest is the sha256 of the manifest with
+# zeros in place of these digits.
+DIGEST_AT, NO_DIGEST = slice(12, 76), b"0" * 64
+
+
+class Piece(NamedTuple):
+    """Consecutive rows of one tensor, which one rank saves."""
+
+    group: str  # "model" or "optimizer"
+    index: int  # of the tensor in its group
+    start: int  # index of the first row
+    rows: Tensor
 
 
 class Checkpoint:
-    """A checkpoint on disk: the manifest is read and checked, tensors are mapped on demand.
-
-    Raises:
-        UserError: the manifest is missing, damaged or of another format.
-    """
+    """A checkpoint on disk. The constructor reads the manifest alone; UserError if that is missing,
+    damaged or of another format."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -60,6 +69,7 @@ class Checkpoint:
         self.step: int = self.manifest["step"]
         self.state: dict[str, Any] = self.manifest["state"]
         self.has_optimizer = "optimizer" in self.manifest["tensors"]
+        # by group and name of a tensor: file, offset in bytes, first row, number of rows
         self._pieces: dict[tuple[str, str], list[tuple[str, int, int, int]]] = {}
         for file in self.manifest["files"]:
             tensors, offset = self.manifest["tensors"][file["group"]], 0
@@ -71,17 +81,20 @@ class Checkpoint:
 
     @property
     def config(self) -> Config:
-        """The configuration that the run had when it saved this."""
+        """The configuration with which the run saved this checkpoint."""
         return build_config(self.manifest["config"])
 
     @property
     def val_loss(self) -> float:
-        """Validation loss in nats a token at this step; infinite if it was not evaluated."""
+        """Validation loss in nats per token; infinity if this step was not evaluated."""
         return math.inf if self.state["val_loss"] is None else self.state["val_loss"]
 
-    def verify(self, rank: int = 0, ranks: int = 1, groups: tuple[str, ...] = GROUPS) -> None:
-        """Hashes this rank's share of the groups' files; UserError names one that is damaged."""
-        files = [file for file in self.manifest["files"] if file["group"] in groups]
+    def verify(self, rank: int = 0, ranks: int = 1, weights_only: bool = False) -> None:
+        """Compares this rank's share of the files with their checksums; UserError if one of them is
+        missing or damaged."""
+        files = self.manifest["files"]
+        if weights_only:
+            files = [file for file in files if file["group"] == "model"]
         for file in files[rank::ranks]:
             path = self.path / file["name"]
             try:
@@ -92,14 +105,12 @@ class Checkpoint:
                 raise UserError(f"{path}: does not match its checksum")
 
     def shapes(self, group: str) -> dict[str, list[int]]:
-        """Name to shape of the tensors of a group, "model" or "optimizer"."""
+        """The shape of each tensor in a group ("model" or "optimizer"), by name."""
         return dict(self.manifest["tensors"][group])
 
     def tensor(self, group: str, name: str, start: int = 0, rows: int | None = None) -> Tensor:
-        """Rows start … start + rows of a float32 tensor; all rows by default.
-
-        Mapped from its file, copy-on-write, where one file holds all of them; else put together.
-        """
+        """Rows of a float32 tensor, from row start on; by default all. Rows of one file are
+        memory-mapped, copy-on-write; rows of several files are copied into one tensor."""
         shape = self.shapes(group)[name]
         length = shape[0] if shape else 1
         stop = length if rows is None else start + rows
@@ -109,13 +120,11 @@ class Checkpoint:
             if low < high:
                 offset += 4 * (low - first) * math.prod(shape[1:])
                 size = (high - low, *shape[1:])
-                parts.append(
-                    np.memmap(self.path / file, "<f4", mode="c", offset=offset, shape=size)
-                )
+                parts.append(np.memmap(self.path / file, "<f4", "c", offset, size))
         if not parts:
             return torch.empty(0, *shape[1:])
-        whole = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return torch.from_numpy(whole).view(shape if stop - start == length else [-1, *shape[1:]])
+        whole = torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        return whole if shape else whole[0]
 
 
 def _step_path(run: Path, step: int) -> Path:
@@ -123,65 +132,63 @@ def _step_path(run: Path, step: int) -> Path:
 
 
 def checkpoint_paths(run: Path) -> list[Path]:
-    """The directories of a run's checkpoints, newest first, whether they verify or not."""
+    """The directories of a run's checkpoints, newest first, damaged ones included."""
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8), reverse=True)
 
 
+def readable_checkpoints(run: Path) -> Iterator[Checkpoint]:
+    """A run's checkpoints with an intact manifest, newest first; their files are not verified."""
+    for path in checkpoint_paths(run):
+        with _skipped_if_damaged():
+            yield Checkpoint(path)
+
+
+@contextlib.contextmanager
+def _skipped_if_damaged(rank: int = 0) -> Iterator[None]:
+    """Turns the error of a damaged checkpoint into a warning, which rank 0 prints."""
+    try:
+        yield
+    except UserError as error:
+        if rank == 0:
+            print_error(f"checkpoint skipped: {error}")
+
+
 def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
-    """The "best" or "last" checkpoint of a run directory, or the one at path; its weights verified.
+    """The "last" or "best" (lowest validation loss) checkpoint of a run, or the checkpoint at path.
 
-    Best is the lowest validation loss. One that does not verify is passed over, aloud.
-
-    Raises:
-        UserError: there is none, or none that verifies.
+    Only the weights are verified. A run's damaged checkpoints are skipped with a warning; UserError
+    if none is left.
     """
     path = path.resolve()
     if re.fullmatch(r"step_\d{8}", path.name) and not (path / "checkpoints").exists():
         checkpoint = Checkpoint(path)
-        checkpoint.verify(groups=("model",))
+        checkpoint.verify(weights_only=True)
         return checkpoint
-    found, damaged = [], []
-    for candidate in checkpoint_paths(path):
-        try:
-            found.append(Checkpoint(candidate))
-        except UserError as error:
-            damaged.append(str(error))
+    found = list(readable_checkpoints(path))
     if which == "best":
         found.sort(key=lambda checkpoint: checkpoint.val_loss)
     for checkpoint in found:
-        try:
-            checkpoint.verify(groups=("model",))
-        except UserError as error:
-            damaged.append(str(error))
-            continue
-        for message in damaged:
-            tell(f"passed over: {message}")
-        return checkpoint
-    if damaged:
-        raise UserError(f"{path}: no checkpoint verifies: {'; '.join(damaged)}")
+        with _skipped_if_damaged():
+            checkpoint.verify(weights_only=True)
+            return checkpoint
+    if checkpoint_paths(path):
+        raise UserError(f"{path}: no checkpoint verifies; the reasons are above")
     raise UserError(f"{path}: no checkpoint here; give a run directory or a checkpoint of one")
 
 
 def find_resumable(run: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint that verifies and holds the optimizer; None if the run has none yet.
+    """The newest checkpoint that verifies and has the optimizer state; None if the run is new.
 
-    One rank reads each manifest and hands it on; all share the hashing.
-
-    Raises:
-        UserError: there are checkpoints and none can be resumed. Never a silent start from 0.
+    Rank 0 reads each manifest and sends it to the other ranks; all ranks share the hashing.
+    AgreedError if there are checkpoints, but training can resume from none of them.
     """
     paths = world.once(lambda: checkpoint_paths(run))
     for path in paths:
-        try:
+        with _skipped_if_damaged(world.rank):
             checkpoint = world.once(lambda path=path: Checkpoint(path))
-            if not checkpoint.has_optimizer:
-                continue
-            world.each(lambda found=checkpoint: found.verify(world.rank, world.size))
-        except AgreedError as error:
-            if world.rank == 0:
-                tell(f"passed over: {error}")
-        else:
-            return checkpoint
+            if checkpoint.has_optimizer:
+                world.each(lambda found=checkpoint: found.verify(world.rank, world.size))
+                return checkpoint
     if paths:
         raise AgreedError(
             f"{run}: no checkpoint verifies with its optimizer state, and training does not restart"
@@ -191,11 +198,8 @@ def find_resumable(run: Path, world: World) -> Checkpoint | None:
 
 
 class Saver:
-    """Saves a run's checkpoints, in the background if configured, one at a time.
-
-    It has a process group of its own, so that its ranks may agree while training goes on, and the
-    slowest disk has more time than a collective of training.
-    """
+    """Saves a run's checkpoints, one at a time; in a thread if checkpoint.asynchronous is set. Its
+    collectives have a process group of their own, because those of training go on meanwhile."""
 
     def __init__(
         self,
@@ -206,81 +210,68 @@ class Saver:
         still_ours: Callable[[], None],
         world: World,
     ) -> None:
-        """still_ours raises a UserError when the run belongs to another job by now."""
+        """still_ours must raise a UserError if another job has taken over the run."""
         self.run, self.model, self.optimizer, self.config = run, model, optimizer, config
-        self.still_ours, self.world = still_ours, world.aside()
-        self.saved_step = -1
-        self.seconds = 0.0  # that the last save took, from copies to commit
-        self._buffer: Tensor | None = None  # see _copied
+        self.still_ours, self.world = still_ours, world.in_new_group()
+        self.seconds = 0.0  # duration of the last save, without copying
+        self._buffer: Tensor | None = None  # host memory for the tensors that the thread saves
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     @property
     def busy(self) -> bool:
-        """Whether a save is under way in the background."""
+        """Whether the thread is saving now."""
         return self._thread is not None and self._thread.is_alive()
 
     @property
     def failed(self) -> bool:
-        """Whether the save in the background failed; wait() raises why."""
+        """Whether a save in the thread has failed; wait() raises its error."""
         return self._error is not None
 
     def save(self, step: int, record: dict[str, Any]) -> None:
-        """Saves a checkpoint; it exists only once all of it is durable. Every rank must call this.
+        """Saves a checkpoint; every rank must call this. The manifest includes record's entries.
 
-        In the background it returns as soon as the tensors are copied; a save before it is waited
-        for.
-
-        Args:
-            record: what the manifest holds beside the tensors: state, config, versions, …
-
-        Raises:
-            UserError: on every rank, if one could not write this or the save before; what existed
-                before is intact.
+        It waits for the previous save first. With a thread, this method returns once the tensors
+        are copied. AgreedError if a rank can't write this checkpoint, or could not write the
+        previous one.
         """
         self.wait()
-        tensors = {
+        groups = {
             "model": model_tensors(self.model),
             "optimizer": optimizer_tensors(self.model, self.optimizer),
         }
         shapes = {
             group: [[name, list(tensor.shape)] for name, tensor in named.items()]
-            for group, named in tensors.items()
-        }
-        background = self.config.asynchronous
-        pieces = {
-            group: _own_pieces(list(named.values()), self.world) for group, named in tensors.items()
+            for group, named in groups.items()
         }
         manifest = {"version": FORMAT_VERSION, "step": step, **record, "tensors": shapes}
-        if not background:
-            self._work(manifest, pieces)
-            return
-        pieces = self._copied(pieces)
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()  # the copies are on their way
-        # daemon: when training fails, this must not keep the process from ending
-        self._thread = threading.Thread(
-            target=self._work_aside, args=(manifest, pieces), daemon=True
-        )
-        self._thread.start()
+        pieces = [piece for group in groups.items() for piece in _own_pieces(*group, self.world)]
+        if self.config.asynchronous:
+            arguments = manifest, self._copied(pieces)
+            # A daemon: another thread would keep the process alive after training has failed.
+            self._thread = threading.Thread(target=self._run_thread, args=arguments, daemon=True)
+            self._thread.start()
+        else:
+            self._write_checkpoint(manifest, pieces)
 
-    def _copied(self, pieces: dict[str, list[Piece]]) -> dict[str, list[Piece]]:
-        """The pieces in host memory, on their way: in one buffer, which each save uses again."""
-        rows = [piece.rows for of_group in pieces.values() for piece in of_group]
+    def _copied(self, pieces: list[Piece]) -> list[Piece]:
+        """Copies of the pieces in host memory, in one buffer that every save uses again."""
+        on_gpu = self.world.device.type == "cuda"
+        sizes = [piece.rows.numel() for piece in pieces]
         if self._buffer is None:
-            self._buffer = torch.empty(sum(map(torch.numel, rows)))
-            if self.world.device.type == "cuda" and rows:
+            self._buffer = torch.empty(sum(sizes))
+            if on_gpu and pieces:
                 weakref.finalize(self, _pin(self._buffer))
-        copies = iter(self._buffer.split([one.numel() for one in rows]))
-
-        def copied(piece: Piece) -> Piece:
-            copy = next(copies).view(piece.rows.shape).copy_(piece.rows, non_blocking=True)
-            return piece._replace(rows=copy)
-
-        return {group: [copied(piece) for piece in of_group] for group, of_group in pieces.items()}
+        copies = []
+        for piece, copy in zip(pieces, self._buffer.split(sizes), strict=True):
+            copy = copy.view(piece.rows.shape).copy_(piece.rows, non_blocking=True)
+            copies.append(piece._replace(rows=copy))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
 
     def wait(self) -> None:
-        """Waits for a save in the background; raises its error, on every rank."""
+        """Waits until the thread has saved; raises its error, on every rank."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -289,135 +280,105 @@ class Saver:
             raise error
 
     def finish(self) -> None:
-        """Waits for a save in the background when training has failed; says if that failed too."""
+        """As wait(), but prints the error: training has failed already, for another reason."""
         try:
             self.wait()
         except UserError as error:
             if self.world.rank == 0:
-                tell(str(error))
+                print_error(str(error))
 
     def amend(self, step: int, state: dict[str, Any]) -> None:
-        """Replaces the state that the newest checkpoint holds: its step was evaluated later."""
+        """Replaces the state in the newest checkpoint, whose step was evaluated after the save."""
         self.wait()
-
-        def rewrite() -> None:
-            checkpoint = Checkpoint(_step_path(self.run, step))
-            checkpoint.manifest["state"] = state
-            self.still_ours()
-            _write_manifest(checkpoint.path / "manifest.json", checkpoint.manifest)
-
         path = _step_path(self.run, step)
-        self.world.once(lambda: _explained(rewrite, path, 0))
 
-    def _work_aside(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
+        @_explain_os_errors(path, 0)
+        def rewrite() -> None:
+            manifest = Checkpoint(path).manifest | {"state": state}
+            self.still_ours()
+            _write_manifest(path / "manifest.json", manifest)
+
+        self.world.once(rewrite)
+
+    def _run_thread(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
         try:
-            self._work(manifest, pieces)
+            self._write_checkpoint(manifest, pieces)
         except BaseException as error:
             self._error = error
 
-    def _work(self, manifest: dict[str, Any], pieces: dict[str, list[Piece]]) -> None:
-        start = time.monotonic()
-        _write_checkpoint(self.run, manifest, pieces, self.still_ours, self.world)
-        self.saved_step, self.seconds = manifest["step"], time.monotonic() - start
+    def _write_checkpoint(self, manifest: dict[str, Any], pieces: list[Piece]) -> None:
+        """All ranks write files into a temporary directory and sync them. Then rank 0 writes the
+        manifest and renames the directory, so that the checkpoint exists, and prunes old ones."""
+        began = time.monotonic()
+        final = _step_path(self.run, manifest["step"])
+        temporary = final.with_suffix(".tmp")
+        shapes = [shape for group in manifest["tensors"].values() for _, shape in group]
+        explained = _explain_os_errors(final, 4 * sum(map(math.prod, shapes)))
 
-        def prune() -> None:
-            try:
-                prune_checkpoints(self.run, manifest["step"], self.config)
-            except OSError as error:
-                raise UserError(
-                    f"{error.filename or self.run}: old checkpoints can't be removed:"
-                    f" {error.strerror}. What was saved is intact"
-                ) from None
+        @explained
+        def begin() -> None:
+            self.still_ours()
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
 
-        self.world.once(prune)
+        @explained
+        def write() -> list[dict[str, Any]]:
+            groups = itertools.groupby(pieces, key=lambda piece: piece.group)
+            return [_write_group(temporary, *group, self.world.rank) for group in groups]
 
+        @explained
+        def commit() -> None:
+            self.still_ours()
+            manifest["files"] = [file for of_rank in files for file in of_rank]
+            _write_manifest(temporary / "manifest.json", manifest)
+            replaced = None
+            if final.exists():  # resuming skipped it: damaged, or without optimizer state
+                replaced = _retire(final)
+            temporary.replace(final)
+            sync_directory(final.parent)
+            if replaced:
+                shutil.rmtree(replaced)
 
-class Piece(NamedTuple):
-    """Rows of a tensor that this rank saves."""
-
-    index: int  # of the tensor in its group
-    start: int  # number of the first row
-    rows: Tensor
+        try:
+            self.world.once(begin)
+            files = self.world.each(write)
+            self.world.once(commit)
+        except AgreedError:
+            self.world.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
+            raise
+        self.seconds = time.monotonic() - began
+        self.world.once(lambda: prune_checkpoints(self.run, manifest["step"], self.config))
 
 
 def _pin(buffer: Tensor) -> Callable[[], Any]:
-    """Pins host memory, so that a GPU copies into it beside its work; returns what undoes it.
+    """Pins host memory, so that a GPU copies into it at full speed; returns a function to unpin it.
 
-    torch's own pinned memory comes in powers of two: up to twice a checkpoint would be held. Where
-    the system does not let it be pinned, copies take longer, and nothing else changes.
+    Tensor.pin_memory would round the size up to a power of two: up to twice the checkpoint. If the
+    system refuses to pin the memory, this prints a warning, and copies take longer.
     """
     cuda, start = torch.cuda.cudart(), buffer.data_ptr()
     status = cuda.cudaHostRegister(start, buffer.nbytes, 0)
-    if status != cuda.cudaError.success:
-        why = cuda.cudaGetErrorString(status)
-        tell(
-            f"{buffer.nbytes / 1e9:.1f} GB can't be pinned ({why}): saves stop training for longer"
-        )
-        return lambda: None
-    return partial(cuda.cudaHostUnregister, start)
+    if status == cuda.cudaError.success:
+        return lambda: cuda.cudaHostUnregister(start)
+    size, why = buffer.nbytes / 1e9, cuda.cudaGetErrorString(status)
+    print_error(f"{size:.1f} GB can't be pinned ({why}): each save stops training for longer")
+    return lambda: None
 
 
-def _own_pieces(tensors: list[Tensor], world: World) -> list[Piece]:
-    """What this rank saves of a group, by reference."""
-    pieces = []
-    for index, tensor in enumerate(tensors):
+def _own_pieces(group: str, named: dict[str, Tensor], world: World) -> Iterator[Piece]:
+    """Yields the rows of a group's tensors that this rank has to save, without copying them."""
+    for index, tensor in enumerate(named.values()):
         rows, start = local_part(tensor.detach())
-        if not writes(tensor, index, world) or not rows.numel():
-            continue
-        assert rows.dtype == torch.float32, "master weights and optimizer state are float32"
-        pieces.append(Piece(index, start, rows))
-    return pieces
+        if saves_part(tensor, index, world) and rows.numel():
+            assert rows.dtype == torch.float32, "master weights and optimizer state are float32"
+            yield Piece(group, index, start, rows)
 
 
-def _write_checkpoint(
-    run: Path,
-    manifest: dict[str, Any],
-    pieces: dict[str, list[Piece]],
-    still_ours: Callable[[], None],
-    world: World,
-) -> None:
-    """The commit protocol: written aside by all ranks, and renamed once everything is durable."""
-    final = _step_path(run, manifest["step"])
-    temporary = final.with_suffix(".tmp")
-
-    def begin() -> None:
-        still_ours()
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def write() -> list[dict[str, Any]]:
-        return [
-            _write_group(temporary, group, of_group, world.rank)
-            for group, of_group in pieces.items()
-            if of_group
-        ]
-
-    def commit() -> None:
-        still_ours()
-        manifest["files"] = [file for of_rank in files for file in of_rank]
-        _write_manifest(temporary / "manifest.json", manifest)
-        replaced = final.exists()  # did not verify, or weights alone: this run passed it over
-        if replaced:
-            final.replace(_aside(final))
-        temporary.replace(final)
-        sync_directory(final.parent)
-        if replaced:
-            remove_leftovers(run)
-
-    shapes = [shape for group in manifest["tensors"].values() for _, shape in group]
-    size = 4 * sum(map(math.prod, shapes))
+@contextlib.contextmanager
+def _explain_os_errors(path: Path, size: int) -> Iterator[None]:
+    """Turns an OSError inside into a UserError that names the checkpoint and its size in bytes."""
     try:
-        world.once(lambda: _explained(begin, final, size))
-        files = world.each(lambda: _explained(write, final, size))
-        world.once(lambda: _explained(commit, final, size))
-    except AgreedError:
-        world.once(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise
-
-
-def _explained(function: Any, path: Path, size: int) -> Any:
-    try:
-        return function()
+        yield
     except OSError as error:
         try:
             free = f"{shutil.disk_usage(path.parent).free / 1e9:.3f} GB are free"
@@ -432,13 +393,12 @@ def _explained(function: Any, path: Path, size: int) -> Any:
 def write_weights(
     path: Path, record: dict[str, Any], weights: Iterable[tuple[str, Tensor]]
 ) -> None:
-    """Writes a checkpoint of weights alone, without a process group, a tensor at a time in memory.
+    """Writes a checkpoint without optimizer state, with one tensor in memory at a time.
 
-    It does not replace one: the caller renames the directory around it once all is there.
+    A crash can leave a part of it, so path should lie in a directory that is renamed afterwards.
 
     Args:
-        path: the checkpoint, such as run/checkpoints/step_00000000.
-        record: what the manifest holds beside the tensors: step, state, config, …
+        record: the manifest's other entries: step, state, config, …
         weights: name and float32 tensor of each parameter, tied ones once.
     """
     shapes = []
@@ -447,7 +407,7 @@ def write_weights(
         for index, (name, tensor) in enumerate(weights):
             assert tensor.dtype == torch.float32, "checkpoints are float32"
             shapes.append([name, list(tensor.shape)])
-            yield Piece(index, 0, tensor)
+            yield Piece("model", index, 0, tensor)
 
     path.mkdir(parents=True)
     files = [_write_group(path, "model", pieces(), 0)]
@@ -456,11 +416,11 @@ def write_weights(
 
 
 def _write_group(directory: Path, group: str, pieces: Iterable[Piece], rank: int) -> dict[str, Any]:
-    """Writes the rows that this rank saves of a group into one file, hashed on the way."""
+    """Writes a rank's pieces of a group into one file; returns the file's entry in the manifest."""
     name = f"{group}-{rank:05d}.bin"
     written, digest = [], hashlib.sha256()
     with open(directory / name, "wb") as file:
-        for index, start, rows in pieces:
+        for _, index, start, rows in pieces:
             rows = rows.cpu().contiguous().reshape(rows.shape or (1,))
             content = memoryview(rows.numpy()).cast("B")
             file.write(content)
@@ -472,31 +432,29 @@ def _write_group(directory: Path, group: str, pieces: Iterable[Piece], rank: int
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Name to parameter; tied ones once."""
+    """The parameters by name, tied ones once."""
     return dict(model.named_parameters())
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`parameter/state` to tensor, in the order of the parameters, all of which have some."""
-    parameters = dict(model.named_parameters())
-    assert parameters.keys() == {n for n, p in parameters.items() if p in optimizer.state}
+    """The optimizer state by name, such as lm_head.weight/exp_avg, in the parameters' order."""
+    assert all(parameter in optimizer.state for parameter in model.parameters())
     return {
         f"{name}/{key}": value
-        for name, parameter in parameters.items()
+        for name, parameter in model.named_parameters()
         for key, value in sorted(optimizer.state[parameter].items())
     }
 
 
 @torch.no_grad()
 def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = None) -> None:
-    """Copies the weights into a model, each rank reading only the rows that it holds.
+    """Copies the weights into a model; each rank reads only the rows that it holds. UserError if
+    model and checkpoint differ in the name or shape of a parameter.
 
     Args:
-        known: tokens that both know, where one of them has more rows: others of the checkpoint are
-            left, others of the model start as the mean of the known ones. None: they have the same.
-
-    Raises:
-        UserError: a parameter is missing, left over or of another shape.
+        known: the number of tokens that both vocabularies share, if they differ. Rows of other
+            tokens are not read from the checkpoint; in the model they start as the mean of the
+            shared rows.
     """
     shapes = checkpoint.shapes("model")
     for name, parameter in model.named_parameters():
@@ -519,55 +477,48 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, known: int | None = N
 def load_optimizer(
     model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint
 ) -> None:
-    """Restores the optimizer's state, each rank reading only the rows that it holds.
-
-    Raises:
-        UserError: the state of a parameter is missing.
-    """
-    parameters = dict(model.named_parameters())
-    saved = {name.rpartition("/")[0] for name in checkpoint.shapes("optimizer")}
-    if missing := parameters.keys() ^ saved:
-        raise UserError(f"{checkpoint.path}: no optimizer state fits {min(missing)}")
-    for name, shape in checkpoint.shapes("optimizer").items():
+    """Restores the optimizer state; each rank reads only the rows that it holds. UserError if the
+    checkpoint's state belongs to other parameters."""
+    parameters, shapes = dict(model.named_parameters()), checkpoint.shapes("optimizer")
+    if differing := parameters.keys() ^ {name.rpartition("/")[0] for name in shapes}:
+        raise UserError(f"{checkpoint.path}: no optimizer state fits {min(differing)}")
+    for name, shape in shapes.items():
         owner, _, key = name.rpartition("/")
         parameter = parameters[owner]
-        sharded_alike = shape == list(parameter.shape)
-        value = (
-            torch.zeros_like(parameter, requires_grad=False)
-            if sharded_alike
-            else torch.zeros(shape, device=parameter.device)
-        )
+        if shape == list(parameter.shape):  # sharded as the parameter is
+            value = torch.zeros_like(parameter, requires_grad=False)
+        else:
+            value = torch.zeros(shape, device=parameter.device)
         rows, start = local_part(value)
         rows.copy_(checkpoint.tensor("optimizer", name, start, len(rows) if shape else 1))
         optimizer.state[parameter][key] = value
 
 
 def prune_checkpoints(run: Path, newest: int, config: CheckpointConfig) -> None:
-    """Keeps the last checkpoints up to step newest whole and the best ones' weights.
+    """Removes old checkpoints; UserError if one can't be removed.
 
-    Steps beyond newest are those that resuming passed over: they don't count, and stay.
+    Up to step `newest`, it keeps the last checkpoint.keep_last checkpoints, and the weights of the
+    checkpoint.keep_best with the lowest validation loss. Later checkpoints were skipped on resume:
+    they are not touched.
     """
     found = [c for c in readable_checkpoints(run) if c.step <= newest]
     evaluated = sorted((c for c in found if c.val_loss < math.inf), key=lambda c: c.val_loss)
     best = {checkpoint.path for checkpoint in evaluated[: config.keep_best]}
-    for checkpoint in found[config.keep_last :]:
-        if checkpoint.path not in best:
-            shutil.rmtree(checkpoint.path.replace(_aside(checkpoint.path)))
-        elif checkpoint.has_optimizer:
-            _drop_optimizer(checkpoint)
-
-
-def readable_checkpoints(run: Path) -> Iterator[Checkpoint]:
-    """A run's checkpoints whose manifests are whole, newest first; their files are not hashed."""
-    for path in checkpoint_paths(run):
-        try:
-            yield Checkpoint(path)
-        except UserError as error:
-            tell(f"passed over: {error}")
+    try:
+        for checkpoint in found[config.keep_last :]:
+            if checkpoint.path not in best:
+                shutil.rmtree(_retire(checkpoint.path))
+            elif checkpoint.has_optimizer:
+                _drop_optimizer(checkpoint)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or run}: old checkpoints can't be removed: {error.strerror}."
+            " What was saved is intact"
+        ) from None
 
 
 def remove_leftovers(run: Path) -> None:
-    """Removes what a killed save or pruning left behind."""
+    """Removes the temporary directories of a save or pruning that was killed."""
     for path in (run / "checkpoints").glob("step_*.tmp"):
         shutil.rmtree(path)
 
@@ -582,16 +533,16 @@ def _drop_optimizer(checkpoint: Checkpoint) -> None:
         (checkpoint.path / file["name"]).unlink()
 
 
-def _aside(path: Path) -> Path:
-    """A name under which a directory is no checkpoint any more, whatever happens next."""
-    aside = path.with_suffix(".old.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    return aside
+def _retire(path: Path) -> Path:
+    """Renames a checkpoint, so that it no longer counts as one; returns its new path."""
+    retired = path.with_suffix(".old.tmp")
+    shutil.rmtree(retired, ignore_errors=True)
+    return path.replace(retired)
 
 
 def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    manifest = {"digest": UNSEALED.decode(), **{k: v for k, v in manifest.items() if k != "digest"}}
-    content = bytearray(json.dumps(manifest).encode())
+    """Writes a manifest to a file, where its first entry is its own digest (see DIGEST_AT)."""
+    content = bytearray(json.dumps({"digest": NO_DIGEST.decode(), **manifest}).encode())
     content[DIGEST_AT] = hashlib.sha256(content).hexdigest().encode()
     write_atomically(path, bytes(content))
 
@@ -601,10 +552,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         content = bytearray(path.read_bytes())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    digest, content[DIGEST_AT] = bytes(content[DIGEST_AT]), UNSEALED
+    digest, content[DIGEST_AT] = bytes(content[DIGEST_AT]), NO_DIGEST
     if hashlib.sha256(content).hexdigest().encode() != digest:
         raise UserError(f"{path}: does not match its own checksum")
     manifest = json.loads(content)
+    del manifest["digest"]
     if manifest["version"] != FORMAT_VERSION:
         raise UserError(f"{path}: format version {manifest['version']}, not {FORMAT_VERSION}")
     return manifest

@@ -1,18 +1,16 @@
-"""Configuration: typed dataclasses filled from one TOML file and `--section.key=value` overrides.
+"""Configuration: typed dataclasses, filled from one TOML file and `--section.key=value` overrides.
 
-One table of the file is one dataclass here; each key states its default, meaning and what a resumed
-run may do with it, so that `--help` and the README's table come from this file alone. It also holds
-what every program shares: paths and the way in which a user's mistake is reported.
+Each table of the file is a dataclass here. Each key states its default, its meaning and whether a
+resumed run may change it; `--help` and docs/configuration.md are made from that. The file also
+holds what all programs share: paths, durable files, and errors in one line.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
 import difflib
 import errno
-import fcntl
+import functools
 import glob
 import hashlib
 import importlib.util
@@ -20,28 +18,27 @@ import json
 import math
 import os
 import re
-import socket
 import sys
 import textwrap
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TextIO
+from typing import Any, Literal, NoReturn
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-# Relative paths start here. A run's snapshot of this code (job.py) keeps the repository's.
+# Relative paths start here. For a run's snapshot of the code too: slurm/train.sh sets ROCKET_ROOT.
 ROOT = Path(os.environ.get("ROCKET_ROOT") or Path(__file__).parent).resolve()
 DEFAULT_CONFIG = ROOT / "config" / "tiny.toml"
 ACCEPT_CHANGES = "--accept-changes"
 DATASET_VERSION = 1  # of the format that prepare.py writes and dataset.py reads
 MAX_VOCAB_SIZE = 65_536  # token ids are stored as uint16
 
-# Dense bfloat16 FLOP/s by the makers' datasheets; the first name found in the device's wins.
+# Dense bfloat16 FLOP/s from datasheets; the first name that occurs in the device's name counts.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -58,8 +55,8 @@ Resume = Literal["free", "consent", "refused"]
 Recompute = Literal["none", "selective", "block"]
 DOCUMENTS = ("auto", "row", "file", "line", "blank_line")  # and two kinds of table
 
-# Trainer options of SentencePiece that `[tokenizer]` passes on as they are. Left out are those that
-# Rocket sets itself (input, output, vocabulary size, the ids of the special pieces).
+# Trainer options of SentencePiece that `[tokenizer]` passes on. Left out are those that Rocket sets
+# itself (input, output, vocabulary size, the ids of the special pieces).
 SENTENCEPIECE_OPTIONS = (
     "add_dummy_prefix allow_whitespace_only_pieces byte_fallback character_coverage"
     " control_symbols differential_privacy_clipping_threshold differential_privacy_noise_level"
@@ -73,312 +70,207 @@ SENTENCEPIECE_OPTIONS = (
     " user_defined_symbols vocabulary_output_piece_score"
 ).split()
 
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-STARTED_BY = os.getppid()  # of a rank, torchrun's agent, known before torch takes its seconds
-
-# Exit codes by which the one who started a rank knows what became of it (attempts.py).
-LOST_RANK, SICK_NODE = os.EX_TEMPFAIL, os.EX_UNAVAILABLE
+# A rank's parent, torchrun's agent; asked before the slow import of torch.
+STARTED_BY = os.getppid()
+LOST_RANK, SICK_NODE = os.EX_TEMPFAIL, os.EX_UNAVAILABLE  # exit codes that slurm/attempts.py reads
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one line that says what, where and what to do."""
+    """A mistake of the user, in one line: what is wrong, where, and how to fix it."""
 
-    code = os.EX_USAGE  # the exit code of a rank; of a program that is none it is 1
-    # Where several processes raise it alike: the variable that is 0 in the one that prints it.
-    printed_by: str | None = None
+    code = os.EX_USAGE  # the exit code of a rank; other programs exit with 1
+    # If several processes raise the same error: the variable that is 0 in the one that prints it.
+    printed_by = ""
 
 
 class ConfigError(UserError):
     """A mistake in the configuration or on the command line."""
 
-    printed_by = "LOCAL_RANK"  # one a node: what is wrong may be wrong on one node alone
+    printed_by = "LOCAL_RANK"  # once per node: only one node may have the mistake
 
 
-def key(default: Any, help: str, *, resume: Resume = "refused", low: float | None = None) -> Any:
-    """A configuration key: default, meaning with its unit, rule on resume, lowest value."""
-    metadata = {"help": help, "resume": resume, "low": low}
+def _key(rule: Resume, default: Any, help: str, low: float = 0) -> Any:
+    """A configuration key: its rule on resume, its default, its meaning, and a number's minimum."""
+    metadata = {"help": help, "resume": rule, "low": low}
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+        return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+free = functools.partial(_key, "free")  # a resumed run may change it
+consent = functools.partial(_key, "consent")  # with --accept-changes
+fixed = functools.partial(_key, "refused")  # only a new run may
 
 
 @dataclass
 class TokenizerConfig:
-    """Any trainer option of SentencePiece may stand in this table too and is passed on."""
+    """This table also takes any trainer option of SentencePiece and passes it on."""
 
-    path: str = key(
-        "data/tokenizer.model", "SentencePiece model, written by train_tokenizer.py", resume="free"
-    )
-    vocab_size: int = key(
+    path: str = free("data/tokenizer.model", "SentencePiece model, written by train_tokenizer.py")
+    vocab_size: int = fixed(
         32_000, "pieces, at most 65,536; five are for conversations (<|user|>, …)", low=2
     )
-    sample_bytes: int = key(
-        100_000_000,
-        "bytes of training text to learn from; about 17 bytes of memory each",
-        resume="free",
-        low=1,
+    sample_bytes: int = free(
+        100_000_000, "bytes of training text to learn from; about 17 bytes of memory each", low=1
     )
-    options: dict = key(
-        {}, "trainer options of SentencePiece, written as keys of this table", resume="free"
-    )
+    options: dict = free({}, "trainer options of SentencePiece, written as keys of this table")
 
 
 @dataclass
 class DataConfig:
-    sources: list[str] = key(
+    sources: list[str] = free(
         ["python-stdlib"],
         "files, directories or globs of text, CSV, TSV, JSON lines or Parquet; hf://datasets/…; or"
         " python-stdlib",
-        resume="free",
     )
-    val_sources: list[str] = key([], "sources used as the validation split, whole", resume="free")
-    test_sources: list[str] = key([], "sources used as the test split, whole", resume="free")
-    raw_dir: str = key("data/raw", "where prepare.py --download puts hf:// sources", resume="free")
-    dir: str = key("data/tiny", "prepared dataset", resume="free")
-    mixture: dict = key(
-        {},
-        'prepared datasets and their weights, instead of dir: {"data/a" = 0.7, "data/b" = 0.3}',
-        resume="free",
+    val_sources: list[str] = free([], "sources used as the validation split, whole")
+    test_sources: list[str] = free([], "sources used as the test split, whole")
+    raw_dir: str = free("data/raw", "where prepare.py --download puts hf:// sources")
+    dir: str = free("data/tiny", "prepared dataset")
+    mixture: dict = free(
+        {}, 'prepared datasets and their weights, instead of dir: {"data/a" = 0.7, "data/b" = 0.3}'
     )
-    format: Literal["text", "instruct"] = key(
-        "text", "text: documents; instruct: conversations with a loss mask", resume="free"
+    format: Literal["text", "instruct"] = free("text", "text: documents; instruct: conversations")
+    text_column: str = free("text", "column or JSON field that holds the text")
+    columns: dict = free(
+        {}, 'instruct: the column of each role, in order: {user = "question", assistant = "answer"}'
     )
-    text_column: str = key("text", "column or JSON field that holds the text", resume="free")
-    columns: dict = key(
-        {},
-        'instruct: the column of each role, in order: {user = "question", assistant = "answer"}',
-        resume="free",
+    messages_column: str = free(
+        "messages", "instruct without columns: column of lists of {role, content} or {from, value}"
     )
-    messages_column: str = key(
-        "messages",
-        "instruct, without columns: the column of lists of {role, content} or {from, value}",
-        resume="free",
-    )
-    template: dict = key(
+    template: dict = free(
         {role: f"<|{role}|>{{content}}<|end|>" for role in ("system", "user", "assistant")},
         "instruct: how the message of each role is written",
-        resume="free",
     )
-    train_on: Literal["responses", "all"] = key(
-        "responses", "instruct: tokens that the loss falls on", resume="free"
+    train_on: Literal["responses", "all"] = free("responses", "instruct: which tokens to train on")
+    too_long: Literal["truncate", "drop"] = free(
+        "truncate", "instruct: what to do with a conversation above seq_len tokens"
     )
-    too_long: Literal["truncate", "drop"] = key(
-        "truncate", "instruct: what to do with a conversation above seq_len tokens", resume="free"
+    document: str | dict = free(
+        "auto", f'{", ".join(DOCUMENTS)}, {{starts = "regex"}} or {{lines = 200}}; auto: by format'
     )
-    document: str | dict = key(
-        "auto",
-        f'{", ".join(DOCUMENTS)}, {{starts = "regex"}} or {{lines = 200}}; auto: by format',
-        resume="free",
+    document_mask: bool = fixed(False, "attention stays within a document")
+    verify: bool = free(True, "check the shards' sha256 while training, once per dataset")
+    max_document_bytes: int = free(16_000_000, "a larger document is bad, see on_error", low=1)
+    errors: Literal["strict", "replace"] = free(
+        "strict", "text that is not UTF-8: bad, or read with U+FFFD in its place"
     )
-    document_mask: bool = key(False, "attention stays within a document")
-    verify: bool = key(
-        True, "compare the shards with their sha256 beside training, once a dataset", resume="free"
-    )
-    max_document_bytes: int = key(
-        16_000_000, "a larger document is a bad one, see on_error", resume="free", low=1
-    )
-    errors: Literal["strict", "replace"] = key(
-        "strict", "text that is not UTF-8: bad, or read with U+FFFD in its place", resume="free"
-    )
-    on_error: Literal["stop", "skip"] = key(
-        "stop", "at a bad document: stop, or leave it out and list it", resume="free"
-    )
-    deduplicate: bool = key(
-        False, "drop documents of a split that equal an earlier one", resume="free"
-    )
-    val_fraction: float = key(
-        0.01, "share of documents held out for validation", resume="free", low=0
-    )
-    test_fraction: float = key(0.0, "share of documents held out for testing", resume="free", low=0)
-    split_seed: int = key(0, "seed of the split by document content", resume="free")
-    part_bytes: int = key(
-        0, "bytes of source a unit of work; 0: by the corpus' size", resume="free", low=0
-    )
-    workers: int = key(0, "processes that prepare.py uses; 0: one a core", resume="free", low=0)
-    seq_len: int = key(1024, "tokens a training sequence, at most model.max_seq_len", low=1)
+    on_error: Literal["stop", "skip"] = free("stop", "at a bad document: stop, or skip and list it")
+    deduplicate: bool = free(False, "drop documents of a split that equal an earlier one")
+    val_fraction: float = free(0.01, "share of documents held out for validation")
+    test_fraction: float = free(0.0, "share of documents held out for testing")
+    split_seed: int = free(0, "seed of the split by document content", low=-math.inf)
+    part_bytes: int = free(0, "bytes of source per unit of work; 0: by the size of the corpus")
+    workers: int = free(0, "processes that prepare.py uses; 0: one per core")
+    seq_len: int = fixed(1024, "tokens per training sequence, at most model.max_seq_len", low=1)
 
 
 @dataclass
 class ModelConfig:
-    dim: int = key(768, "width of the residual stream", low=1)
-    n_layers: int = key(12, "transformer blocks", low=1)
-    n_heads: int = key(12, "query heads; dim / n_heads is whole and even", low=1)
-    n_kv_heads: int = key(0, "key and value heads, a divisor of n_heads; 0: as n_heads", low=0)
-    ffn_dim: int = key(
-        0, "width of the feed-forward; 0: 8/3 dim, rounded up to a multiple of 256", low=0
-    )
-    max_seq_len: int = key(2048, "longest context in tokens, when sampling too", low=1)
-    rope_theta: float = key(10_000.0, "base of the rotary embedding", low=1)
-    norm_eps: float = key(1e-5, "epsilon of RMSNorm", low=0)
-    tie_embeddings: bool = key(False, "one matrix for input and output embeddings")
-    init_std: float = key(0.02, "deviation of the initial weights", low=0)
+    dim: int = fixed(768, "width of the residual stream", low=1)
+    n_layers: int = fixed(12, "transformer blocks", low=1)
+    n_heads: int = fixed(12, "query heads; dim / n_heads is whole and even", low=1)
+    n_kv_heads: int = fixed(0, "key and value heads, a divisor of n_heads; 0: as n_heads")
+    ffn_dim: int = fixed(0, "feed-forward width; 0: 8/3 dim, rounded up to a multiple of 256")
+    max_seq_len: int = fixed(2048, "longest context in tokens, when sampling too", low=1)
+    rope_theta: float = fixed(10_000.0, "base of the rotary embedding", low=1)
+    norm_eps: float = fixed(1e-5, "epsilon of RMSNorm")
+    tie_embeddings: bool = fixed(False, "one matrix for input and output embeddings")
+    init_std: float = fixed(0.02, "standard deviation of the initial weights")
 
 
 @dataclass
 class TrainConfig:
-    out_dir: str = key("out/run", "run directory", resume="free")
-    seed: int = key(1337, "seed of weights and data order", low=0)
-    max_steps: int = key(0, "optimizer steps of the run; or give epochs", resume="consent", low=0)
-    epochs: float = key(
-        0.0, "length of the run in passes over the data; or give max_steps", resume="consent", low=0
+    out_dir: str = free("out/run", "run directory")
+    seed: int = fixed(1337, "seed of weights and data order")
+    max_steps: int = consent(0, "optimizer steps of the run; or give epochs")
+    epochs: float = consent(0.0, "length of the run in passes over the data; or give max_steps")
+    stop_at_step: int = free(0, "save and stop at this step, the schedule unchanged; 0: off")
+    max_hours: float = free(0.0, "save and stop before a job has run this long; 0: Slurm's limit")
+    global_batch_size: int = fixed(32, "sequences per optimizer step, over all ranks", low=1)
+    micro_batch_size: int = free(8, "most sequences per forward pass of one rank", low=1)
+    init_from: str = fixed("", "run or checkpoint whose weights a new run starts from")
+    device: Literal["auto", "cpu", "cuda"] = free("auto", "auto: cuda if there is one")
+    dtype: Literal["auto", "float32", "bfloat16"] = consent(
+        "auto", "compute type (weights stay float32); auto: what the device does well"
     )
-    stop_at_step: int = key(
-        0, "save and stop at this step, the schedule unchanged; 0: off", resume="free", low=0
+    compile: Literal["auto", "on", "off"] = free(
+        "auto", "torch.compile, which takes a minute at the start; auto: on a GPU"
     )
-    max_hours: float = key(
-        0.0,
-        "save and stop before a job has lasted this long; 0: Slurm's limit alone",
-        resume="free",
-        low=0,
+    deterministic: bool = free(False, "GPU: same bits on the same number and kind of GPUs; slower")
+    loss_chunk: int = free(
+        -1, "tokens per chunk of logits in the loss; 0: all; -1: 8192 on a GPU, else 2048", low=-1
     )
-    global_batch_size: int = key(32, "sequences an optimizer step, over all ranks", low=1)
-    micro_batch_size: int = key(
-        8, "most sequences a forward pass of one rank", resume="free", low=1
-    )
-    init_from: str = key("", "run or checkpoint whose weights a new run starts from")
-    device: Literal["auto", "cpu", "cuda"] = key(
-        "auto", "auto: cuda if there is one", resume="free"
-    )
-    dtype: Literal["auto", "float32", "bfloat16"] = key(
-        "auto",
-        "compute type (weights stay float32); auto: what the device does well",
-        resume="consent",
-    )
-    compile: Literal["auto", "on", "off"] = key(
-        "auto", "torch.compile, which takes a minute at the start; auto: on a GPU", resume="free"
-    )
-    deterministic: bool = key(
-        False, "GPU: the same bits each time, on the same kind and number; slower", resume="free"
-    )
-    loss_chunk: int = key(
-        -1,
-        "tokens whose logits exist at a time in the loss; 0: all; -1: 8192 on a GPU, else 2048",
-        resume="free",
-        low=-1,
-    )
-    recompute: Recompute = key(
+    recompute: Recompute = free(
         "none",
-        "activation checkpointing: the backward pass makes again all but products and attention"
-        " (selective) or all of a block, to save memory",
-        resume="free",
+        "activation checkpointing: all but products and attention (selective) or all (block)",
     )
-    log_interval: int = key(10, "steps between rows of metrics.jsonl", resume="free", low=1)
-    eval_interval: int = key(
-        250, "steps between evaluations; 0: only at the end", resume="free", low=0
+    log_interval: int = free(10, "steps between rows of metrics.jsonl", low=1)
+    eval_interval: int = free(250, "steps between evaluations; 0: only at the end")
+    eval_sequences: int = free(512, "sequences per evaluation, spread evenly; 0: the whole split")
+    sample_prompts: int = free(
+        4, "validation prompts whose predictions and continuations go to samples.jsonl; 0: none"
     )
-    eval_sequences: int = key(
-        512, "sequences an evaluation, spread evenly; 0: the whole split", resume="free", low=0
+    max_attempts: int = free(
+        3, "attempts in a row without a new checkpoint before a job no longer comes back", low=1
     )
-    sample_prompts: int = key(
-        4,
-        "validation prompts whose predictions samples.jsonl keeps, and a continuation; 0: nothing",
-        resume="free",
-        low=0,
+    max_bad_steps: int = free(10, "skipped steps in a row before the run stops", low=1)
+    spike_factor: float = consent(
+        0.0, "skip a step whose gradient norm is this many times the running mean; 0: off"
     )
-    max_attempts: int = key(
-        3,
-        "attempts in a row without a new checkpoint before a job no longer comes back",
-        resume="free",
-        low=1,
-    )
-    max_bad_steps: int = key(
-        10, "skipped steps in a row before the run stops", resume="free", low=1
-    )
-    spike_factor: float = key(
-        0.0,
-        "skip a step whose gradient norm is this many times the running mean; 0: off",
-        resume="consent",
-        low=0,
-    )
-    patience: int = key(
-        0, "evaluations without a new best before stopping; 0: off", resume="free", low=0
-    )
+    patience: int = free(0, "evaluations without a new best before stopping; 0: off")
 
 
 @dataclass
 class OptimizerConfig:
-    name: Literal["adamw", "muon"] = key(
-        "adamw", "muon: for the matrices of the blocks, with adamw for the rest"
+    name: Literal["adamw", "muon"] = fixed("adamw", "muon: for matrices of blocks, else adamw")
+    learning_rate: float = consent(6e-4, "peak learning rate")
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = consent(
+        "cosine", "decay after warm-up; linear goes to zero, wsd decays at the end"
     )
-    learning_rate: float = key(6e-4, "peak learning rate", resume="consent", low=0)
-    schedule: Literal["cosine", "linear", "wsd", "constant"] = key(
-        "cosine",
-        "decay after warm-up; linear goes to zero, wsd decays at the end",
-        resume="consent",
-    )
-    warmup_steps: int = key(100, "steps of linear warm-up", resume="consent", low=0)
-    min_lr_fraction: float = key(
-        0.1, "cosine: final rate as a share of the peak", resume="consent", low=0
-    )
-    decay_fraction: float = key(
-        0.2, "wsd: share of the run spent on the decay", resume="consent", low=0
-    )
-    momentum: float = key(0.95, "muon: decay of the momentum, below 1", resume="consent", low=0)
-    beta1: float = key(0.9, "decay of the first moment, below 1", resume="consent", low=0)
-    beta2: float = key(0.95, "decay of the second moment, below 1", resume="consent", low=0)
-    eps: float = key(1e-8, "epsilon of AdamW", resume="consent", low=0)
-    weight_decay: float = key(0.1, "decay of matrices (never of norms)", resume="consent", low=0)
-    grad_clip: float = key(1.0, "largest gradient norm; 0: no clipping", resume="consent", low=0)
+    warmup_steps: int = consent(100, "steps of linear warm-up")
+    min_lr_fraction: float = consent(0.1, "cosine: final rate as a share of the peak")
+    decay_fraction: float = consent(0.2, "wsd: share of the run spent on the decay")
+    momentum: float = consent(0.95, "muon: decay of the momentum, below 1")
+    beta1: float = consent(0.9, "decay of the first moment, below 1")
+    beta2: float = consent(0.95, "decay of the second moment, below 1")
+    eps: float = consent(1e-8, "epsilon of AdamW")
+    weight_decay: float = consent(0.1, "decay of matrices (never of norms)")
+    grad_clip: float = consent(1.0, "largest gradient norm; 0: no clipping")
 
 
 @dataclass
 class ParallelConfig:
-    strategy: Literal["ddp", "fsdp", "hsdp"] = key(
-        "ddp", "ddp: whole model a rank; fsdp: sharded; hsdp: sharded in a node", resume="free"
+    strategy: Literal["ddp", "fsdp", "hsdp"] = free(
+        "ddp", "ddp: whole model per rank; fsdp: sharded; hsdp: sharded within a node"
     )
-    reshard_after_forward: bool = key(
-        True, "fsdp: free gathered weights after forward", resume="free"
+    reshard_after_forward: bool = free(True, "fsdp: free gathered weights after forward")
+    reduce_once: bool = free(
+        False, "fsdp: reduce gradients once per step, not per micro-batch; whole gradients per rank"
     )
-    reduce_once: bool = key(
-        False,
-        "fsdp: reduce gradients once a step and not at each micro-batch, for memory as without",
-        resume="free",
-    )
-    timeout_seconds: float = key(
-        600,
-        "a rank that keeps the others waiting longer in training is an error",
-        resume="free",
-        low=1,
+    timeout_seconds: float = free(
+        600, "a rank that keeps the others waiting longer in training is an error", low=1
     )
 
 
 @dataclass
 class CheckpointConfig:
-    interval: int = key(
-        1000,
-        "steps between checkpoints, beside new bests and the end; 0: none between",
-        resume="free",
-        low=0,
-    )
-    interval_minutes: float = key(
-        0.0, "minutes between checkpoints, beside steps; 0: off", resume="free", low=0
-    )
-    asynchronous: bool = key(
-        False, "write in the background; takes memory for a second copy", resume="free"
-    )
-    keep_last: int = key(2, "newest checkpoints kept", resume="free", low=1)
-    keep_best: int = key(
-        1, "best checkpoints by validation loss kept, weights only", resume="free", low=0
-    )
+    interval: int = free(1000, "steps between checkpoints, besides new bests and the end; 0: off")
+    interval_minutes: float = free(0.0, "minutes between checkpoints, besides interval; 0: off")
+    asynchronous: bool = free(False, "write in the background; takes memory for a second copy")
+    keep_last: int = free(2, "newest checkpoints kept", low=1)
+    keep_best: int = free(1, "best checkpoints by validation loss kept, weights only")
 
 
 @dataclass
 class LogConfig:
-    report: bool = key(True, "write report.html at each evaluation and at the end", resume="free")
-    tensorboard: bool = key(
-        False,
-        "write TensorBoard's event files too, to tensorboard/ of the run directory",
-        resume="free",
+    report: bool = free(True, "write report.html at each evaluation and at the end")
+    tensorboard: bool = free(False, "write TensorBoard's files too, to the run's tensorboard/")
+    wandb: bool = free(
+        False, "log to Weights & Biases too, in the run's wandb/; offline unless WANDB_MODE=online"
     )
-    wandb: bool = key(
-        False,
-        "keep a Weights & Biases run too, in wandb/ of the run directory; offline unless"
-        " WANDB_MODE=online",
-        resume="free",
-    )
-    wandb_project: str = key("", "its project; empty: $WANDB_PROJECT, else rocket", resume="free")
+    wandb_project: str = free("", "its project; empty: $WANDB_PROJECT, else rocket")
 
 
 @dataclass
@@ -393,7 +285,23 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-SECTIONS = tuple(f.name for f in dataclasses.fields(Config))
+# The keys of each section, by name. tokenizer.options is none: it holds SentencePiece's own keys.
+# Reads the fields' types, so this file has no `from __future__ import annotations`.
+KEYS = {
+    section.name: {f.name: f for f in dataclasses.fields(section.type) if f.name != "options"}
+    for section in dataclasses.fields(Config)
+}
+SECTIONS = tuple(KEYS)
+# Words for the types of keys, in errors.
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: 'a table, such as {a = "b"}',
+    str | dict: "a string or a table",
+    list[str]: 'a list of strings, such as ["a.txt", "b"]',
+}
 
 
 def load_config(
@@ -403,15 +311,15 @@ def load_config(
     sections: tuple[str, ...] = SECTIONS,
     flags: dict[str, str] | None = None,
 ) -> tuple[Config, list[str]]:
-    """The configuration of a program, from `[CONFIG] [--section.key=value …] [--flag …]`.
+    """The configuration of a program and its flags: `[CONFIG] [--section.key=value …] [--flag …]`.
 
-    Precedence: defaults < file < command line. `flags` maps each flag to its help; the ones given
-    come back in their order. One with a `=`, such as `--task=I/N`, takes a value and comes back
-    with it.
-    `--help` prints `usage`, the flags and the keys of `sections`, and exits.
+    The command line overrides the file, which overrides the defaults. `flags` maps each flag to its
+    help; one with a `=`, such as `--task=I/N`, takes a value. The flags given are returned
+    in their order, values included. `--help` prints `usage`, flags and the keys of `sections`.
 
     Raises:
         ConfigError: an unknown key or flag, a wrong type, a bad relation, an unreadable file.
+        SystemExit: after --help.
     """
     flags = flags or {}
     if "--help" in arguments or "-h" in arguments:
@@ -452,65 +360,50 @@ def build_config(values: dict[str, Any]) -> Config:
     config = Config()
     for section, table in values.items():
         if section not in SECTIONS:
+            if home := next((s for s in SECTIONS if section in KEYS[s]), ""):
+                raise ConfigError(f"{section} is a key of [{home}]: write it below that line")
             raise ConfigError(f"unknown table [{section}]{_nearest(section, SECTIONS)}")
         if not isinstance(table, dict):
             raise ConfigError(f"{section} is a table: write [{section}] and its keys below")
-        _fill(getattr(config, section), section, table)
+        for name, value in table.items():
+            _set(config, section, name, value)
     _check_relations(config)
     return config
 
 
-def _fill(target: Any, section: str, table: dict[str, Any]) -> None:
-    hints = typing.get_type_hints(type(target))
-    fields = {f.name: f for f in dataclasses.fields(target) if f.name != "options"}
-    extra = SENTENCEPIECE_OPTIONS if section == "tokenizer" else ()
-    for name, value in table.items():
-        path = f"{section}.{name}"
-        if name in fields:
-            value = _typed(path, value, hints[name])
-            low = fields[name].metadata["low"]
-            if low is not None and value < low:
-                raise ConfigError(f"{path} must be at least {low}, not {value}")
-            setattr(target, name, value)
-        elif name in extra:
-            if not isinstance(value, str | int | float | list):
-                raise ConfigError(f"{path} is a string, number, boolean or list, not {value!r}")
-            target.options[name] = value
-        else:
-            everywhere = [
-                f"{s}.{f.name}" for s in SECTIONS for f in dataclasses.fields(getattr(Config(), s))
-            ]
-            nearest = _nearest(name, [*fields, *extra], f"{section}.") or _nearest(path, everywhere)
-            raise ConfigError(f"unknown key {path}{nearest}")
-
-
-def _typed(path: str, value: Any, hint: Any) -> Any:
-    """The value as the type of its key, integers widened to float; ConfigError on another type."""
-    if typing.get_origin(hint) is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            raise ConfigError(
-                f"{path} is one of {', '.join(choices)}, not {value!r}"
-                + _nearest(str(value), choices)
-            )
-        return value
-    if hint is float and type(value) is int:
+def _set(config: Config, section: str, name: str, value: Any) -> None:
+    """Sets a key, integers widened to float; ConfigError on an unknown key or a wrong value."""
+    path, keys, target = f"{section}.{name}", KEYS[section], getattr(config, section)
+    options = SENTENCEPIECE_OPTIONS if section == "tokenizer" else []
+    if name in options:
+        if not isinstance(value, str | int | float | list):
+            raise ConfigError(f"{path} is a string, number, boolean or list, not {value!r}")
+        target.options[name] = value
+        return
+    if name not in keys:
+        everywhere = [f"{s}.{key}" for s in SECTIONS for key in KEYS[s]]
+        nearest = _nearest(name, [*keys, *options], f"{section}.") or _nearest(path, everywhere)
+        raise ConfigError(f"unknown key {path}{nearest}")
+    kind, low = keys[name].type, keys[name].metadata["low"]
+    if kind is float and type(value) is int:
         value = float(value)
-    if hint == list[str]:
-        if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
-            raise ConfigError(f'{path} is a list of strings, such as ["a.txt", "b"], not {value!r}')
-        return value
-    if hint == (str | dict):
-        if not isinstance(value, str | dict):
-            raise ConfigError(f"{path} is a string or a table, not {value!r}")
-        return value
-    if type(value) is not hint:
-        names = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-        names[dict] = 'a table, such as {a = "b"}'
-        raise ConfigError(f"{path} is {names[hint]}, not {value!r}")
-    if hint is float and not math.isfinite(value):
+    if typing.get_origin(kind) is Literal:
+        if value not in (choices := typing.get_args(kind)):
+            nearest = _nearest(str(value), choices)
+            raise ConfigError(f"{path} is one of {', '.join(choices)}, not {value!r}{nearest}")
+    elif not _fits(kind, value):
+        raise ConfigError(f"{path} is {KINDS[kind]}, not {value!r}")
+    elif kind is float and not math.isfinite(value):
         raise ConfigError(f"{path} is a finite number, not {value}")
-    return value
+    elif kind in (int, float) and value < low:
+        raise ConfigError(f"{path} must be at least {low}, not {value}")
+    setattr(target, name, value)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    if kind == list[str]:
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def _override(values: dict[str, Any], argument: str) -> None:
@@ -525,79 +418,65 @@ def _override(values: dict[str, Any], argument: str) -> None:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text
-    hints = typing.get_type_hints(type(getattr(Config(), section)))
-    if hints.get(name) is str and not isinstance(value, str):
+    if name in KEYS[section] and KEYS[section][name].type is str and not isinstance(value, str):
         value = text
     values.setdefault(section, {})[name] = value
 
 
 def _check_relations(config: Config) -> None:
-    """Fills what follows from other keys and refuses keys that contradict each other."""
+    """Fills in what follows from other keys; ConfigError if keys contradict each other."""
     model, train, data = config.model, config.train, config.data
     model.n_kv_heads = model.n_kv_heads or model.n_heads
     model.ffn_dim = model.ffn_dim or 256 * math.ceil(8 * model.dim / 3 / 256)
-    head_dim = model.dim // model.n_heads
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise ConfigError(message)
-
-    require(
-        model.dim % model.n_heads == 0,
-        f"model.dim ({model.dim}) must divide by model.n_heads ({model.n_heads})",
-    )
-    require(
-        head_dim % 2 == 0,
-        f"model.dim / model.n_heads ({head_dim}) must be even: rotary embeddings turn pairs",
-    )
-    require(
-        model.n_heads % model.n_kv_heads == 0,
-        f"model.n_heads ({model.n_heads}) must divide by model.n_kv_heads ({model.n_kv_heads})",
-    )
-    require(
-        data.seq_len <= model.max_seq_len,
-        f"data.seq_len ({data.seq_len}) is above model.max_seq_len ({model.max_seq_len})",
-    )
-    require(
-        config.tokenizer.vocab_size <= MAX_VOCAB_SIZE,
-        f"tokenizer.vocab_size ({config.tokenizer.vocab_size}) is above {MAX_VOCAB_SIZE:,}:"
-        " token ids are stored as uint16",
-    )
-    require(
-        data.val_fraction + data.test_fraction < 1,
-        f"data.val_fraction ({data.val_fraction}) and data.test_fraction ({data.test_fraction})"
-        " leave nothing to train on",
-    )
-    require(
-        not (train.max_steps and train.epochs),
-        f"train.max_steps ({train.max_steps}) and train.epochs ({train.epochs}) both set the"
-        " length of the run: give one",
-    )
+    for name, factor in (("dim", "n_heads"), ("n_heads", "n_kv_heads")):
+        whole, part = getattr(model, name), getattr(model, factor)
+        if whole % part:
+            raise ConfigError(f"model.{name} ({whole}) must divide by model.{factor} ({part})")
+    if (head_dim := model.dim // model.n_heads) % 2:
+        raise ConfigError(
+            f"model.dim / model.n_heads ({head_dim}) must be even: rotary embeddings turn pairs"
+        )
+    if data.seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"data.seq_len ({data.seq_len}) is above model.max_seq_len ({model.max_seq_len}):"
+            " lower the one or raise the other"
+        )
+    if config.tokenizer.vocab_size > MAX_VOCAB_SIZE:
+        raise ConfigError(
+            f"tokenizer.vocab_size ({config.tokenizer.vocab_size}) is above {MAX_VOCAB_SIZE:,}:"
+            " token ids are stored as uint16"
+        )
+    if data.val_fraction + data.test_fraction >= 1:
+        raise ConfigError(
+            f"data.val_fraction ({data.val_fraction}) and data.test_fraction ({data.test_fraction})"
+            " leave nothing to train on"
+        )
+    if train.max_steps and train.epochs:
+        raise ConfigError(
+            f"train.max_steps ({train.max_steps}) and train.epochs ({train.epochs}) both set the"
+            " length of the run: give one"
+        )
     for name in ("momentum", "beta1", "beta2"):
-        beta = getattr(config.optimizer, name)
-        require(beta < 1, f"optimizer.{name} must be below 1, not {beta}")
-    _check_document(data.document)
-    _check_instruct(data)
+        if (beta := getattr(config.optimizer, name)) >= 1:
+            raise ConfigError(f"optimizer.{name} must be below 1, not {beta}")
     for name, weight in data.mixture.items():
-        number = type(weight) in (int, float) and 0 < weight < math.inf
-        require(number, f"data.mixture: the weight of {name} is a number above 0, not {weight!r}")
+        if type(weight) not in (int, float) or not 0 < weight < math.inf:
+            raise ConfigError(
+                f"data.mixture: the weight of {name} is a number above 0, not {weight!r}"
+            )
+    _check_documents(data)
 
 
-def _check_document(rule: str | dict) -> None:
-    if rule in DOCUMENTS:
-        return
-    if isinstance(rule, dict) and len(rule) == 1:
-        starts, lines = rule.get("starts"), rule.get("lines")
-        if isinstance(starts, str) or (type(lines) is int and lines > 0):
-            return
-    raise ConfigError(
-        f'data.document is {", ".join(DOCUMENTS)}, {{starts = "regex"}} or {{lines = 200}},'
-        f" not {rule!r}"
-    )
-
-
-def _check_instruct(data: DataConfig) -> None:
-    """ConfigError for a template or columns that make no conversation."""
+def _check_documents(data: DataConfig) -> None:
+    """ConfigError if the rule for documents, the template or the columns are malformed."""
+    rule = data.document
+    table = rule if isinstance(rule, dict) and len(rule) == 1 else {}
+    starts, lines = table.get("starts"), table.get("lines")
+    if not (rule in DOCUMENTS or isinstance(starts, str) or (type(lines) is int and lines > 0)):
+        raise ConfigError(
+            f'data.document is {", ".join(DOCUMENTS)}, {{starts = "regex"}} or {{lines = 200}},'
+            f" not {rule!r}"
+        )
     for role, text in data.template.items():
         if not isinstance(text, str) or text.count("{content}") != 1:
             raise ConfigError(f"data.template.{role} is a text with {{content}} once, not {text!r}")
@@ -609,7 +488,7 @@ def _check_instruct(data: DataConfig) -> None:
             raise ConfigError(f"data.columns.{role} is the name of a column, not {column!r}")
     for name, table in (("template", data.template), ("columns", data.columns)):
         if table and "assistant" not in table:
-            raise ConfigError(f"data.{name} lacks the role assistant, whose words are learnt")
+            raise ConfigError(f"data.{name} lacks the role assistant, which is trained on")
     if data.format == "instruct" and not data.template:
         raise ConfigError("data.template is empty: say how the message of each role is written")
     if data.format == "instruct" and data.document not in ("auto", "row"):
@@ -617,11 +496,11 @@ def _check_instruct(data: DataConfig) -> None:
 
 
 def loss_chunk(config: Config, on_gpu: bool) -> int:
-    """Tokens whose logits exist at a time in the loss, 0 for all; the default is the device's.
+    """Tokens per chunk of logits in the loss, 0 for all; the default depends on the device.
 
-    Each chunk adds its share of the head's gradient in float32, which a GPU spends on moving
-    memory: at 2,048 tokens an estimated 2% of a 110M model's step on an H100, at 8,192 a quarter of
-    that. A CPU's products take so long that more memory would buy nothing.
+    Each chunk adds its share of the head's gradient in float32. On a GPU that is memory traffic: at
+    2,048 tokens an estimated 2% of a 110M model's step on an H100, at 8,192 a quarter of that. On a
+    CPU the products take so long that larger chunks would gain nothing.
     """
     if config.train.loss_chunk >= 0:
         return config.train.loss_chunk
@@ -629,7 +508,7 @@ def loss_chunk(config: Config, on_gpu: bool) -> int:
 
 
 def tables(config: Config) -> dict[str, dict[str, Any]]:
-    """The whole configuration as plain tables, which `build_config` reads back to an equal one."""
+    """The whole configuration as plain tables, from which `build_config` makes an equal one."""
     values = dataclasses.asdict(config)
     for table in values.values():
         table.update(table.pop("options", {}))
@@ -646,49 +525,44 @@ def dump_toml(config: Config) -> str:
 
 def _toml_value(value: Any) -> str:
     if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
+        return f"[{', '.join(map(_toml_value, value))}]"
     if isinstance(value, dict):
-        return (
-            "{" + ", ".join(f"{json.dumps(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
-        )
-    if isinstance(value, str):  # a JSON string is a TOML basic string, but for DEL
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return json.dumps(value)
+        pairs = (f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items())
+        return f"{{{', '.join(pairs)}}}"
+    # JSON writes strings, numbers and booleans as TOML does, DEL excepted.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def changes(old: Config, new: Config) -> dict[Resume, list[str]]:
     """The keys whose values differ, as `section.key: old -> new`, by their rule on resume."""
     found: dict[Resume, list[str]] = {"free": [], "consent": [], "refused": []}
     for section in SECTIONS:
-        for f in dataclasses.fields(getattr(old, section)):
-            before, after = (
-                getattr(getattr(old, section), f.name),
-                getattr(getattr(new, section), f.name),
-            )
-            if before != after:
-                found[f.metadata["resume"]].append(f"{section}.{f.name}: {before} -> {after}")
+        before, after = getattr(old, section), getattr(new, section)
+        for f in dataclasses.fields(before):
+            values = getattr(before, f.name), getattr(after, f.name)
+            if values[0] != values[1]:
+                line = f"{section}.{f.name}: {values[0]} -> {values[1]}"
+                found[f.metadata["resume"]].append(line)
     return found
 
 
 def resolve_path(text: str) -> Path:
-    """A configured path: `~` and `$VARIABLES` expanded, relative ones from the repository.
+    """A configured path: `~` and `$VARIABLES` expanded, relative ones start at the repository.
 
     Raises:
-        ConfigError: empty, or with a variable that is not set.
+        ConfigError: the path is empty, or one of its variables is not set.
     """
     return Path(_expand(text, str))
 
 
 def resolve_pattern(text: str) -> str:
-    """A configured glob, as resolve_path: only what `text` itself says is a pattern.
-
-    Brackets in the repository's path, in a home directory or in a variable are escaped.
-    """
+    """A configured glob, expanded as by resolve_path. Only `text` itself is a pattern: brackets in
+    the repository's path, the home directory or a variable are escaped."""
     return _expand(text, glob.escape)
 
 
 def _expand(text: str, quote: Callable[[str], str]) -> str:
-    """An absolute path; what does not stand in `text` goes through `quote`."""
+    """The absolute path; whatever is inserted into `text` goes through `quote`."""
     if not text:
         raise ConfigError("a path is empty; is the shell variable that was to hold it set?")
 
@@ -706,42 +580,34 @@ def _expand(text: str, quote: Callable[[str], str]) -> str:
 
 
 def _config_file(name: str) -> Path:
-    """A CONFIG argument: from the current directory, as shells complete it, else the repository."""
-    here = Path(name).expanduser()
-    path = here if here.exists() else resolve_path(name)
+    """The file of a CONFIG argument."""
+    path = existing_path(name)
     if not path.is_file():
         shipped = sorted(p.stem for p in (ROOT / "config").glob("*.toml"))
-        raise ConfigError(f"{name}: no such file; shipped in config/: {', '.join(shipped)}")
+        raise ConfigError(f"{name}: no such file; in config/: {', '.join(shipped)}")
     return path
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line without a CONFIG; its mistakes are UserErrors."""
+    """The command line of a program without CONFIG; raises UserError for a mistake."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def existing_path(name: str) -> Path:
-    """A path of a command line: from the current directory if it is there, else as in resolve_path.
-
-    Raises:
-        UserError: no system can have such a path.
-    """
+    """A path of a command line: relative to the current directory if it exists there, as shells
+    complete it, else as in resolve_path; ConfigError if no system can have such a path."""
     try:
         here = Path(name).expanduser()
         return here if here.exists() else resolve_path(name)
     except (OSError, RuntimeError) as error:  # a name too long; ~ of nobody
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{name[:100]}: {reason}") from None
+        raise ConfigError(f"{name[:100]}: {reason}") from None
 
 
 def read_utf8(path: Path) -> str:
-    """The text of a file that the user named, its line ends as they are.
-
-    Raises:
-        UserError: it can't be read or is not UTF-8.
-    """
+    """The text of a user's file, line ends unchanged; UserError if unreadable or not UTF-8."""
     try:
         return path.read_bytes().decode()
     except OSError as error:
@@ -758,70 +624,15 @@ def read_rows(path: Path) -> list[tuple[int, str]]:
     ]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that it appears whole or not at all, even if the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    sync_directory(path.parent)
-
-
-@contextlib.contextmanager
-def locked(path: Path, busy: Callable[[str], None]) -> Iterator[str]:
-    """Holds a lock: the file `path`, which is removed at the end; a process that dies frees it.
-
-    Where the file system has no locks, this is said, and nothing is locked.
-
-    Args:
-        busy: called with the holder's name where another process has the lock. If it returns, we
-            wait for the lock.
-
-    Yields:
-        The name of a holder that died; empty if there was none.
-    """
-    while True:
-        with open(path, "a+", encoding="utf-8") as file:
-            held = _lock(file, busy)
-            if not _is_at(file, path):
-                continue  # who held it removed it: whoever comes now makes another
-            file.seek(0)
-            died = file.read() if held else ""
-            try:
-                file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
-                file.flush()
-                yield died
-            finally:
-                path.unlink(missing_ok=True)
-            return
-
-
-def _lock(file: TextIO, busy: Callable[[str], None]) -> bool:
-    """Locks an open file; False where the file system can't."""
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None if the file is missing, {} if a crash has torn it."""
     try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            busy(file.read() or "another process")
-            fcntl.flock(file, fcntl.LOCK_EX)
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
-        tell(f"{file.name}: this file system has no locks; start one program at a time on it")
-        return False
-    return True
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether an open file still has that name."""
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
-    except FileNotFoundError:
-        return False
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def file_sha256(path: Path) -> str:
@@ -833,21 +644,15 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def installed(package: str) -> bool:
-    """Whether a package can be imported; a folder of its name, such as wandb/, is none."""
-    found = importlib.util.find_spec(package)
-    return found is not None and found.origin is not None
-
-
-def available_cores() -> int:
-    """Cores that this process may use, which on a shared node are fewer than there are.
-
-    A Slurm that does not bind jobs to their cores still says how many they have.
-    """
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    return min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", cores)))
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that it appears whole or not at all, even if the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync_directory(path.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -859,19 +664,29 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def installed(package: str) -> bool:
+    """Whether a package can be imported; a folder of its name, such as wandb/, is none."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None
+
+
+def available_cores() -> int:
+    """The cores that this process may use: a shared node has more."""
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    # Slurm states a job's cores even where it does not bind the job to them.
+    return min(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", cores)))
+
+
 def _nearest(name: str, names: Any, prefix: str = "", suffix: str = "") -> str:
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {prefix}{found[0]}{suffix}?" if found else ""
 
 
 def _help(usage: str, sections: tuple[str, ...], flags: dict[str, str]) -> str:
-    lines = [
-        usage.strip(),
-        "",
-        "CONFIG is a TOML file (default config/tiny.toml). Flags:",
-        "  --help: this text",
-    ]
-    lines += [f"  {flag}: {text}" for flag, text in flags.items()]
+    lines = [usage.strip(), "", "CONFIG is a TOML file (default config/tiny.toml). Flags:"]
+    lines += [f"  {flag}: {text}" for flag, text in [("--help", "this text"), *flags.items()]]
     for section in sections:
         lines += ["", f"[{section}]"]
         for name, default, help, _ in describe(section):
@@ -882,24 +697,18 @@ def _help(usage: str, sections: tuple[str, ...], flags: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def describe(section: str) -> list[tuple[str, str, str, str]]:
-    """(key, default as TOML, meaning with all words that are allowed, rule on resume) of a section,
-    in order."""
+def describe(section: str) -> Iterator[tuple[str, str, str, str]]:
+    """The keys of a section: name, default as TOML, meaning with the allowed words, resume rule."""
     defaults = getattr(Config(), section)
-    hints, found = typing.get_type_hints(type(defaults)), []
-    for f in dataclasses.fields(defaults):
-        if f.name == "options":
-            continue
-        meaning = f.metadata["help"]
-        if typing.get_origin(hints[f.name]) is Literal:
-            meaning += f"; one of {', '.join(typing.get_args(hints[f.name]))}"
-        default = _toml_value(getattr(defaults, f.name))
-        found.append((f.name, default, meaning, f.metadata["resume"]))
-    return found
+    for name, key in KEYS[section].items():
+        meaning = key.metadata["help"]
+        if typing.get_origin(key.type) is Literal:
+            meaning += f"; one of {', '.join(typing.get_args(key.type))}"
+        yield name, _toml_value(getattr(defaults, name)), meaning, key.metadata["resume"]
 
 
 def markdown_table() -> str:
-    """The README's table of all keys."""
+    """The table of all keys in docs/configuration.md."""
     lines = ["| key | default | meaning | on resume |", "|---|---|---|---|"]
     for section in SECTIONS:
         for name, default, help, resume in describe(section):
@@ -911,54 +720,53 @@ def markdown_table() -> str:
 
 def run_program(main: Callable[[list[str]], None]) -> NoReturn:
     """Runs a program's main; a user's mistake becomes one line and exit code 1."""
-    with told_in_one_line():
+    with errors_in_one_line():
         main(sys.argv[1:])
         sys.stdout.flush()
     sys.exit(0)
 
 
 def check_command_line(**expected: Any) -> None:
-    """Answers --help, and refuses what load_config(…, **expected) would in main.
+    """Prints --help, or raises what load_config(…, **expected) will raise in main.
 
-    Called before a program's slow imports, so that nobody waits seconds for either.
+    Programs call it before their slow imports, so that nobody waits seconds for either.
     """
-    with told_in_one_line():
+    with errors_in_one_line():
         load_config(sys.argv[1:], **expected)
 
 
-def tell(line: str) -> None:
-    """Writes a line to standard error in one piece: ranks share it, and in the unbuffered Python
-    that torchrun starts, print() writes the line's end apart, behind what another rank says."""
+def print_error(line: str) -> None:
+    """Writes a line to standard error in one piece. Ranks share it, and in the unbuffered Python
+    that torchrun starts, print() would write the line's end apart, behind another rank's line."""
     sys.stderr.write(f"{line}\n")
 
 
 @contextlib.contextmanager
-def told_in_one_line() -> Iterator[None]:
-    """Within it a user's mistake becomes one line and exit code 1, or of a rank the error's own."""
-    is_rank = "TORCHELASTIC_RUN_ID" in os.environ
+def errors_in_one_line() -> Iterator[None]:
+    """Turns a UserError inside into one line and exit code 1, of a rank into the error's code."""
+    is_rank, program = "TORCHELASTIC_RUN_ID" in os.environ, Path(sys.argv[0]).name
     sys.stdout.reconfigure(errors="replace")  # where the terminal can't show all of Unicode
     try:
         yield
     except UserError as error:
-        if error.printed_by is None or os.environ.get(error.printed_by, "0") == "0":
-            tell(f"{Path(sys.argv[0]).name}: error: {error}")
+        if os.environ.get(error.printed_by, "0") == "0":
+            print_error(f"{program}: error: {error}")
         sys.exit(error.code if is_rank else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        full = error.errno in DISK_FULL
-        if not full and not isinstance(error, BrokenPipeError):
-            raise
-        if full:
+        if error.errno in DISK_FULL:
             where = error.filename or "a file or standard output"
-            tell(f"{Path(sys.argv[0]).name}: error: no space is left for {where}")
-        # else a reader that has left, such as `| head`; what is left to write has nowhere to go
+            print_error(f"{program}: error: no space is left for {where}")
+        elif not isinstance(error, BrokenPipeError):
+            raise
+        # Nobody can take the rest of the output: the disk is full, or a reader (`| head`) has left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(UserError.code if is_rank else 1)
 
 
 def main(arguments: list[str]) -> None:
-    """Without arguments prints the README's table, with CONFIG … the run directory, for scripts."""
+    """Prints the table of all keys, or with CONFIG … the run directory, for scripts."""
     if not arguments:
         print(markdown_table())
         return

@@ -1,11 +1,12 @@
-"""Processes and sharding: what torchrun started, how ranks agree, and DDP, FSDP2 or HSDP.
+"""Processes and sharding: torchrun's process group, how ranks agree, and DDP, FSDP2 or HSDP.
 
-Every run is a process group, plain python a group of one, so that the loop has one path.
-Nothing here knows of data, steps or files.
+Without torchrun a run is a process group of one, so that training has a single path. This file
+knows nothing of data, steps or checkpoints.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,9 +46,9 @@ from config import (
 T = TypeVar("T")
 STARTUP_TIMEOUT = timedelta(minutes=30)  # ranks wait while one hashes, reads or compiles
 SAVE_TIMEOUT = timedelta(hours=2)  # ranks wait for the slowest disk
-MOST_FILES = 10_240  # open at a time, the most that macOS grants
+MOST_FILES = 10_240  # open files per process, the most that macOS allows
 POLL_SECONDS = 0.0005
-LAG = 1  # steps until the host hears of a step: the device always has the next one to work on
+LAG = 1  # steps after which the host reads a step's numbers; the device has its next step by then
 
 
 class AgreedError(UserError):
@@ -61,29 +62,28 @@ class AgreedError(UserError):
 
     @classmethod
     def about(cls, rank: int, message: str, code: int, world: World) -> AgreedError:
-        """Of an error of one rank; where its node is sick, all ranks there end with that code:
-        torchrun may see but the first that ends."""
-        first = world.rank - world.local_rank  # of this node: torchrun numbers a node's in a row
-        here = first <= rank < first + world.local_size
-        innocent = code == SICK_NODE and not here
-        return cls(message, LOST_RANK if innocent else code)
+        """An error that one rank met. If its node is sick, all ranks of the node exit with that
+        code, because torchrun may see only the first that exits; other nodes have lost a rank."""
+        first = world.rank - world.local_rank  # torchrun numbers a node's ranks consecutively
+        same_node = first <= rank < first + world.local_size
+        return cls(message, LOST_RANK if code == SICK_NODE and not same_node else code)
 
 
 class NodeError(UserError):
-    """This node can't do what others may: a job that comes back does without it."""
+    """Something is wrong with this node, and other nodes may work: a requeued job avoids it."""
 
     code = SICK_NODE
 
 
 class LostRankError(UserError):
-    """Another rank died or hangs: the same command again may succeed."""
+    """Another rank died or hangs: the same command may succeed if it is run again."""
 
     code = LOST_RANK
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others, and what it computes with."""
+    """This process's place among the ranks, its device and its compute type."""
 
     rank: int
     size: int
@@ -93,78 +93,80 @@ class World:
     dtype: torch.dtype
     group: dist.ProcessGroup | None = None  # None: the default group
 
-    def aside(self) -> World:
-        """The same ranks in a group of its own, for collectives in another thread."""
+    def in_new_group(self) -> World:
+        """The same ranks with a process group of its own, for collectives in another thread."""
         return replace(self, group=dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT))
 
     def once(self, function: Callable[[], T]) -> T:
-        """The result of a function that rank 0 alone runs; its failure is raised by every rank.
+        """Runs a function on rank 0 alone, and returns its result on every rank.
 
-        That is, a UserError, or an OSError of the files that it works with.
-
-        What reads shared files goes through here: 512 ranks reading one manifest is a storm.
+        Shared files are read in this way, because 512 ranks that read one manifest overload the
+        file system. If the function raises a UserError or OSError, all ranks raise an AgreedError.
         """
-        box: list[Any] = [None, None]
-        if self.rank == 0:
-            try:
-                box[0] = function()
-            except (UserError, OSError) as error:
-                box[1] = str(error)
+        box = [_attempt(function) if self.rank == 0 else None]
         dist.broadcast_object_list(box, group=self.group)
-        if box[1] is not None:
-            raise AgreedError(box[1])
-        return box[0]
+        result, failure = box[0]
+        if failure:
+            raise AgreedError(failure[0])
+        return result
 
     def each(self, function: Callable[[], T]) -> list[T] | None:
-        """Runs a function on all ranks; rank 0 gets the results, by rank, the others None.
+        """Runs a function on every rank; returns all results, by rank, on rank 0, elsewhere None.
 
-        If one raises a UserError or an OSError, all do. Only the messages travel to everyone.
+        If the function raises a UserError or OSError on a rank, all ranks raise an AgreedError.
         """
-        result, failure = None, None
-        try:
-            result = function()
-        except (UserError, OSError) as error:
-            failure = str(error), getattr(error, "code", UserError.code)
-        failures: list[tuple[str, int] | None] = [None] * self.size
-        dist.all_gather_object(failures, failure, group=self.group)
-        for rank, failure in enumerate(failures):
-            if failure is not None:
-                message, code = failure
+        result, failure = _attempt(function)
+        for rank, failed in enumerate(self.gather(failure)):
+            if failed:
+                message, code = failed
                 message += f" (rank {rank})" if self.size > 1 else ""
                 raise AgreedError.about(rank, message, code, self)
         results = [None] * self.size if self.rank == 0 else None
         dist.gather_object(result, results, group=self.group)
         return results
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, by rank, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all ranks, in place and on the device."""
-        if self.size > 1:  # a lone GPU does without NCCL
+        """The sum over all ranks, in place, on the device."""
+        if self.size > 1:  # a single GPU needs no NCCL
             dist.all_reduce(values, group=self.group)
         return values
 
 
-class Arrived(NamedTuple):  # not Generic[T] too, which Python 3.10 refuses
+def _attempt(function: Callable[[], T]) -> tuple[T | None, tuple[str, int] | None]:
+    """A function's result, and the message and exit code of a UserError or OSError."""
+    try:
+        return function(), None
+    except (UserError, OSError) as error:
+        return None, (str(error), getattr(error, "code", UserError.code))
+
+
+class Arrived(NamedTuple):
     """Numbers of an earlier step that have reached the host."""
 
-    tag: Any  # what was pushed with them
+    tag: Any  # as given to Lagged.push
     values: list[float]
-    time: float  # when the device had them, by time.monotonic()
+    time: float  # when the device had computed them, by time.monotonic()
 
 
-class Lagged(Generic[T]):
-    """Brings numbers of each step to the host LAG steps later, so that no step is waited for.
+class Lagged:
+    """Brings each step's numbers to the host LAG steps later, so that it need not wait for a step.
 
-    Args:
-        while_waiting: called again and again while the host waits for the device after all, with
-            the time.monotonic() at which it began to; what it raises ends the wait.
+    If it has to wait all the same, it calls while_waiting repeatedly, with the time.monotonic() at
+    which the wait began. An exception that this raises ends the wait.
     """
 
     def __init__(self, while_waiting: Callable[[float], None]) -> None:
         self._while_waiting = while_waiting
-        self._waiting: deque[tuple[T, Tensor, torch.cuda.Event | None, float]] = deque()
+        self._waiting: deque[tuple[Any, Tensor, torch.cuda.Event | None, float]] = deque()
 
-    def push(self, tag: T, values: Tensor) -> list[Arrived]:
-        """Takes in this step's numbers (N,) and hands out those whose turn has come."""
+    def push(self, tag: Any, values: Tensor) -> list[Arrived]:
+        """Takes a step's numbers (N,); returns those of all steps but the last LAG."""
         event = None
         if values.device.type == "cuda":
             host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -175,13 +177,13 @@ class Lagged(Generic[T]):
         return self.drain(keep=LAG)
 
     def drain(self, keep: int = 0) -> list[Arrived]:
-        """Hands out all but the newest steps."""
+        """Returns the numbers of all steps but the last `keep`, once the device has them."""
         arrived = []
         while len(self._waiting) > keep:
             tag, values, event, at = self._waiting.popleft()
             if event:
-                # event.synchronize() would keep Python from running handlers of signals, and where
-                # a rank has died under NCCL the device never gets there.
+                # event.synchronize() would block Python's signal handlers, and if a rank has died
+                # under NCCL, it would never return.
                 since = time.monotonic()
                 while not event.query():
                     self._while_waiting(since)
@@ -192,30 +194,20 @@ class Lagged(Generic[T]):
 
 
 def fetch(values: Tensor, while_waiting: Callable[[float], None]) -> list[Any]:
-    """The numbers of a tensor on the device, waited for as by Lagged."""
-    lagged: Lagged[None] = Lagged(while_waiting)
+    """The numbers of a tensor on the device, for which it waits as Lagged does."""
+    lagged = Lagged(while_waiting)
     lagged.push(None, values)
     return lagged.drain()[0].values
 
 
 def init_distributed(config: Config) -> World:
-    """Joins the processes that torchrun started, or makes a world of one; sets device and threads.
+    """Joins the processes that torchrun started, or makes a group of one; sets device and threads.
 
-    Collectives may take STARTUP_TIMEOUT until set_timeout shortens it.
-
-    Raises:
-        UserError: fewer GPUs than processes; an environment that is half torchrun's.
+    Collectives may take STARTUP_TIMEOUT, until set_timeout shortens it. UserError if there are
+    fewer GPUs than processes, or if only some of torchrun's variables are set.
     """
     _die_with_agent()
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    given = [name for name in names if name in os.environ]
-    if given and len(given) < len(names):
-        raise UserError(
-            f"{' and '.join(given)} is set without the rest of {', '.join(names)}: start with"
-            " torchrun, which sets all of them, or unset it"
-        )
-    numbers = [int(os.environ[name]) for name in names] if given else [0, 1, 0, 1]
-    rank, size, local_rank, local_size = numbers
+    rank, size, local_rank, local_size = _torchrun_ranks()
     name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -225,47 +217,80 @@ def init_distributed(config: Config) -> World:
             f"rank {rank} needs GPU {local_rank}, {socket.gethostname()} has"
             f" {torch.cuda.device_count()}; start fewer processes or set train.device=cpu"
         )
-    # Each rank compiles for itself: together they take the node's cores, not min(32, cores) each.
-    # Before deterministic algorithms, which import what reads it.
+    # All ranks compile at once, so they share the node's cores; by default each would take up to
+    # 32. Turning on deterministic algorithms imports what reads this variable, so it comes first.
     workers = max(1, min(32, available_cores() // local_size))
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(workers))
-    if config.train.deterministic:
-        be_deterministic()
+    if config.train.deterministic:  # the same bits each time, on a GPU too, or an error
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which no code reads
     if name == "cuda":
-        # Read at the first allocation: memory grows in place, where blocks of many sizes would
-        # leave gaps. A choice of the user's own counts, by its older name too.
+        # Segments that grow leave no gaps, as blocks of many sizes do. The first allocation reads
+        # the variable. The user may have set another value, also under the variable's older name.
         if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        device = torch.device("cuda", local_rank)
+        # If a collective hangs, each rank dumps its last ones.
+        dump = resolve_path(config.train.out_dir) / "logs" / "flight_recorder_"
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump))
+        backend, device = "cpu:gloo,cuda:nccl", torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
-        device = torch.device("cpu")
+        backend, device = "gloo", torch.device("cpu")
         if not _user_set_threads():
             torch.set_num_threads(max(1, available_cores() // local_size))
         _keep_freed_memory()
-    backend = "cpu:gloo,cuda:nccl" if name == "cuda" else "gloo"
-    if name == "cuda":  # a hang leaves the last collectives of each rank behind
-        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
-        dump = resolve_path(config.train.out_dir) / "logs" / "flight_recorder_"
-        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(dump))
-    meeting: dict[str, Any] = {"rank": rank, "world_size": size}
-    if not given:
-        meeting["store"] = dist.HashStore()
+    store = None  # torchrun's
+    if "RANK" not in os.environ:
+        store = dist.HashStore()
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        meeting["store"] = _meeting_point(rank)
+        store = _meeting_point(rank)
     _allow_sockets()
-    dist.init_process_group(backend, timeout=STARTUP_TIMEOUT, **meeting)
+    dist.init_process_group(
+        backend, timeout=STARTUP_TIMEOUT, world_size=size, rank=rank, store=store
+    )
     dtype = compute_dtype(config.train.dtype, device)
     return World(rank, size, local_rank, local_size, device, dtype)
 
 
-def _user_set_threads() -> bool:
-    """Whether OMP_NUM_THREADS is the user's own.
+@contextlib.contextmanager
+def process_group(config: Config) -> Iterator[World]:
+    """The process group of a training; all ranks leave it together. LostRankError if a collective
+    fails because another rank died or hangs."""
+    try:
+        yield init_distributed(config)
+    except AgreedError:  # on all ranks; after any other error, some may still wait for this one
+        shut_down()
+        raise
+    except (RuntimeError, dist.DistError) as error:
+        if lost := explain_lost_rank(error):
+            if torch.cuda.is_initialized():  # its kernels wait for the lost rank: don't wait too
+                atexit.register(os._exit, 1)
+            raise lost from None
+        raise
+    shut_down()
 
-    Where it is missing torchrun sets 1 for its ranks, if they are several, which leaves cores idle.
-    What torchrun was started with still stands in /proc; without one (macOS), 1 is taken for its.
+
+def _torchrun_ranks() -> list[int]:
+    """Rank and number of ranks, overall and within this node, as torchrun sets them."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    given = [name for name in names if name in os.environ]
+    if given and len(given) < len(names):
+        raise UserError(
+            f"{' and '.join(given)} is set without the rest of {', '.join(names)}: start with"
+            " torchrun, which sets all of them, or unset it"
+        )
+    return [int(os.environ[name]) for name in names] if given else [0, 1, 0, 1]
+
+
+def _user_set_threads() -> bool:
+    """Whether the user has set OMP_NUM_THREADS.
+
+    For several ranks torchrun sets it to 1 if the user did not, which leaves cores idle. /proc has
+    torchrun's own environment. Without /proc (macOS), a 1 is taken to be torchrun's.
     """
     threads = os.environ.get("OMP_NUM_THREADS")
     if threads != "1" or int(os.environ.get("LOCAL_WORLD_SIZE", 1)) == 1:
@@ -283,36 +308,29 @@ def _user_set_threads() -> bool:
 
 
 def _die_with_agent() -> None:
-    """Ends this rank with the agent that started it (Linux): one that outlives it would go on to
-    train and hold the run, or its GPU, against those that the next attempt starts."""
+    """Makes this rank die with the torchrun agent that started it (Linux). A rank that outlives it
+    would keep the run, or its GPU, from the ranks of the next attempt."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl and "TORCHELASTIC_RUN_ID" in os.environ:
         prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        # It was killed before that if the system's first process has taken this one over; in a
-        # container that may be the agent itself.
+        # If the agent died before that call, this process now has another parent, process 1. But in
+        # a container the agent itself may be process 1.
         first = Path("/proc/1/cmdline")
         adopted = os.getppid() == 1 and first.exists() and b"python" not in first.read_bytes()
         if adopted or os.getppid() != STARTED_BY:
             os._exit(LOST_RANK)
 
 
-def be_deterministic() -> None:
-    """Makes every operation give the same bits each time, on a GPU too, or raise an error."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it before it is set
-
-
 def cudnn_version() -> str:
-    """Of the cuDNN in use, such as 9.19.0: attention is as fast as that is new."""
+    """The version of cuDNN in use, such as 9.19.0; attention is faster in newer ones."""
     number = torch.backends.cudnn.version() or 0
     return f"{number // 10_000}.{number // 100 % 100}.{number % 100}"
 
 
 def _keep_freed_memory() -> None:
-    """Lets glibc use freed memory again, where it would return large pieces to the system at once:
-    each step's tensors would come as new pages, and filling in those took a tenth of a step.
-    MALLOC_MMAP_THRESHOLD_ in the environment is the user's own choice."""
+    """Makes glibc reuse freed memory instead of returning large blocks to the system at once: a
+    tenth of each step went into the first use of new pages. A user's own MALLOC_MMAP_THRESHOLD_
+    is respected."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt and "MALLOC_MMAP_THRESHOLD_" not in os.environ:  # glibc's
         mallopt(-3, 2**30)  # M_MMAP_THRESHOLD
@@ -320,20 +338,20 @@ def _keep_freed_memory() -> None:
 
 
 def _allow_sockets() -> None:
-    """Raises the limit of open files: gloo has a socket for every rank in each of its groups, at
-    512 ranks more than the usual 1,024."""
+    """Raises the limit of open files: in each process group, gloo opens a socket to every rank. For
+    512 ranks the usual limit of 1,024 is too low."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft not in (resource.RLIM_INFINITY, hard) and soft < enough:
+    if soft != resource.RLIM_INFINITY and soft < enough:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def _meeting_point(rank: int) -> dist.Store:
-    """A store that is this attempt's alone, served by rank 0.
+    """A store for this attempt alone, served by rank 0.
 
-    torchrun's own outlives --max-restarts (torch 2.13): ranks that start again would find the
-    addresses of dead ones there. It only carries where the new store is, and a rank that finds
-    where a dead one was looks again.
+    torchrun's own store survives --max-restarts (torch 2.13), so that restarted ranks would find
+    addresses of dead ranks in it. It is only used to pass on the address of the new store. A rank
+    that still finds the previous store's address looks again.
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     options = {"timeout": STARTUP_TIMEOUT, "wait_for_workers": False}
@@ -347,16 +365,15 @@ def _meeting_point(rank: int) -> dist.Store:
         host, port = agents.get("rocket").decode().split()
         try:
             socket.create_connection((host, int(port)), timeout=5).close()
+            return dist.TCPStore(host, int(port), is_master=False, **options)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(f"rank {rank} can't reach rank 0 at {host}: {error}") from None
             time.sleep(0.2)
-        else:
-            return dist.TCPStore(host, int(port), is_master=False, **options)
 
 
 def set_timeout(model: nn.Module, seconds: float) -> None:
-    """How long a collective of training may take before it is an error and not a hang."""
+    """Sets the time after which a collective of training counts as hanging, which is an error."""
     groups = {dist.group.WORLD}
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
@@ -366,11 +383,11 @@ def set_timeout(model: nn.Module, seconds: float) -> None:
 
 
 def explain_lost_rank(error: BaseException) -> LostRankError | None:
-    """The one line for a collective that failed because another rank died or hung; else None."""
+    """The error to raise if a collective failed because another rank died or hangs; else None."""
     text = str(error).partition("\n")[0]
     if not (isinstance(error, dist.DistError) or "gloo" in text or "NCCL" in text):
         return None
-    text = re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # without source files and advice
+    text = re.sub(r"^\[\S+\] ", "", text).partition(". ")[0]  # without source file and advice
     return LostRankError(
         f"rank {os.environ.get('RANK', 0)} on {socket.gethostname()} lost contact with another"
         f" rank, which died or hangs: {text}. What was saved is intact: run the same command again"
@@ -379,10 +396,8 @@ def explain_lost_rank(error: BaseException) -> LostRankError | None:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of matrix products; auto takes bfloat16 where the device has units for it.
-
-    Without them it is emulated: a CPU with AVX2 alone ran 100 times slower than in float32.
-    """
+    """The type of matrix products; auto is bfloat16 if the device has units for it. Otherwise it
+    would be emulated: on a CPU with only AVX2, 100 times slower than float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -393,8 +408,8 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def check_compiler(device: torch.device, otherwise: str = "set train.compile=off") -> None:
-    """UserError if this host lacks what torch.compile calls: a compiler, for a GPU too (Triton's
-    launchers are C), and Python's headers."""
+    """UserError if this host lacks what torch.compile needs: Python's headers and a compiler, also
+    for a GPU, because Triton's launchers are C."""
     variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang"])
     names = [os.environ[variable]] if os.environ.get(variable) else names
     headers = Path(sysconfig.get_path("include"), "Python.h")
@@ -407,12 +422,12 @@ def check_compiler(device: torch.device, otherwise: str = "set train.compile=off
 
 
 def compiles(choice: str, device: torch.device) -> bool:
-    """Whether to compile the model; auto does on a GPU."""
+    """Whether to compile the model; auto compiles on a GPU."""
     return choice == "on" or (choice == "auto" and device.type == "cuda")
 
 
 def shut_down() -> None:
-    """Leaves the process group; references to sharded state must be gone, or gloo ranks abort."""
+    """Leaves the process group. Sharded tensors must be gone by then, or gloo may abort at exit."""
     gc.collect()
     dist.destroy_process_group()
 
@@ -420,16 +435,14 @@ def shut_down() -> None:
 def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Module:
     """Shards a model on the meta device, block by block, and gives it uninitialised memory.
 
-    ddp leaves it whole; fsdp shards over all ranks; hsdp within a node, replicated across nodes.
-    Weights, gradients and optimizer state stay float32; compute runs in the world's type.
-
-    Raises:
-        UserError: hsdp with nodes of unequal size.
+    ddp leaves it whole, fsdp shards over all ranks, hsdp shards within each node and replicates
+    across nodes (UserError if these are of unequal size). Weights, gradients and optimizer state
+    are float32; compute uses the world's type.
     """
     if config.strategy != "ddp":
         options = {
             "mesh": _device_mesh(config.strategy, world),
-            # the rotary tables are inputs of the blocks and stay float32
+            # the rotary tables, inputs of the blocks, stay float32
             "mp_policy": MixedPrecisionPolicy(
                 param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
             ),
@@ -437,8 +450,8 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
         for block in model.model.layers:
             fully_shard(block, reshard_after_forward=config.reshard_after_forward, **options)
         if not model.config.tie_embeddings:
-            # Its gradient is there first and travels while the blocks' are made; and the first
-            # block does not wait for its weights.
+            # In a group of its own: its gradient, the first of the backward pass, is reduced while
+            # those of the blocks are computed, and the first block does not wait for its weights.
             fully_shard(model.lm_head, reshard_after_forward=False, **options)
         fully_shard(model, reshard_after_forward=False, **options)
     model.to_empty(device=world.device)
@@ -447,20 +460,20 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World) -> nn.Mo
 
 
 def _device_mesh(strategy: str, world: World) -> dist.DeviceMesh:
-    if strategy == "fsdp":
-        return dist.init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("shard",))
-    nodes, rest = divmod(world.size, world.local_size)
-    if rest:
-        raise UserError(
-            f"parallel.strategy=hsdp needs nodes of equal size, not {world.size} ranks over nodes"
-            f" of {world.local_size}; use fsdp"
-        )
-    shape, names = (nodes, world.local_size), ("replicate", "shard")
+    shape, names = (world.size,), ("shard",)
+    if strategy == "hsdp":
+        if world.size % world.local_size:
+            raise UserError(
+                f"parallel.strategy=hsdp needs nodes of equal size, not {world.size} ranks over"
+                f" nodes of {world.local_size}; use fsdp"
+            )
+        shape = world.size // world.local_size, world.local_size
+        names = ("replicate", "shard")
     return dist.init_device_mesh(world.device.type, shape, mesh_dim_names=names)
 
 
 def replicate(model: nn.Module, world: World) -> nn.Module:
-    """The module to call in training: the model itself if it is sharded or alone, else in DDP."""
+    """The module to call in training: the model in DDP, unless it is sharded or on a lone rank."""
     if isinstance(model, FSDPModule) or world.size == 1:
         return model
     device_ids = [world.local_rank] if world.device.type == "cuda" else None
@@ -468,7 +481,7 @@ def replicate(model: nn.Module, world: World) -> nn.Module:
 
 
 def reshard(model: nn.Module) -> None:
-    """Frees what FSDP2 gathered and has kept for a backward pass that does not come."""
+    """Frees weights that FSDP2 has gathered and keeps for a backward pass, after an evaluation."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -476,37 +489,35 @@ def reshard(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gradient_sync(model: nn.Module, last: bool, config: ParallelConfig) -> Iterator[None]:
-    """Which collectives a backward pass of a step's micro-batches runs; after the last, all have.
+    """Sets which collectives run in the backward pass of a micro-batch.
 
-    DDP reduces at the last alone. FSDP2 reduces within its shards at each one, unless
-    parallel.reduce_once: unreduced, every rank holds the whole model's gradients in float32. HSDP
-    sums over nodes, the slower way, at the last alone.
+    DDP reduces gradients only in the last micro-batch of a step. FSDP2 reduces them within its
+    shards in each: otherwise every rank would hold the whole model's gradients in float32, which
+    parallel.reduce_once accepts. HSDP sums over nodes, where links are slower, only in the last.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or not config.reduce_once)
         model.set_requires_all_reduce(last)
         model.set_is_last_backward(last)
         model.set_reshard_after_backward(last or config.reshard_after_forward)
-    if isinstance(model, DistributedDataParallel) and not last:
-        with model.no_sync():
-            yield
-    else:
+    skip = isinstance(model, DistributedDataParallel) and not last
+    with model.no_sync() if skip else contextlib.nullcontext():
         yield
 
 
 def autocast(model: nn.Module, world: World) -> torch.autocast:
-    """Mixed precision of a whole model; a sharded one casts its own weights."""
+    """Mixed precision for a model that is not sharded; FSDP2 casts the weights itself."""
     enabled = world.dtype != torch.float32 and not isinstance(model, FSDPModule)
     return torch.autocast(world.device.type, dtype=world.dtype, enabled=enabled)
 
 
 def shard_dimension(tensor: DTensor) -> int:
-    """The dimension of its mesh over which a tensor's rows are spread."""
+    """The dimension of the device mesh over which a tensor's rows are sharded (HSDP's has two)."""
     return next(d for d, p in enumerate(tensor.placements) if isinstance(p, Shard))
 
 
 def local_part(tensor: Tensor) -> tuple[Tensor, int]:
-    """The rows of a tensor that this rank holds, by reference, and the number of the first."""
+    """This rank's rows of a tensor, without a copy, and the index of the first one."""
     if not isinstance(tensor, DTensor):
         return tensor, 0
     mesh, dimension = tensor.device_mesh, shard_dimension(tensor)
@@ -515,11 +526,9 @@ def local_part(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor.to_local(), start
 
 
-def writes(tensor: Tensor, index: int, world: World) -> bool:
-    """Whether this rank is the one that saves its part of a tensor.
-
-    Of equal copies (DDP's ranks, HSDP's replicas) one is saved, chosen by index to spread the work.
-    """
+def saves_part(tensor: Tensor, index: int, world: World) -> bool:
+    """Whether this rank saves its part of a tensor. Of ranks that hold equal copies (DDP's ranks,
+    HSDP's replicas) one does: which one depends on the tensor's index, to spread the work."""
     if not isinstance(tensor, DTensor):
         return index % world.size == world.rank
     mesh = tensor.device_mesh
@@ -527,10 +536,10 @@ def writes(tensor: Tensor, index: int, world: World) -> bool:
 
 
 def clip_gradients(model: nn.Module, largest: float) -> Tensor:
-    """Scales the gradients to a norm of at most largest (0: as they are); their norm before.
+    """Scales gradients down to a norm of at most largest (0: no clipping); returns the norm before.
 
-    Works on the rows that this rank holds: operators over DTensors take the host longer, and those
-    of torch 2.11 leak (pytorch issue 188174).
+    It works on this rank's rows, because operators over DTensors take the host longer and leak
+    memory in torch 2.11 (pytorch issue 188174).
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     rows = [local_part(gradient)[0] for gradient in gradients]

@@ -1,44 +1,45 @@
-"""The job that a run is in: its signals and its end, its claim on the run directory, its code.
+"""The job that trains a run: its signals, its time limit, its lock on the run directory, and how
+all ranks agree to stop or save at the same step.
 
-Rank 0 alone reads clocks and shared files; the loop carries what it finds to the other ranks.
+Only rank 0 reads clocks and shared files. The other ranks learn from its votes what it has found.
 """
 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
 import os
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
-from attempts import ATTEMPT, EXPIRY_SECONDS, holder_lives, process_start, read_json, signal_note
 from checkpoint import Saver
-from config import UserError, tell
+from config import UserError, print_error, read_json, write_atomically
+from dataset import DataCheck
+from distributed import AgreedError, World, fetch
+from slurm.attempts import ATTEMPT, EXPIRY_SECONDS, holder_lives, process_start, signal_note
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C in between is meant; an earlier one is an echo
+INSIST_SECONDS = (0.5, 5.0)  # a second Ctrl-C within this time counts; an earlier one is an echo
 HEARTBEAT_SECONDS = 30.0
-OWN_SECONDS = 60.0  # that a process of this very job may take to die
-CODE = Path(__file__).resolve().parent
-DIFF_LINES = 60
-STUCK_SECONDS = 15.0  # and three steps: torchrun kills 30 s after TERM, unless it is told otherwise
+OWN_SECONDS = 60.0  # in which a process of this job's previous attempt dies
+STUCK_SECONDS = 15.0  # torchrun kills ranks 30 s after TERM, unless set otherwise
 
 
 class Signals:
-    """Signals are noted, not died of; the loop looks and ends in order on all ranks."""
+    """Records signals, which would end the process, so that all ranks can stop in good order."""
 
     def __init__(self) -> None:
         self.received = False
@@ -46,55 +47,51 @@ class Signals:
         self._interrupted = -INSIST_SECONDS[1]
 
     def install(self) -> None:
-        """Takes over the signals that schedulers, launchers and people send.
-
-        One that is ignored stays so: nohup lets a terminal go.
-        """
+        """Handles the signals of schedulers, launchers and people. Those that are ignored stay so:
+        under nohup, a run survives its terminal."""
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self.received, now = True, time.monotonic()
         if number == signal.SIGTERM:
-            self.terminated_at = min(self.terminated_at, time.monotonic())
-        since = time.monotonic() - self._interrupted
+            self.terminated_at = min(self.terminated_at, now)
         # torchrun turns the second Ctrl-C into TERM
+        since = now - self._interrupted
         if number in (signal.SIGINT, signal.SIGTERM) and INSIST_SECONDS[0] < since:
             if since < INSIST_SECONDS[1]:
                 raise KeyboardInterrupt
             if number == signal.SIGINT:
-                self._interrupted = time.monotonic()
+                self._interrupted = now
 
 
 def job_end(max_hours: float) -> float:
-    """When this job must be over, in Unix time: Slurm's end or train.max_hours; else infinity."""
-    end = time.time() + 3600 * max_hours if max_hours else float("inf")
+    """When this job must be over, in Unix time: by Slurm or train.max_hours; else infinity."""
+    end = time.time() + 3600 * max_hours if max_hours else math.inf
     job = os.environ.get("SLURM_JOB_ID")
     if not job:
         return end
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # one of its tasks has the id of all
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):  # SLURM_JOB_ID may mean the whole array
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    told = os.environ.get("SLURM_JOB_END_TIME", "")
-    if not told:  # older than Slurm 23.02
+    limit = os.environ.get("SLURM_JOB_END_TIME", "")
+    if not limit:  # older than Slurm 23.02
         command = ["squeue", "--noheader", f"--jobs={job}", "--format=%e"]
         environment = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # told below
-            done = subprocess.run(
-                command, env=environment, capture_output=True, text=True, timeout=60, check=False
-            )
-            told = done.stdout.strip()
-    if told.isdigit():
-        return min(end, float(told))
-    if not told:
-        tell(f"Slurm does not tell when job {job} ends: set train.max_hours")
-    return end  # of a partition without a limit it says N/A
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # warned of below
+            done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+            limit = done.stdout.decode().strip()
+    if limit.isdigit():
+        return min(end, float(limit))
+    if not limit:
+        print_error(f"Slurm does not say when job {job} ends: set train.max_hours")
+    return end  # N/A in a partition without a limit
 
 
 class Votes(NamedTuple):
-    """What a rank asks for, 0 or 1 each, or their sums: what any rank asks for, all do at once."""
+    """What a rank asks for; also the sums over all ranks, since all do what one asks for."""
 
-    claim_lost: float
+    lock_lost: float
     save_failed: float
     data_damaged: float
     stop_file: float
@@ -103,35 +100,31 @@ class Votes(NamedTuple):
     save_due: float
 
 
-class Lookout:
+@dataclass
+class StopConditions:
     """Why this rank would stop or save now."""
+
+    directory: Path
+    signals: Signals
+    lock: RunLock
+    saver: Saver
+    end: float  # of the job, in Unix time
+    save_seconds: float  # estimate for the first save; later ones are measured
+    save_minutes: float  # between saves; 0: off
+    check: DataCheck | None = None
 
     FILE_SECONDS = 1.0  # between looks for the STOP file and for the note of a signal
 
-    def __init__(
-        self,
-        directory: Path,
-        signals: Signals,
-        claim: Claim,
-        saver: Saver,
-        end: float,
-        save_seconds: float,
-        save_minutes: float,
-        data_damaged: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """The first save is estimated at save_seconds; the rest is measured."""
-        self.data_damaged = data_damaged
-        self.stop_file = directory / "STOP"
-        self.signal_note = signal_note(directory, os.environ.get(ATTEMPT, ""))
-        self.signals, self.claim, self.saver, self.end = signals, claim, saver, end
-        self.margin = min(30.0, 0.05 * (end - time.time()))
-        self.seconds = {"step": 0.0, "evaluation": 0.0, "save": save_seconds}
-        self.save_minutes = save_minutes
+    def __post_init__(self) -> None:
+        self.stop_file = self.directory / "STOP"
+        self.signal_note = signal_note(self.directory, os.environ.get(ATTEMPT, ""))
+        self.margin = min(30.0, 0.05 * (self.end - time.time()))
+        self.seconds = {"step": 0.0, "evaluation": 0.0, "save": self.save_seconds}
         self.saved_at = self.stepped_at = time.monotonic()
         self.looked_at, self.stop_file_seen = -self.FILE_SECONDS, False
 
     def step_done(self) -> None:
-        """Marks the end of a step; the estimate follows a slower one at once, a faster slowly."""
+        """Marks the end of a step. The estimate of a step's time rises at once and falls slowly."""
         now = time.monotonic()
         last, mean = now - self.stepped_at, self.seconds["step"]
         self.seconds["step"] = max(last, mean + 0.1 * (last - mean))
@@ -139,7 +132,7 @@ class Lookout:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Measures an evaluation or a save; the longest so far counts."""
+        """Measures an "evaluation" or a "save"; the longest so far is the estimate of the next."""
         start = time.monotonic()
         yield
         self.stepped_at = time.monotonic()
@@ -148,14 +141,11 @@ class Lookout:
             self.saved_at = self.stepped_at
 
     def while_waiting(self, since: float) -> None:
-        """DistError if, since TERM came, the device has not answered for far too long.
+        """DistError if the device has not answered for far too long since TERM came.
 
-        So it is when a rank has died under NCCL: torchrun sends TERM to the others, whose devices
-        wait for it. Steps tell how long they take; before the first nothing is known. Any other
-        wait is ended by parallel.timeout_seconds.
-
-        Args:
-            since: when the host began to wait for the device, by time.monotonic().
+        If a rank dies under NCCL, the devices of the others wait for it, and torchrun sends TERM.
+        Any other wait is ended by parallel.timeout_seconds. Nothing limits the first step, because
+        its duration is not known yet. The host has waited since this time.monotonic().
         """
         step = self.seconds["step"]
         waited = time.monotonic() - max(since, self.signals.terminated_at)
@@ -163,12 +153,8 @@ class Lookout:
             raise dist.DistError(f"{waited:.0f} s after TERM the device has not answered")
 
     def votes(self, rank: int, steps: int, evaluation: bool) -> Votes:
-        """This rank's votes.
-
-        Args:
-            steps: that come before the next chance to stop.
-            evaluation: whether one of them is evaluated.
-        """
+        """This rank's votes. It votes for the deadline if too little time is left for this many
+        steps, an evaluation, if one is due by then, and a save."""
         now = time.monotonic()
         late = save_due = False
         if rank == 0:  # one clock, and one process that asks the file system
@@ -181,21 +167,61 @@ class Lookout:
             late = self.end - time.time() < needed
             save_due = 0 < 60 * self.save_minutes <= now - self.saved_at
         return Votes(
-            claim_lost=float(self.claim.lost),
-            save_failed=float(self.saver.failed),
-            data_damaged=float(self.data_damaged()),
-            stop_file=float(self.stop_file_seen),
-            signal=float(self.signals.received),
-            deadline=float(late),
-            save_due=float(save_due),
+            lock_lost=self.lock.lost,
+            save_failed=self.saver.failed,
+            data_damaged=bool(self.check and self.check.wrong),
+            stop_file=self.stop_file_seen,
+            signal=self.signals.received,
+            deadline=late,
+            save_due=save_due,
         )
 
 
-class Claim:
-    """One run directory, one job: claim.json names the job that trains the run.
+class Consensus:
+    """What all ranks have agreed on. Their votes are summed together with each step's numbers."""
 
-    A claim is free if its process on this host is dead, if it is our own job's from before a
-    requeue, or if its heartbeat, the file's modification time, has stopped.
+    def __init__(self, conditions: StopConditions, world: World) -> None:
+        self.conditions, self.world = conditions, world
+        self.stop = ""  # why to stop, if a rank has asked for it
+        self.save_due = False  # whether a rank has asked for a checkpoint
+
+    def votes(self, steps: int = 0, evaluation: bool = False) -> Tensor:
+        """This rank's votes (7,), on the device, as StopConditions.votes casts them."""
+        votes = self.conditions.votes(self.world.rank, steps, evaluation)
+        if not any(votes):  # nearly always, and then nothing has to be copied to the device
+            return torch.zeros(len(votes), device=self.world.device)
+        return torch.tensor(votes, dtype=torch.float32, device=self.world.device)
+
+    def reason(self, sums: list[float]) -> str:
+        """Why to stop by these sums of votes; empty if not. AgreedError, on every rank, if the run
+        belongs to another job, a save failed or a dataset is damaged."""
+        votes, conditions = Votes(*sums), self.conditions
+        if votes.lock_lost:
+            run = conditions.directory
+            raise AgreedError(f"{run} was taken over by another job; nothing was saved")
+        if votes.save_failed:
+            conditions.saver.wait()
+        if votes.data_damaged:
+            conditions.check.raise_if_wrong()
+        return next((why for why in ("stop_file", "signal", "deadline") if getattr(votes, why)), "")
+
+    def hear(self, sums: list[float]) -> None:
+        """Takes in the sums of a step's votes."""
+        self.stop = self.stop or self.reason(sums)
+        self.save_due = self.save_due or Votes(*sums).save_due > 0
+
+    def ask(self) -> None:
+        """Sums the votes at once, where ranks wait for each other anyway."""
+        if not self.stop:
+            sums = self.world.sum(self.votes(steps=2))
+            self.stop = self.reason(fetch(sums, self.conditions.while_waiting))
+
+
+class RunLock:
+    """One job trains a run at a time: claim.json names it.
+
+    A claim is void if its process was on this host and is dead, if it is of this same job before
+    a requeue, or if its heartbeat, the file's modification time, has stopped.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -210,7 +236,7 @@ class Claim:
         while (holder := read_json(self.path)) is not None and not self._is_free(holder):
             if not own_job or holder.get("job_id") != own_job or time.monotonic() > deadline:
                 raise self._refusal(holder)
-            time.sleep(0.5)  # of an attempt before this one, and killed with it
+            time.sleep(0.5)  # a process of this job's previous attempt is being killed
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         job = f"job {holder['job_id']}, " if holder.get("job_id") else ""
@@ -221,7 +247,7 @@ class Claim:
         )
 
     def verify(self) -> None:
-        """UserError if another job has taken the run; called before what must not collide."""
+        """UserError if another job has taken the run; called before each save."""
         if not self.is_ours:
             self.lost = True
             raise UserError(f"{self.path.parent} was taken over by another job; it is left alone")
@@ -232,14 +258,14 @@ class Claim:
         return not self.lost and read_json(self.path) in (None, self.mine)
 
     def take(self) -> None:
-        """Claims the run and keeps the claim alive; UserError if another job holds it."""
+        """Claims the run and keeps up the heartbeat; UserError if another job holds the run."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another job is removing it too
             judged = self.path.stat()
             self.check()
-            # Renaming has one winner. Whoever finds that it took away another's fresh claim puts
-            # it back and leaves.
-            aside = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.tmp")
+            # If several jobs rename the file, one succeeds. If what it has taken away is not the
+            # void claim but a new one of another job, it puts that back and leaves.
+            aside = self._beside("tmp")
             self.path.rename(aside)
             taken = aside.stat()
             if (taken.st_ino, taken.st_mtime_ns) != (judged.st_ino, judged.st_mtime_ns):
@@ -259,21 +285,23 @@ class Claim:
         threading.Thread(target=self._beat, daemon=True).start()
 
     def release(self) -> None:
-        """Gives the run free; where that fails, this process' end does."""
+        """Frees the run. If that fails, the claim is void once this process has ended."""
         self._released.set()
         try:
             if self.mine and read_json(self.path) == self.mine:
                 self.path.unlink()
         except OSError as error:
-            tell(f"{self.path} stays: {error.strerror}")
+            print_error(f"{self.path} stays: {error.strerror}")
+
+    def _beside(self, kind: str) -> Path:
+        """A file beside the claim that no other process uses."""
+        return self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.{kind}")
 
     def _create(self) -> bool:
-        """Makes the claim, whole from its first moment; False if there is one."""
-        fresh = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.new")
-        with open(fresh, "w") as file:
-            file.write(json.dumps(self.mine))
-            file.flush()
-            os.fsync(file.fileno())  # or it is there and empty when this node has lost its power
+        """Makes the claim, complete at once; False if there is one already."""
+        fresh = self._beside("new")
+        # durable before it is linked, or a power failure leaves an empty claim
+        write_atomically(fresh, json.dumps(self.mine).encode())
         try:
             os.link(fresh, self.path)
         except FileExistsError:
@@ -287,8 +315,8 @@ class Claim:
             return not lives
         if holder.get("job_id") and holder["job_id"] == os.environ.get("SLURM_JOB_ID"):
             return True
-        # Both times are the file server's, so that clocks of hosts need not agree.
-        probe = self.path.with_name(f"claim.{socket.gethostname()}.{os.getpid()}.probe")
+        # Both times are the file server's, because the hosts' clocks may differ.
+        probe = self._beside("probe")
         try:
             probe.touch()
             now = probe.stat().st_mtime
@@ -309,58 +337,4 @@ class Claim:
                 else:
                     self.lost = holder is not None or not self._create()
             except OSError as error:  # the file system may be back at the next beat
-                tell(f"{self.path}: no heartbeat: {error.strerror}")
-
-
-def code_in_use() -> dict[str, str]:
-    """Name to text of the modules of Rocket that this process has loaded."""
-    ours = {path.name: path for path in sorted(CODE.glob("*.py"))}
-    files = [getattr(module, "__file__", None) or "" for module in list(sys.modules.values())]
-    # By name first: to resolve all of torch's 2,000 files is 20,000 look-ups by every rank.
-    loaded = {os.path.realpath(file) for file in files if os.path.basename(file) in ours}
-    used = [path for path in ours.values() if str(path) in loaded]
-    return {path.name: path.read_text(encoding="utf-8") for path in used}
-
-
-def changed_code(directory: Path) -> dict[str, list[str]]:
-    """File to unified diff, for the code in use that is not what the run's snapshot holds."""
-    found = {}
-    if (directory / "code").is_dir():
-        for name, text in code_in_use().items():
-            path = directory / "code" / name
-            old = path.read_text(encoding="utf-8") if path.exists() else ""
-            if old != text:
-                lines = difflib.unified_diff(
-                    old.splitlines(), text.splitlines(), f"run/{name}", f"now/{name}", lineterm=""
-                )
-                found[name] = list(lines)
-    return found
-
-
-def snapshot_code(directory: Path) -> None:
-    """Copies Rocket's Python files into the run; a requeued job runs them, whatever is edited."""
-    code, fresh = directory / "code", directory / "code.tmp"
-    now, then = (
-        {path.name: path.read_bytes() for path in folder.glob("*.py")} for folder in (CODE, code)
-    )
-    if now == then:
-        return
-    aside = directory / "code.old.tmp"
-    for path in (fresh, aside):
-        shutil.rmtree(path, ignore_errors=True)
-    fresh.mkdir()
-    for name, content in now.items():
-        (fresh / name).write_bytes(content)
-    if code.exists():
-        code.rename(aside)
-    fresh.rename(code)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def print_diff(changed: dict[str, list[str]], say: Callable[[str], None] = print) -> None:
-    """Prints what has changed in the code, the beginning of it if it is long."""
-    lines = [line for diff in changed.values() for line in diff]
-    for line in lines[:DIFF_LINES]:
-        say(line)
-    if len(lines) > DIFF_LINES:
-        say(f"… and {len(lines) - DIFF_LINES} lines more")
+                print_error(f"{self.path}: no heartbeat: {error.strerror}")

@@ -1,81 +1,35 @@
-"""The model: Llama 2 in plain PyTorch. It knows nothing of distribution, files or training.
+"""The model: Llama 2 (Touvron et al., arXiv 2307.09288) in plain PyTorch, as the paper has it.
 
-Modules and parameters carry the names of Hugging Face's LlamaForCausalLM and the rotary embedding
-uses its half-split layout, so that a state dict moves between the two as it is.
+It knows nothing of distribution, files or training; what only makes it faster is in fast.py.
+Modules and parameters carry the names of Hugging Face's LlamaForCausalLM, and the rotary embedding
+uses its half-split layout, so a state dict moves between the two unchanged.
 
-Shapes: B batch, T tokens, S cached tokens, D dim, H query heads, K key/value heads, E head_dim,
-V vocabulary.
+Shapes: B batch, T tokens, D dim, E head_dim, V vocabulary.
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from config import ModelConfig, Recompute
+from fast import (
+    KVCache,
+    LayerCache,
+    Mask,
+    attend,
+    chunk_loss,
+    document_mask,
+    linear_cross_entropy,
+    recomputed,
+)
 
-IGNORE = -100  # a target that is not trained on
-SHORT = 256  # tokens, see multiplies_faster
-
-
-class KVCache:
-    """Keys and values of the tokens seen so far, allocated once for a batch.
-
-    Row b of the batch holds its own number of tokens: each layer writes at the positions that it is
-    given, and attention never looks past a row's position, so prompts of unequal length share a
-    batch.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        batch_size: int,
-        length: int,
-        device: torch.device,
-        dtype: torch.dtype,
-    ):
-        self.length = length
-        shape = (batch_size, config.n_kv_heads, length, config.dim // config.n_heads)
-        layers = range(config.n_layers)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in layers]
-        heads = torch.arange(batch_size * config.n_kv_heads, device=device)
-        self.starts = heads.view(batch_size, -1, 1) * length
-
-    def layers(self, positions: Tensor, length: int) -> list[Past]:
-        """What each layer works with, at positions (B, T), looking at so many entries."""
-        places = (self.starts + positions[:, None]).flatten()
-        return [Past(*kept, places, length) for kept in zip(self.keys, self.values, strict=True)]
-
-
-class Past(NamedTuple):
-    """A layer's keys and values (B, K, S, E), where in them, counted over all rows and heads, those
-    of the current tokens belong (B K T), and how many of each are looked at."""
-
-    keys: Tensor
-    values: Tensor
-    places: Tensor
-    length: int
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes k, v (B, K, T, E); returns the first entries of each row (B, K, length, E)."""
-        for kept, new in ((self.keys, k), (self.values, v)):
-            kept.flatten(0, 2).index_copy_(0, self.places, new.flatten(0, 2))
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+Rotary = tuple[Tensor, Tensor]  # see rotary_tables
 
 
 class RMSNorm(nn.Module):
@@ -85,80 +39,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # In the type of x, as in a sharded model, whose weights are cast; autocast on a GPU makes
-        # float32 of it from torch 2.12 on. One kernel takes one type.
+        # In the type of x, as in a sharded model, whose weights are cast. Autocast on a GPU would
+        # return float32 from torch 2.12 on, and the fused kernel takes one type.
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):  # 3% of a token's time on a CPU
                 return self.forward(x)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-def document_mask(documents: Tensor) -> Tensor | BlockMask:
-    """What a token attends to: itself and those before it in its document.
+def rotary_tables(positions: Tensor, config: ModelConfig) -> Rotary:
+    """Cosines and sines (B, 1, T, E) of positions (B, T), float32 (RoPE, arXiv 2104.09864).
 
-    Made at each forward pass, once for all layers. On a GPU only the blocks of the square that have
-    something in them are computed; on a CPU, where compiled FlexAttention has no backward pass
-    (torch 2.13), the mask is a boolean tensor (B, 1, T, T).
-
-    Args:
-        documents: number of each token's document (B, T).
+    Computed in each forward pass, once for all layers: a buffer would not survive the meta device.
     """
-    B, T = documents.shape
-    rows, places = (torch.arange(n, device=documents.device) for n in (B, T))
-
-    def sees(row: Tensor, head: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (documents[row, key] == documents[row, query])
-
-    if documents.device.type == "cpu":
-        return sees(rows[:, None, None], None, places[:, None], places)[:, None]
-    return compiled(create_block_mask)(sees, B, None, T, T, device=documents.device)
+    head_dim = config.dim // config.n_heads
+    powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[:, None, :, None].float() * config.rope_theta**-powers
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
 
 
-@functools.cache
-def compiled(function: Callable) -> Callable:
-    """The function compiled: once for all layers and steps, when it is first needed."""
-    return torch.compile(function)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """Attention (B, H, T, E) of q over k, v (B, K, S, E); without a mask it is causal.
-
-    What masks a single token is added to its scores.
-    """
-    groups = k.shape[1]
-    grouped, on_cpu = q.shape[1] != groups, q.device.type == "cpu"
-    if isinstance(mask, BlockMask):
-        flex = flex_attention if torch.compiler.is_compiling() else compiled(flex_attention)
-        return flex(q, k, v, block_mask=mask, enable_gqa=grouped)
-    if mask is not None and q.shape[2] == 1 and (grouped or on_cpu):
-        # The heads of a group as so many queries: kernels that take a mask don't take groups, and
-        # on a CPU they take a token's time for 32.
-        heads = q.unflatten(1, (groups, -1)).squeeze(3)
-        way = attend_by_products if on_cpu else F.scaled_dot_product_attention
-        return way(heads, k, v, mask).flatten(1, 2)[:, :, None]
-    if mask is None and multiplies_faster(q):
-        heads = q.unflatten(1, (groups, -1))
-        places = torch.arange(q.shape[2], device=q.device)
-        mask = torch.where(places[:, None] < places, -math.inf, 0.0)
-        return attend_by_products(heads, k[:, :, None], v[:, :, None], mask).flatten(1, 2)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped
-    )
-
-
-def multiplies_faster(q: Tensor) -> bool:
-    """Whether whole products beat the kernel that makes blocks of them: in bfloat16 on a CPU, where
-    the compiler fuses what is between them, over rows so short that all their scores may exist
-    (measured at 256 tokens, head_dim 48, both ways: half the kernel's time)."""
-    on_cpu = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    return on_cpu and torch.compiler.is_compiling() and q.shape[2] <= SHORT
-
-
-def attend_by_products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """Attention (..., T, E) of q over k, v (..., S, E) as it is written down; mask (..., T, S) is
-    added to the scores."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores.float() + mask).softmax(-1).to(q.dtype) @ v
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (i, i + E/2) of each head by their position's angle; x (B, heads, T, E)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -170,19 +75,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.dim, config.n_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(config.n_heads * self.head_dim, config.dim, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | BlockMask | None,
-        past: Past | None,
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, mask: Mask, past: LayerCache | None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if past:
             k, v = past.update(k, v)
         y = attend(q, k, v, mask)
@@ -209,77 +108,38 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | BlockMask | None,
-        past: Past | None,
-    ) -> Tensor:
-        if self.recompute == "none" or not torch.is_grad_enabled():
-            return self.add_both(x, rotary, mask, past)
-        keep = {"context_fn": keep_products} if self.recompute == "selective" else {}
-        # there is no dropout, hence no state of randomness to go back to
-        options = {"use_reentrant": False, "preserve_rng_state": False, **keep}
-        return checkpoint(self.add_both, x, rotary, mask, past, **options)
+    def forward(self, x: Tensor, *context: Any) -> Tensor:
+        return recomputed(self.recompute, self.residual, x, *context)
 
-    def add_both(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | BlockMask | None,
-        past: Past | None,
-    ) -> Tensor:
+    def residual(self, x: Tensor, rotary: Rotary, mask: Mask, past: LayerCache | None) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-def keep_products() -> tuple[Any, Any]:
-    """Selective activation checkpointing (Korthikanti et al., arXiv 2205.05198): what matrix
-    products and attention made stays for the backward pass, the cheap rest is made again."""
-    return create_selective_checkpoint_contexts(
-        lambda context, operator, *args, **kwargs: (
-            CheckpointPolicy.MUST_SAVE
-            if operator in PRODUCTS
-            else CheckpointPolicy.PREFER_RECOMPUTE
-        )
-    )
+class Head(nn.Linear):
+    """The output matrix, which makes logits or, a chunk of tokens at a time, the loss.
 
+    The loss is made here and not in Llama, so that FSDP2, which shards this module, knows when its
+    gradient is there: at the beginning of the backward pass.
+    """
 
-PRODUCTS = {
-    torch.ops.aten.mm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.higher_order.flex_attention,
-}
+    def __init__(self, dim: int, vocab_size: int, loss_chunk: int):
+        super().__init__(dim, vocab_size, bias=False)
+        self.loss_chunk, self.chunk_loss = loss_chunk, chunk_loss
 
-
-class Decoder(nn.Module):
-    def __init__(self, config: ModelConfig, vocab_size: int, recompute: Recompute):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(vocab_size, config.dim)
-        layers = (Block(config, recompute) for _ in range(config.n_layers))
-        self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(config.dim, config.norm_eps)
-
-
-def past_mask(positions: Tensor, length: int, dtype: torch.dtype) -> Tensor:
-    """What is added to scores (B, 1, T, length): a token at a position (B, T) of its row sees what
-    stands before it. Not boolean: each layer would make this of it."""
-    keys = torch.arange(length, device=positions.device)
-    unseen = (keys > positions[..., None])[:, None]
-    mask = torch.zeros(unseen.shape, dtype=dtype, device=unseen.device)
-    return mask.masked_fill_(unseen, -math.inf)
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits (…, V) of x (…, D), or with targets (…) the sum of the losses."""
+        if targets is None:
+            return super().forward(x)
+        return linear_cross_entropy(x, self.weight, targets, self.loss_chunk, self.chunk_loss)
 
 
 class Llama(nn.Module):
-    """Llama 2 (Touvron et al., arXiv 2307.09288).
+    """Llama 2.
 
     Args:
-        loss_chunk: tokens whose logits exist at a time when a loss is asked for; 0: all.
-        recompute: what a backward pass makes again instead of finding it in memory.
+        loss_chunk: tokens whose logits exist at a time when a loss is computed; 0: all.
+        recompute: what the backward pass computes again, to save memory; see fast.recomputed.
     """
 
     def __init__(
@@ -292,26 +152,37 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
-        self.model = Decoder(config, vocab_size, recompute)
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(vocab_size, config.dim),
+                "layers": nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers)),
+                "norm": RMSNorm(config.dim, config.norm_eps),
+            }
+        )
         self.lm_head = Head(config.dim, vocab_size, loss_chunk)
         self.tie()
 
     def tie(self) -> None:
-        """Makes tied embeddings one matrix; to be called again after new memory (to_empty)."""
+        """Makes tied embeddings one matrix; call it again after to_empty gave them new memory."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def compile_parts(self) -> None:
         """Compiles the blocks and the loss, without a graph break.
 
-        A block at a time, since one graph serves all of them and what shards the model goes on
-        working between them; forward alone, so that hooks stay outside and names as they are.
+        Block by block, so that one graph serves all of them and FSDP2 can work between them; only
+        `forward`, so that hooks stay outside of the graph and parameters keep their names.
         """
-        # It would cut blocks into pieces to overlap their communication, which blocks do already.
+        # It would split blocks to overlap their communication, which goes block by block already.
         torch._dynamo.config.optimize_ddp = False
         for layer in self.model.layers:
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=False)
         self.lm_head.chunk_loss = torch.compile(chunk_loss, fullgraph=True, dynamic=False)
+
+    def new_cache(self, rows: int, length: int) -> KVCache:
+        """An empty cache of `length` tokens per row, of the weights' type and on their device."""
+        shape = rows, self.config.n_kv_heads, length, self.config.dim // self.config.n_heads
+        return KVCache(self.config.n_layers, shape, self.model.embed_tokens.weight)
 
     def forward(
         self,
@@ -322,151 +193,36 @@ class Llama(nn.Module):
         cache: KVCache | None = None,
         positions: Tensor | None = None,
         length: int = 0,
-        only: Any = None,
+        logits_at: Any = ...,
     ) -> Tensor:
         """Logits (B, T, V), or with targets the *sum* of the losses in nats (float32 scalar).
 
         Args:
             tokens: ids (B, T).
             targets: ids (B, T), IGNORE where a token is not trained on.
-            documents: number of each token's document (B, T): attention stays within one. Positions
-                run on over documents, as rotary embeddings tell distances alone; without a cache.
+            documents: number of each token's document (B, T): attention stays within it. Positions
+                run on over documents, since rotary embeddings encode distances only. No cache.
             cache: keys and values of earlier tokens; the current ones are added at `positions`.
-            positions: place of each token in its sequence (B, T); with a cache only.
-            length: cached entries to attend over, above every position; with a cache only.
-            only: an index of (B, T), the tokens whose logits are wanted (…, V): those of all would
-                take gigabytes.
+            positions: position of each token in its sequence (B, T); only with a cache.
+            length: cached tokens to attend to, above every position; only with a cache.
+            logits_at: an index into (B, T): which tokens' logits to compute (…, V), since those of
+                all can take gigabytes.
         """
         mask, past = None, [None] * len(self.model.layers)
-        if cache is None:
+        if cache is not None:
+            mask, past = cache.layers(positions, length)
+        else:
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
             if documents is not None:
                 mask = document_mask(documents)
-        else:
-            assert length <= cache.length, "the cache is shorter than length"
-            if length > tokens.shape[1] or length == 1:  # else it begins here, and is causal
-                mask = past_mask(positions, length, cache.keys[0].dtype)
-            past = cache.layers(positions, length)
         rotary = rotary_tables(positions, self.config)
         x = self.model.embed_tokens(tokens)
-        if torch.is_autocast_enabled(x.device.type):  # as a sharded model's, whose weights are cast
+        if torch.is_autocast_enabled(x.device.type):  # as in a sharded model: its weights are cast
             x = x.to(torch.get_autocast_dtype(x.device.type))
         for layer, seen in zip(self.model.layers, past, strict=True):
             x = layer(x, rotary, mask, seen)
-        if only is not None:
-            x = x[only]
-        x = self.model.norm(x)
+        x = self.model.norm(x[logits_at])
         return self.lm_head(x) if targets is None else self.lm_head(x, targets)
-
-
-class Head(nn.Linear):
-    """The output matrix, which makes logits or, a chunk of tokens at a time, the loss.
-
-    The loss is made here and not by the model, since what shards the head then knows when its
-    gradient is there: at the beginning of the backward pass.
-    """
-
-    def __init__(self, dim: int, vocab_size: int, loss_chunk: int):
-        super().__init__(dim, vocab_size, bias=False)
-        self.loss_chunk, self.chunk_loss = loss_chunk, chunk_loss
-
-    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """Logits (…, V) of x (…, D), or with targets (…) the sum of the losses."""
-        if targets is None:
-            return super().forward(x)
-        weight, device = self.weight, x.device.type
-        if torch.is_autocast_enabled(device):  # which does not look into a function of our own
-            x, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (x, weight))
-        if device == "cuda" and (missing := -len(weight) % 64):
-            weight = F.pad(weight, (0, 0, 0, missing))
-        ways = self.out_features, self.loss_chunk, self.chunk_loss, torch.is_grad_enabled()
-        return LinearCrossEntropy.apply(x.flatten(0, -2), weight, targets.flatten(), *ways)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The sum of the losses of x (N, D) with logits x Wᵀ, W (V, D), a chunk of tokens at a time.
-
-    Gradients are made along with the loss, while a chunk's logits are there: the same three
-    products as without chunks, and never more logits than a chunk's.
-
-    W may have more rows than vocab_size, of zeros: products with a number of rows that does not
-    divide by 64 are slow on a GPU. What they give is no logit.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        x: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        vocab_size: int,
-        chunk: int,
-        chunk_loss: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        with_gradients: bool,
-    ) -> Tensor:
-        loss = torch.zeros((), device=x.device)
-        grad_x = torch.empty_like(x) if with_gradients else None
-        # float32, lest every chunk rounds it
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_gradients else None
-        for start in range(0, len(x), chunk or len(x)):
-            part = slice(start, start + (chunk or len(x)))
-            lost, grad = chunk_loss(make_logits(x[part], weight, vocab_size), targets[part])
-            loss += lost
-            if with_gradients:
-                torch.mm(grad, weight, out=grad_x[part])
-                if grad.dtype == torch.float32:
-                    grad_weight.addmm_(grad.T, x[part])
-                else:
-                    grad_weight += grad.T @ x[part]
-        if with_gradients:
-            ctx.save_for_backward(grad_x, grad_weight.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, share: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, grad_weight = ctx.saved_tensors
-        return grad_x * share, grad_weight * share, None, None, None, None, None
-
-
-def make_logits(x: Tensor, weight: Tensor, vocab_size: int) -> Tensor:
-    """Logits of x (N, D) by weight (at least V, D); the caller keeps none, they are large."""
-    logits = x @ weight.T
-    logits[:, vocab_size:].fill_(-math.inf)
-    return logits
-
-
-def chunk_loss(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss (float32) of logits (N, V) and its gradient (N, V) in their type."""
-    trained = targets != IGNORE
-    index = targets.clamp(min=0)[:, None]
-    log_p = logits.log_softmax(dim=-1, dtype=torch.float32)
-    loss = -(log_p.gather(1, index)[:, 0] * trained).sum()
-    if torch.compiler.is_compiling():  # fused: log_p is never in memory, which a scatter needs
-        grad = log_p.exp() - (torch.arange(logits.shape[-1], device=index.device) == index)
-    else:
-        grad = log_p.exp_()
-        grad.scatter_add_(1, index, torch.full_like(index, -1, dtype=grad.dtype))
-    return loss, grad.mul_(trained[:, None]).to(logits.dtype)
-
-
-def rotary_tables(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, 1, T, E) of positions (B, T), float32 (RoPE, arXiv 2104.09864).
-
-    Made at each forward pass, once for all layers: a buffer would have to survive the meta device.
-    """
-    head_dim = config.dim // config.n_heads
-    powers = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions[:, None, :, None].float() * config.rope_theta**-powers
-    angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (i, i + E/2) of each head by their position's angle; x (B, heads, T, E)."""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
 
 
 def initial_weight(
@@ -475,8 +231,8 @@ def initial_weight(
     """The initial value of one parameter: normal with deviation init_std, residual projections at
     init_std / sqrt(2 n_layers) (GPT-2's rule), norms at one.
 
-    A pure function of seed and name, so that every rank can make any parameter alone, and the
-    weights are equal at every world size and strategy on the same kind of device.
+    A pure function of seed and name, so any rank can make any parameter by itself, and weights are
+    equal at every world size and strategy on the same kind of device.
     """
     if len(shape) == 1:
         return torch.ones(shape, device=device)
@@ -488,13 +244,13 @@ def initial_weight(
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:
-    """Parameters of the model, tied ones once; nothing is allocated."""
+    """Parameters of the model, tied ones once; allocates nothing."""
     with torch.device("meta"):
         return sum(p.numel() for p in Llama(config, vocab_size).parameters())
 
 
 def flops_per_token(config: ModelConfig, vocab_size: int, seq_len: int) -> float:
-    """Training FLOPs a token, forward and backward: 6 N + 12 L D T (PaLM, arXiv 2204.02311).
+    """Training FLOPs per token, forward and backward: 6 N + 12 L D T (PaLM, arXiv 2204.02311).
 
     N counts the matrices that a token is multiplied with, so not the input embedding.
     """

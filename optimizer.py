@@ -1,10 +1,9 @@
-"""The optimizer and its learning rate: AdamW with decay on matrices only, Muon, the schedules."""
+"""Optimizers and the learning rate: AdamW with decay on matrices only, Muon, the schedules."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -14,23 +13,24 @@ from torch.distributed.tensor import DTensor
 from config import OptimizerConfig
 from distributed import local_part, shard_dimension
 
-BATCH = 1 << 25  # elements that Muon's buffer holds, or more where one matrix a rank needs more
+BATCH = 1 << 25  # elements of Muon's buffer; more if one matrix per rank needs more
 
 
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over the model's parameters, sharded or not.
+    """AdamW (arXiv 1711.05101) for the model's parameters, sharded or not.
 
-    With muon the blocks' matrices are left to it, and to AdamW the embeddings, head and norms.
+    With optimizer.name = muon, the matrices of the blocks are Muon's, and AdamW has the embeddings,
+    the head and the norms.
 
     Args:
-        dtype: that Muon orthogonalises in.
+        dtype: the type in which Muon orthogonalises.
     """
-    named = list(model.named_parameters())
-    inner = [p for name, p in named if name.startswith("model.layers.") and p.ndim == 2]
-    inner = inner if config.name == "muon" else []
-    outer = [p for _, p in named if not any(p is matrix for matrix in inner)]
+    inner, outer = [], []
+    for name, parameter in model.named_parameters():
+        is_inner = name.startswith("model.layers.") and parameter.ndim == 2
+        (inner if is_inner and config.name == "muon" else outer).append(parameter)
     groups = [
         {"params": [p for p in outer if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in outer if p.ndim < 2], "weight_decay": 0.0},
@@ -39,7 +39,7 @@ def build_optimizer(
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
-        "fused": True,  # one kernel for all parameters, which takes found_inf
+        "fused": True,  # one kernel for all parameters; it knows found_inf
     }
     if not inner:
         return AdamW(groups, **options)
@@ -48,9 +48,9 @@ def build_optimizer(
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's, over the rows that a rank holds of each parameter.
+    """torch's AdamW, over this rank's rows of each parameter.
 
-    Over DTensors a step takes the host several times as long, and in torch 2.11 leaks memory
+    A step over DTensors takes the host several times as long, and in torch 2.11 it leaks memory
     (pytorch issue 188174).
     """
 
@@ -62,24 +62,25 @@ class AdamW(torch.optim.AdamW):
 
 
 class Muon(AdamW):
-    """Muon for the matrices of the last group, AdamW for the groups before it.
+    """Muon for the matrices of the last parameter group, AdamW for the other groups.
 
-    Muon (Jordan et al., kellerjordan.github.io/posts/muon) steps along the momentum's nearest
-    orthogonal matrix. At 0.2 sqrt(max(rows, columns)) times that, the elements move about as far
-    as AdamW's, so both share learning rate and decay (Moonlight, arXiv 2502.16982).
+    Muon (Jordan et al., kellerjordan.github.io/posts/muon) steps along the orthogonal matrix
+    nearest to the momentum, here times 0.2 sqrt(max(rows, columns)): then elements move about as
+    far as AdamW's, and both can share learning rate and decay (Moonlight, arXiv 2502.16982).
 
-    Each matrix is orthogonalised by one rank, and matrices of one shape in rounds of equally many
-    a rank: DDP gathers the results, one collective a round; FSDP2 and HSDP exchange rows for
-    whole matrices and back, two a round within the shard group (HSDP's replicas do the same work).
-    A matrix of r rows and c columns, c the more, costs about 20 r²c + 10 r³ FLOPs, against the
-    6 rc a token of training. The state is half of AdamW's; a round takes in memory 12 to 24 bytes
-    an element of its buffer, which has BATCH elements or, if that is more, what one matrix for each
-    rank needs: the world's size times a matrix under DDP, one matrix if sharded. Within a round
-    each operation is one kernel for all its matrices: on a GPU one for each would take longer to
-    launch than to run.
+    Each matrix is orthogonalised by one rank. Matrices of one shape are processed in rounds, with
+    the same number for each rank. DDP gathers the results, in one collective per round. FSDP2 and
+    HSDP exchange rows for whole matrices and back, in two collectives per round within the shard
+    group (HSDP's replicas do the same work). For r rows and c >= r columns, a matrix costs about
+    20 r²c + 10 r³ FLOPs, compared with 6 rc per token of training. Each operation is one kernel for
+    all matrices of a round: one per matrix would take a GPU longer to launch than to run.
 
-    Where found_inf is 1 a step changes nothing, as with fused AdamW, and no host waits for it.
-    Matrices' gradients are gone after a step.
+    The state is half of AdamW's. A round takes 12 to 24 bytes of memory per element of its buffer,
+    which has BATCH elements, or more if one matrix per rank needs more: under DDP the world's size
+    times a matrix, one matrix if sharded.
+
+    As with fused AdamW, a step with found_inf = 1 changes nothing, and the host does not wait for
+    it. A step clears the gradients of the matrices.
     """
 
     def __init__(
@@ -101,27 +102,24 @@ class Muon(AdamW):
     def step(self, closure: None = None) -> None:
         for matrices in self.rounds:
             self._step_matrices(matrices)
-        super().step()  # passes over what has no gradient
+        super().step()  # skips parameters without a gradient: the matrices
 
     def _step_matrices(self, matrices: list[nn.Parameter]) -> None:
         rate, decay = (self.param_groups[-1][name] for name in ("lr", "weight_decay"))
-        found_inf = getattr(self, "found_inf", None)
-
-        def change(kept: list[Tensor], old: Tensor, new: Tensor) -> None:
-            if found_inf is not None:
-                torch.where(found_inf > 0, old, new, out=new)
-            torch._foreach_copy_(kept, list(new.unbind()))
-
-        updates = _orthogonalize_together(self._directions(matrices, change), matrices[0])
+        updates = _orthogonalize_together(self._directions(matrices), matrices[0])
         scale = 0.2 * math.sqrt(max(matrices[0].shape))
         rows = [local_part(matrix)[0] for matrix in matrices]
         old = torch.stack(rows)
-        change(rows, old, (old * (1 - rate * decay)).sub_(updates, alpha=rate * scale))
+        self._set(rows, old, (old * (1 - rate * decay)).sub_(updates, alpha=rate * scale))
 
-    def _directions(
-        self, matrices: list[nn.Parameter], change: Callable[[list[Tensor], Tensor, Tensor], None]
-    ) -> Tensor:
-        """Takes the gradients into the momenta and gives Nesterov's: this rank's rows (N, r, C)."""
+    def _set(self, tensors: list[Tensor], old: Tensor, new: Tensor) -> None:
+        """Sets tensors to their new values, stacked, or to the old ones where found_inf is 1."""
+        if getattr(self, "found_inf", None) is not None:
+            torch.where(self.found_inf > 0, old, new, out=new)
+        torch._foreach_copy_(tensors, list(new.unbind()))
+
+    def _directions(self, matrices: list[nn.Parameter]) -> Tensor:
+        """Updates the momenta; returns Nesterov's directions for this rank's rows (N, r, C)."""
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
@@ -132,18 +130,15 @@ class Muon(AdamW):
         old = torch.stack(momenta)
         mean = old.lerp(gradients, 1 - self.momentum)
         directions = gradients.lerp_(mean, self.momentum).to(self.dtype)
-        change(momenta, old, mean)
+        self._set(momenta, old, mean)
         return directions
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, roughly: singular values come to lie around 1.
+    """Roughly the nearest orthogonal matrices to matrices (B, R, C): singular values are near 1.
 
-    Five Newton-Schulz steps with the quintic's coefficients of kellerjordan.github.io/posts/muon.
-    Rows or columns of zeros stay zero and leave the others as they would be alone.
-
-    Args:
-        matrices: (B, R, C), in the type to compute in.
+    Five Newton-Schulz steps, with the coefficients of kellerjordan.github.io/posts/muon, in the
+    type of the matrices. Rows or columns of zeros stay zero and don't change the others.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -156,23 +151,20 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def _sharers(matrix: Tensor) -> tuple[dist.ProcessGroup | None, int]:
-    """The group that shares the work on a matrix, and its size: its shards' ranks, or all."""
-    group = dist.group.WORLD  # None in a program that has not joined any
+    """The ranks that share the work on a matrix, as a group and its size: its shards', or all."""
+    group = dist.group.WORLD  # None in a process without a group
     if isinstance(matrix, DTensor):
         group = matrix.device_mesh.get_group(shard_dimension(matrix))
     return group, dist.get_world_size(group) if group else 1
 
 
 def _orthogonalize_together(parts: Tensor, like: Tensor) -> Tensor:
-    """This rank's rows of the orthogonalised matrices, whose rows here are parts (N, r, C).
-
-    Args:
-        like: a parameter that is distributed as each of them.
-    """
+    """Orthogonalises N matrices of which this rank holds the rows parts (N, r, C); returns the same
+    rows of the results. like is one of the parameters, all of which are distributed alike."""
     group, ranks = _sharers(like)
     if ranks == 1:
         return orthogonalize(parts)
-    each = -(-len(parts) // ranks)  # matrices that a rank orthogonalises, some perhaps of zeros
+    each = -(-len(parts) // ranks)  # matrices per rank; the last ones may be zeros
     sharded = isinstance(like, DTensor)
     chunk = -(-like.shape[0] // ranks) if sharded else like.shape[0]  # as in local_part
     buffer = parts.new_zeros(ranks * each, chunk, like.shape[1])
@@ -186,14 +178,14 @@ def _orthogonalize_together(parts: Tensor, like: Tensor) -> Tensor:
         dist.all_to_all_single(buffer, whole.contiguous().flatten(0, 1), group=group)
     else:
         own = buffer.unflatten(0, (ranks, each))[dist.get_rank(group)]
-        # torch 2.13's name; each rank would warn of the other
+        # torch 2.13's name; for the older one each rank would print a warning
         gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         gather(buffer, orthogonalize(own).contiguous(), group=group)
     return own_rows
 
 
 def learning_rate(step: int, max_steps: int, config: OptimizerConfig) -> float:
-    """The rate of step 0 … max_steps - 1: linear warm-up, then the schedule.
+    """The learning rate of step 0 … max_steps - 1: linear warm-up, then the schedule.
 
     cosine falls to min_lr_fraction of the peak, linear to zero; wsd stays at the peak and falls
     linearly to zero over the last decay_fraction of the run (arXiv 2405.18392).

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Proves and measures Rocket on one GPU, in under 8 minutes, into the directory OUT. It needs no dataset
-# and no network. Where there is no sbatch it runs at once.
+# Tests and measures Rocket on one GPU, in under 8 minutes, and writes to the directory OUT. It
+# needs no dataset and no network. On a machine without sbatch it runs at once.
 #
 #   slurm/measure_gpu.sh OUT [--only=STAGE,…] [--nanogpt=CLONE]     prints the id of the job
 #
-# tests/gpu.py says what it does and prints the table; docs/gpu.md says how to read it.
+# tests/gpu.py does the work and prints a table; docs/gpu.md explains the table.
 #
 #SBATCH --job-name=measure
 #SBATCH --time=00:15:00

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# The whole path of CONFIG as jobs that wait for each other: tokenizer, dataset, training.
+# Submits tokenizer, dataset and training of CONFIG as jobs, each of which waits for the one before.
 #
 #   [TASKS=8] slurm/pipeline.sh CONFIG [--section.key=value …]     prints the id of the training job
 #
-# Run on the login node. If a job fails, those after it vanish from the queue; the same command again
-# goes on where it was.
+# Run it on the login node. If a job fails, the jobs after it are cancelled. Then run the same
+# command again: it continues from there.
 set -euo pipefail
 
 script=pipeline here=$(dirname "$0")
 . "$here/common.sh"
 
-# What needs the network happens here, before anything is submitted: compute nodes may have none.
+# Compute nodes may have no network, so the download happens here, before anything is submitted.
 run=$("$python" "$ROCKET_ROOT/config.py" "$@")
 say "for $run"
 "$python" "$ROCKET_ROOT/prepare.py" "$@" --download >&2

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tokenizes the sources of CONFIG into the dataset data.dir: a job array over the parts of the corpus,
-# and a job that finishes when all of it is done.
+# Tokenizes the sources of CONFIG and writes the dataset data.dir. An array of TASKS tasks does the
+# work; then a job finishes the dataset.
 #
 #   [TASKS=8] slurm/prepare.sh CONFIG [--section.key=value …]     prints the id of the last job
 #
@@ -18,7 +18,7 @@ script=prepare here=$(dirname "$0")
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     array=$(submit --array=0-$((${TASKS:-8} - 1)) "$0" "$@")
-    AFTER=$array submit "$0" "$@" # does what is missing, and publishes
+    AFTER=$array submit "$0" "$@" # tokenizes what is missing, and publishes the dataset
     exit
 fi
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Samples from a trained model; the text goes to the job's output. Arguments are those of sample.py.
+# Samples from a trained model; the text goes to the job's output. It takes sample.py's arguments.
 #
 #   slurm/sample.sh out/RUN --prompt=TEXT [--num-samples=3 …]     prints the id of the job
 #

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Trains CONFIG with every combination of some values: a job array, a run directory for each.
+# Trains CONFIG with every combination of the given values. Each combination is a task of a job
+# array and has its own run directory.
 #
 #   slurm/sweep.sh CONFIG optimizer.learning_rate=1e-4,3e-4 train.seed=1,2 [--section.key=value …]
 #
-# The directories are called after what varies: out/run-learning_rate_1e-4-seed_1 and so on.
-# Prints them, and last the id of the array.
+# The directories are named after the values: out/run-learning_rate_1e-4-seed_1 and so on. The
+# script prints them, and then the id of the array.
 set -euo pipefail
 
 script=sweep here=$(dirname "$0")
@@ -33,7 +34,7 @@ tasks=()
 for i in "${!combinations[@]}"; do
     tasks+=("${combinations[i]# } --train.out_dir=$base${names[i]}")
     read -ra overrides <<<"${tasks[i]}"
-    "$python" "$ROCKET_ROOT/config.py" "$config" "${fixed[@]}" "${overrides[@]}" # a mistake shows here
+    "$python" "$ROCKET_ROOT/config.py" "$config" "${fixed[@]}" "${overrides[@]}" # finds mistakes
 done
 submit --array=0-$((${#tasks[@]} - 1)) --job-name=sweep \
     "$here/train.sh" "$config" "${fixed[@]}" -- "${tasks[@]}"

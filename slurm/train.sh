@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains CONFIG on one node or many, and comes back until the run is finished.
+# Trains CONFIG on one node or many. The job requeues itself until the run is finished.
 #
 #   slurm/train.sh CONFIG [--section.key=value …]                     submits itself
 #   sbatch [--nodes=4 …] slurm/train.sh CONFIG [--section.key=value …]
 #
-# Arguments behind a lone -- are tasks of a job array (see sweep.sh): each is a string of overrides.
-# Workers a node: NPROC_PER_NODE, else the GPUs that the job has there, else its tasks there, else 1.
+# Arguments after -- are the tasks of a job array (see sweep.sh): each is a string of overrides.
+# The number of workers per node is NPROC_PER_NODE, else the job's GPUs there, else its tasks there,
+# else 1.
 #
 #SBATCH --job-name=train
 #SBATCH --nodes=1
@@ -17,10 +18,11 @@
 ##SBATCH --cpus-per-gpu=8
 set -euo pipefail
 
-# Signals stop the run in good order. Slurm sends USR1 to this shell alone; srun relays it to the
-# agents, they to the workers. TERM it sends to all by itself: at preemption, scancel or the limit.
-# Until the workers are there USR1 is lost on that way: srun ignores it in its first moments, and so
-# do agents. So it is written down too, for agents that are starting and for rank 0.
+# After a signal, the run saves and stops. Slurm sends USR1 only to this shell; this shell passes it
+# to srun, srun to the agents (torchrun, one per node), and they to the workers. TERM needs no help:
+# at preemption, scancel or the time limit, Slurm sends it to all processes.
+# srun and the agents ignore USR1 while they start. So this script also writes a file. Agents that
+# start, and rank 0, look for it.
 stopping='' srun='' note=''
 stop() {
     stopping=$1
@@ -36,7 +38,7 @@ script=train here=$(dirname "$0")
 [ -f "$here/common.sh" ] || { echo "train.sh: submit from the repository or set ROCKET_ROOT" >&2; exit 1; }
 . "$here/common.sh"
 
-if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node, where a mistake shows at once
+if [ -z "${SLURM_JOB_ID:-}" ]; then # on the login node: reports a mistake before it submits
     run=$("$python" "$ROCKET_ROOT/config.py" "$@")
     say "trains $run"
     submit "$0" "$@"
@@ -51,14 +53,14 @@ if [ $# -gt 0 ]; then
     arguments+=("${overrides[@]}")
 fi
 
-# The name by which Slurm's commands know this job. The SLURM_JOB_ID of one task of an array is the
-# whole array's: requeueing that would bring finished tasks back.
+# `job` is the id for Slurm's commands. The SLURM_JOB_ID of one task of an array is the id of the
+# whole array: requeueing it would start finished tasks again.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 restarts=${SLURM_RESTART_COUNT:-0}
 
-# The job's comment keeps the run directory, so that an edit of CONFIG does not send a job that
-# comes back to another one. A successor is submitted with it.
+# The job's comment is the run directory. So a requeued job keeps its directory even if somebody has
+# edited CONFIG. A successor (see `succeed`) is submitted with the same comment.
 comment=$(squeue -h -j "$job" -o %k) || true
 if [[ $comment == run=* ]]; then
     run=${comment#run=} returning=yes
@@ -68,33 +70,33 @@ else
     scontrol update JobId="$job" Comment="run=$run" || say "no comment: CONFIG must not change now"
 fi
 
-# --output is fixed before this script runs, so what it prints is copied to the run.
+# --output is fixed before this script knows the run directory, so the output is copied there.
 mkdir -p "$run/logs"
 exec > >(trap '' TERM INT HUP USR1 USR2; exec tee -a "$run/logs/$script-$job.log") 2>&1
 tee=$!
-trap 'exec >&- 2>&-; wait "$tee" || true' EXIT # Slurm kills what is left when this shell ends
+trap 'exec >&- 2>&-; wait "$tee" || true' EXIT # when this shell ends, Slurm kills tee
 say "job $job, restart $restarts, on ${SLURM_JOB_NODELIST:-}: $run"
 
-# Asks attempts.py, the run's own copy where that is what trains.
+# Calls attempts.py: the run's own copy if the job trains with the run's own copy of the code.
 attempts() { "$python" "$tool" "$@"; }
 
-# What the next attempt runs. One that comes back runs the code and the configuration with which the
-# run began, so that nobody's edit changes a job that waits; but only if this job got so far as to
-# write them, else its own overrides would be lost.
+# Chooses what the next attempt runs. A requeued job, or a later attempt, runs the code and the
+# configuration with which the run began, so that no edit changes a waiting job. But if this job has
+# not written them yet, it keeps its own arguments: otherwise its overrides would be lost.
 choose_program() {
     program=$ROCKET_ROOT/rocket.py tool=$ROCKET_ROOT/attempts.py
     [ -n "$returning" ] || return 0
     [ ! -f "$run/code/attempts.py" ] || tool=$run/code/attempts.py
     local opened
     opened=$(attempts opened "$run") || fail "attempts.py failed; the reason is above"
-    # The arguments of a successor were chosen in this way by the job before it.
+    # A successor got these arguments from the job before it.
     if [ -n "$opened" ] || [ "${arguments[*]}" = "$run/config.toml" ]; then
         program=$run/code/rocket.py arguments=("$run/config.toml")
     fi
 }
 
-# Trains until srun ends. torchrun gets no --max-restarts: it would try a bad configuration N times,
-# where attempts.py knows what is worth trying again.
+# Trains until srun ends. torchrun gets no --max-restarts: it would try a wrong configuration N
+# times, but attempts.py decides what is worth another attempt.
 train() {
     local nodes=$SLURM_JOB_NUM_NODES hosts workers
     hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -106,12 +108,12 @@ train() {
         --rdzv-backend=c10d --rdzv-id="$ROCKET_ATTEMPT"
         --rdzv-endpoint="${hosts%%$'\n'*}:$((10000 + SLURM_JOB_ID % 20000))"
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2
-        --shutdown-timeout=150 # of the 180 s between USR1 and the limit
+        --shutdown-timeout=150 # less than the 180 s between USR1 and the time limit
     )
-    local threads=$((${SLURM_CPUS_ON_NODE:-1} / workers)) # of what the job was given
-    # --wait, not --kill-on-bad-exit: the first agent to go must not end those that still save.
-    # USR1 is ignored until torchrun has its handlers, or it would kill the agent.
-    # shellcheck disable=SC2016 # the variables are the task's
+    local threads=$((${SLURM_CPUS_ON_NODE:-1} / workers)) # of the cores that the job has
+    # --wait, not --kill-on-bad-exit: when the first agent ends, the others may still be saving.
+    # USR1 is ignored until torchrun has installed its handlers, or it would kill the agent.
+    # shellcheck disable=SC2016 # the task expands the variables
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))} \
         srun --nodes="$nodes" --ntasks="$nodes" --ntasks-per-node=1 --cpu-bind=none \
         --kill-on-bad-exit=0 --wait=60 \
@@ -120,9 +122,9 @@ train() {
                 --rdzv-conf=is_host=$((SLURM_NODEID == 0)) --local-addr="$SLURMD_NODENAME" "${@:3}"' \
         "$python" "$tool" "$run" "${torchrun[@]}" "$program" "${arguments[@]}" &
     srun=$!
-    while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap ends wait early
+    while kill -0 "$srun" 2>/dev/null; do wait "$srun" || true; done # a trap makes wait return
     srun=''
-    # Where srun itself was killed its step goes on, and would train beside the next attempt.
+    # If srun itself was killed, its step still runs, and would train beside the next attempt.
     local step
     while step=$(squeue -h --steps -j "$job" -o %i | grep -vE 'batch|extern'); do
         scancel $step || true
@@ -130,7 +132,7 @@ train() {
     done
 }
 
-# STATE REASON of this job.
+# Prints the state of this job and Slurm's reason for it.
 job_state() {
     local tries
     for tries in 1 2 3 4 5 6; do # the controller may be restarting
@@ -139,11 +141,11 @@ job_state() {
     done
 }
 
-# Sends this job back to the queue, and exits: at once, since Slurm is about to kill it.
+# Requeues this job and exits. It must be quick: Slurm may be about to kill the job.
 come_back() {
-    trap '' TERM # which it does with TERM, and the sick nodes are named only after that
-    # scontrol requeue would bring back what scancel is ending, too. At the time limit Slurm says
-    # why it ends the job.
+    trap '' TERM # Slurm ends the script with TERM, but exclude_sick must still run after that
+    # Only in these states: scontrol requeue would also requeue a job that scancel is ending. At the
+    # time limit, the state is COMPLETING with the reason TimeLimit.
     local state
     state=$(job_state)
     case $state in
@@ -165,12 +167,12 @@ come_back() {
 
 job_field() { scontrol show job -o "$job" | grep -oP "(?<= $1=)\S+"; }
 
-# Sets `options`: the flags that ask sbatch for what this job has.
+# Sets `options` to the sbatch flags that ask for the resources of this job.
 resources() {
     local flags=(job-name partition account qos time mem constraint reservation gres nodelist)
     local values i
     options=(
-        --nodes="$SLURM_JOB_NUM_NODES" # squeue forgets it while the job ends
+        --nodes="$SLURM_JOB_NUM_NODES" # squeue loses this number while the job ends
         ${SLURM_NTASKS:+--ntasks="$SLURM_NTASKS"}
         ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"}
         ${SLURM_MEM_PER_CPU:+--mem-per-cpu="$SLURM_MEM_PER_CPU"}
@@ -178,13 +180,14 @@ resources() {
     IFS='|' read -ra values < <(squeue -h -j "$job" -o '%j|%P|%a|%q|%l|%m|%f|%v|%b|%n')
     for i in "${!values[@]}"; do
         case ${values[i]} in
-            '' | '(null)' | N/A | 0 | [0-9]*[KMGT]c) ;; # not asked for, or memory a CPU
+            '' | '(null)' | N/A | 0 | [0-9]*[KMGT]c) ;; # not asked for, or memory per CPU
             *) options+=(--"${flags[i]}=${values[i]#gres[:/]}") ;;
         esac
     done
 }
 
-# Takes from the environment what sbatch would hand on (a restart count, for one) or `options` say.
+# Removes from the environment what sbatch would pass on to the new job (such as the restart count),
+# and what `options` replaces.
 forget_job() {
     local name
     for name in "${!SLURM_@}"; do
@@ -193,8 +196,8 @@ forget_job() {
     unset SBATCH_GRES SBATCH_GPUS_PER_NODE
 }
 
-# The nodes that the job is not to have: those that it has excluded before and, if Slurm finds others
-# for it, the sick ones.
+# Prints the nodes that the job must not get: those that it excludes already and, if enough other
+# nodes are left, the sick ones.
 nodes_to_exclude() {
     local before after
     before=$(job_field ExcNodeList)
@@ -218,7 +221,8 @@ exclude_sick() {
     [ -z "$nodes" ] || ! scontrol update JobId="$job" ExcNodeList="$nodes" || say "does without $nodes"
 }
 
-# Where requeueing is forbidden: submits a job like this one, to start when this one has ended.
+# Submits a job like this one (the successor), which starts when this one has ended. Used if the
+# site forbids requeueing.
 succeed() {
     local options nodes output
     resources
@@ -227,7 +231,7 @@ succeed() {
     options+=(${nodes:+--exclude="$nodes"} --output="$output")
     returning=yes
     choose_program
-    # What was killed left its claim, which other hosts would honour until it expires.
+    # Killed processes leave claim.json, and other hosts would respect it until it expires.
     ! grep -qs "\"job_id\": \"$SLURM_JOB_ID\"" "$run/claim.json" || rm -f "$run/claim.json"
     forget_job
     submit --dependency=afterany:"$job" --comment="run=$run" "${options[@]}" \
@@ -235,21 +239,21 @@ succeed() {
     exit
 }
 
-# The end, also where Slurm has requeued the job by itself.
+# Ends the job for good, even if Slurm has requeued it.
 give_up() {
     [[ $(job_field Restarts) -le $restarts ]] || scancel "$job"
     fail "not requeued: $1"
 }
 
 for ((number = 1; ; number++)); do
-    export ROCKET_ATTEMPT=$job-$restarts-$number # its id
+    export ROCKET_ATTEMPT=$job-$restarts-$number # the id of this attempt
     note=$run/logs/signal.$ROCKET_ATTEMPT
     asked='' sick=''
     [ "$number$returning" != 1 ] || asked=yes
     choose_program
     attempts begin "$ROCKET_ATTEMPT" "$asked" "${arguments[@]}" || give_up "the reason is above"
     [ -n "$stopping" ] || train
-    [ ! -f "$run/code/attempts.py" ] || tool=$run/code/attempts.py # somebody may edit the other
+    [ ! -f "$run/code/attempts.py" ] || tool=$run/code/attempts.py # nobody edits this copy
     verdict=$(attempts judge "$run" "$ROCKET_ATTEMPT" "$stopping") || verdict='||the reason is above'
     IFS='|' read -r action sick why <<<"$verdict"
     case $action in

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Learns the tokenizer of CONFIG.
+# Trains the tokenizer of CONFIG.
 #
 #   slurm/train_tokenizer.sh CONFIG [--section.key=value …]     prints the id of the job
 #

@@ -19,11 +19,11 @@ settings.load_profile("untimed")
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory) -> Path:
     """A SentencePiece model of 600 pieces, trained on a little of the standard library."""
-    import corpus
     from config import DataConfig
+    from corpus import readers
 
     data = DataConfig()
-    texts = (document.text for document in corpus.read(corpus.plan(data)[0], data))
+    texts = (document.text for document in readers.read(readers.plan(data)[0], data))
     prefix = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for text in texts for line in text.split("\n")),
@@ -66,7 +66,9 @@ def small_disk(tmp_path):
     """A file system with room for a run's copy of the code and 1.6 MB."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    code = sum(-(-path.stat().st_size // 4096) for path in ROOT.glob("*.py")) * 4096
+    from preflight import code_files
+
+    code = sum(-(-path.stat().st_size // 4096) for path in code_files().values()) * 4096
     mount = ["mount", "-t", "tmpfs", "-o", f"size={code + 1_600_000}", "tmpfs", str(disk)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")

@@ -1,9 +1,9 @@
-"""Draws the loss of a run that was disturbed on top of that of one that was not, as an SVG.
+"""Draws the loss of an interrupted run over that of an uninterrupted one, as an SVG.
 
     python tests/draw_runs.py UNDISTURBED_RUN DISTURBED_RUN OUTPUT.svg [EVENTS.json]
 
 EVENTS.json says where jobs ended: [{"step": 120, "event": "preempted", "ranks": 2}, …]; ranks are
-those of the job that went on. Needs matplotlib, which Rocket itself does not.
+those of the next job. Needs matplotlib, which Rocket itself does not.
 """
 
 import json
@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "rocket"})  # small, and reproducible
-POINTS = 1200  # more can't be seen
+POINTS = 1200  # more would not be visible
 GREY, RED, BLUE = "#c3c8d0", "#c2410c", "#2563eb"
 
 
@@ -26,7 +26,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 def draw(undisturbed: Path, disturbed: Path, output: Path, events: list[dict]) -> None:
-    """Two panels: both losses, and how far they are apart, each with the ends of the jobs."""
+    """Two panels, both losses and their difference, each with the ends of the jobs."""
     first, second = losses(undisturbed), losses(disturbed)
     steps = sorted(first.keys() & second.keys())
     steps = steps[:: 1 + len(steps) // POINTS]

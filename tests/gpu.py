@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import json
 import math
 import os
@@ -115,8 +116,8 @@ class Training:
     """Steps of a configuration over random batches, whose losses come one step late."""
 
     def __init__(self, config: Any, world: Any) -> None:
-        import measure
         from distributed import Lagged
+        from tools import measure
 
         self.trainer = measure.Trainer(config, world)
         self.model, self.optimizer = self.trainer.model, self.trainer.optimizer
@@ -187,7 +188,8 @@ def numerics(options: Options, documents: bool) -> None:
     import torch
 
     from distributed import init_distributed
-    from model import IGNORE, Llama
+    from fast import IGNORE
+    from model import Llama
 
     config = configured(options, "llama_110m", SMALL)
     device, vocab_size = init_distributed(config).device, config.tokenizer.vocab_size
@@ -272,7 +274,7 @@ def no_waiting(options: Options, strategy: str = "ddp") -> None:
     """No operation of a warm step waits for the device: from pinned batches to late losses."""
     import torch
 
-    from rocket import on_device, read_batches
+    from dataset import Batches
 
     def random_batch(windows: Any) -> tuple[Any, Any]:
         shape = (len(windows), config.data.seq_len)
@@ -280,12 +282,13 @@ def no_waiting(options: Options, strategy: str = "ddp") -> None:
 
     def beats() -> str:
         trainer = Training(config, world)
-        data, windows = SimpleNamespace(batch=random_batch), list(range(8))
-        run = SimpleNamespace(world=world, config=config, inputs=SimpleNamespace(bos_id=2))
+        windows = list(range(8))
+        data = SimpleNamespace(batch=random_batch, step_windows=lambda *_: windows)
+        batches = Batches(data, config, 2, world)
+        steps = itertools.count()
 
         def beat() -> None:
-            host = read_batches(run, data, windows, config.train.micro_batch_size)
-            trainer.step([on_device(run, *batch) for batch in host])
+            trainer.step(batches.of_step(next(steps)))
 
         for _ in range(3):
             beat()
@@ -321,8 +324,8 @@ def kernels(options: Options) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     from distributed import init_distributed
-    from generation import take_any_shape
-    from model import attend, past_mask
+    from fast import attend, past_mask
+    from inference.generation import take_any_shape
 
     config = configured(options, "llama_110m")
     device = init_distributed(config).device
@@ -395,7 +398,7 @@ def decode(options: Options) -> None:
     import torch
 
     from distributed import init_distributed
-    from generation import Settings, fit_to_device, generate
+    from inference.generation import Settings, fit_to_device, generate
     from rocket import initialise
 
     config = configured(options, "llama_110m", SMALL)
@@ -426,7 +429,7 @@ def decode(options: Options) -> None:
             expected.append(ids[len(prompt) :])
         for how, one in (("", fitted), (", compiled", compiled)):
             steps = generate(one, prompts, Settings(12, temperature=0.0))
-            found = [list(row) for row in zip(*steps, strict=True)]
+            found = [list(row) for row in zip(*(step.ids for step in steps), strict=True)]
             what = f"greedy ids of unequal prompts, {title}{how}"
             check(what, "as by whole passes", found, found == expected)
 
@@ -588,7 +591,7 @@ from distributed import Lagged, explain_lost_rank
 job.STUCK_SECONDS = 2.0
 signals = job.Signals()
 signals.install()
-lookout = job.Lookout(Path({str(ROOT)!r}), signals, None, None, math.inf, 1.0, 0.0)
+lookout = job.StopConditions(Path({str(ROOT)!r}), signals, None, None, math.inf, 1.0, 0.0)
 lookout.seconds["step"] = 0.1
 lagged = Lagged(lookout.while_waiting)
 values = torch.ones(3, device="cuda")
@@ -627,13 +630,12 @@ def speed(
     """Training steps over random tokens: tokens a second, MFU, memory beside plan.py's."""
     import torch
 
-    import measure
-    import plan
+    from tools import measure, plan
 
-    steps = "3" if name == "llama_1b" else "8"
+    steps = 3 if name == "llama_1b" else 8
     config = configured(options, name, "--parallel.strategy=ddp", overrides, compile_with(options))
     path = str(options.out / "trace.json.gz") if trace else "PATH"
-    asked = {"warmup": "3", "steps": steps, "trace": path}
+    asked = {"warmup": 3, "steps": steps, "trace": path}
     start = time.perf_counter()
     contestant = measure.contestant("training", config, asked, peer)
     title = f"{name.removeprefix('llama_')} × {config.train.micro_batch_size}"
@@ -689,12 +691,12 @@ def overrides_in_short(overrides: str) -> str:
 
 def decoding(options: Options, compiled: bool) -> None:
     """Prefill and decoding of the 110M model at three batch sizes."""
-    import measure
+    from tools import measure
 
     config = configured(options, "llama_110m")
     config.train.compile = "on" if compiled else "off"
-    prompt, new = ("8", "6") if options.dry_run else ("128", "128")
-    asked = {"batch": "1,2" if options.dry_run else "1,8,64", "prompt": prompt, "new": new}
+    prompt, new = (8, 6) if options.dry_run else (128, 128)
+    asked = {"batch": [1, 2] if options.dry_run else [1, 8, 64], "prompt": prompt, "new": new}
     contestant = measure.contestant("sampling", config, asked, "")
     print(json.dumps(next(contestant)), flush=True)
     for what, value in next(contestant).items():

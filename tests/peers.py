@@ -8,25 +8,37 @@ a package. `:compile` behind a trainer compiles its model.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench import Times, load_module
 from config import Config, UserError, available_cores
+from tools.measure import Times
 
 Generate = Callable[[list[list[int]], int], Times | None]
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]  # of a model, of tokens and targets (B, T)
+
+
+def load_module(path: Path) -> ModuleType:
+    """A module from a file, whatever else has its name."""
+    name = re.sub(r"\W", "_", str(path))
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def clone_file(peer: str, name: str) -> Path:

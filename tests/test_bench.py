@@ -21,7 +21,7 @@ SMALL = (
 
 
 def bench(*arguments, ranks=1):
-    command = [*launcher(ranks), str(ROOT / "bench.py"), *arguments]
+    command = [*launcher(ranks), str(ROOT / "tools" / "bench.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
 
 
@@ -55,9 +55,11 @@ def test_tokenizing_writes_rates_and_ratios(corpus, tmp_path):
     options = ["--repeats=1", "--workers=2", "--copies=2", f"--json={path}"]
     result = bench("tokenizing", *corpus, *options)
     assert result.returncode == 0, result.stderr
-    assert "in 80 documents, 1 turns" in result.stdout
+    assert "; 1 turns\n" in result.stdout
+    assert "documents 80" in result.stdout
     figures = json.loads(path.read_text())
-    median = {row["what"]: row["median"] for row in figures["rows"] if row["workers"] == 2}
+    assert all(row["what"].endswith(", 2 workers") for row in figures["rows"])
+    median = {row["what"].removesuffix(", 2 workers"): row["median"] for row in figures["rows"]}
     assert median["prepare / ceiling"] == pytest.approx(median["prepare"] / median["ceiling"])
     assert median["tokenizes / ceiling"] == pytest.approx(median["tokenizes"] / median["ceiling"])
     compared = figures["machine"]["datasets"] != "absent"
@@ -161,13 +163,13 @@ NAMES = "training, sampling, startup, checkpoint, tokenizing"
         ([], f"name first what to measure: {NAMES}; not ''"),
         (["tokenising"], f"name first what to measure: {NAMES}; not 'tokenising'"),
         (["training", "--shape=large"], "--shape is one of step, memory, not 'large'"),
-        (["training", "--steps=0"], "--steps: whole numbers above 0"),
+        (["training", "--steps=0"], "--steps: one whole number above 0, not '0'"),
         (["startup", "--peer=transformers"], "only training and sampling"),
         (["startup", "--versus=--model.dim=7"], "--model.dim=7: model.dim (7) must divide"),
         (["startup", "--data.dir=none", "--tokenizer.path=none"], "train_tokenizer.py makes it"),
         (["tokenizing", "--workers=0"], "--workers: whole numbers above 0, such as 1,2, not '0'"),
         (["tokenizing", "--repeats=x"], "--repeats: "),
-        (["tokenizing", "--repeats=2,3"], "--repeats: one number"),
+        (["tokenizing", "--repeats=2,3"], "--repeats: one whole number above 0, not '2,3'"),
         (["tokenizing", "--json"], "unknown option --json"),
         (["tokenizing", "--data.format=instruct"], "data.format = text"),
     ],

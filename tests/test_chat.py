@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chat import Template
 from config import DataConfig, UserError
-from tokenizer import Tokenizer, add_control_pieces
+from corpus.vocabulary import add_control_pieces
+from tokenizer import Template, Tokenizer
 
 MARKERS = ["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"]
 CHAT = [("system", "Be brief."), ("user", "2+2?"), ("assistant", "4"), ("user", "é?")]
@@ -39,20 +39,20 @@ def test_a_conversation_in_tokens(template, tokenizer):
     assert shown(tokenizer, ids) == (
         "<s><|system|>Be brief.<|end|><|user|>2+2?<|end|><|assistant|>4<|end|></s>"
     )
-    learnt = shown(tokenizer, ids[mask == 1])
-    assert learnt == "4<|end|></s>"  # the answer and that it ends; not that it begins
+    trained = shown(tokenizer, ids[mask == 1])
+    assert trained == "4<|end|></s>"  # the answer and that it ends; not that it begins
 
 
-def test_every_response_is_learnt_and_no_prompt(template, tokenizer):
+def test_every_response_is_trained_and_no_prompt(template, tokenizer):
     ids, mask = template.render([*CHAT, ("user", "and?")], "responses")
     control = tokenizer.processor.is_control
-    learnt = ids[mask == 1].tolist()
-    assert [tokenizer.processor.id_to_piece(i) for i in learnt if control(i)] == ["<|end|>"] * 2
-    assert tokenizer.decode(learnt) == "4🦙 <|end|>"
+    trained = ids[mask == 1].tolist()
+    assert [tokenizer.processor.id_to_piece(i) for i in trained if control(i)] == ["<|end|>"] * 2
+    assert tokenizer.decode(trained) == "4🦙 <|end|>"
     assert mask[-1] == 0  # nobody answered: that it ends here is nothing to learn
 
 
-def test_all_is_learnt_but_bos(template):
+def test_all_is_trained_but_bos(template):
     ids, mask = template.render(CHAT, "all")
     assert mask.tolist() == [0] + [1] * (len(ids) - 1)
 

@@ -123,7 +123,7 @@ def test_best_is_by_validation_loss(tmp_path, world):
 
 
 def test_pruning(tmp_path, world):
-    """The last two whole, the best one's weights; what resuming passed over is not counted."""
+    """The last two whole, the best one's weights; what resuming skipped is not counted."""
     for step, val_loss in ((1, 2.0), (2, 1.0), (3, 3.0), (4, None), (5, 4.0), (9, None)):
         save(tmp_path, step, world, val_loss=val_loss)
     prune_checkpoints(tmp_path, 5, CheckpointConfig(keep_last=2, keep_best=1))

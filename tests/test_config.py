@@ -1,4 +1,4 @@
-"""Protects the configuration: what ships loads, mistakes are named, the README is not stale."""
+"""Protects the configuration: what ships loads, mistakes are named, its table is not stale."""
 
 import ast
 import dataclasses
@@ -24,6 +24,7 @@ from config import (
     resolve_path,
 )
 from model import parameter_count
+from preflight import code_files
 
 ROOT = Path(__file__).resolve().parent.parent
 SHIPPED = sorted((ROOT / "config").glob("*.toml"))
@@ -98,6 +99,11 @@ def test_mistakes_are_one_line_with_the_nearest_name(argument, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_a_key_outside_its_table_is_told_where_it_belongs():
+    with pytest.raises(ConfigError, match=r"max_steps is a key of \[train\]"):
+        build_config({"max_steps": 5})
+
+
 def test_both_lengths_are_refused():
     with pytest.raises(ConfigError, match=r"train\.max_steps .* and train\.epochs"):
         build_config({"train": {"max_steps": 5, "epochs": 1}})
@@ -122,9 +128,9 @@ def test_changes_are_sorted_by_their_rule():
     assert found["refused"] == ["train.seed: 1337 -> 2"]
 
 
-def test_readme_holds_the_table_of_keys():
-    readme = (ROOT / "README.md").read_text()
-    assert markdown_table() in readme, "paste what `python config.py` prints"
+def test_the_documentation_holds_the_table_of_keys():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert markdown_table() in page, "paste what `python config.py` prints"
 
 
 def test_passed_on_options_are_sentencepieces_own():
@@ -138,7 +144,9 @@ def test_passed_on_options_are_sentencepieces_own():
         assert "unknown field" not in str(error.value).lower(), option
 
 
-@pytest.mark.parametrize("program", ["rocket", "prepare", "train_tokenizer", "plan", "sample"])
+@pytest.mark.parametrize(
+    "program", ["rocket", "prepare", "train_tokenizer", "tools/plan", "sample"]
+)
 def test_help_of_every_program(program):
     command = [sys.executable, str(ROOT / f"{program}.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -157,61 +165,112 @@ def test_help_and_mistakes_come_before_slow_imports(program, argument):
     assert not imported & {"torch", "numpy", "pyarrow", "sentencepiece"}
 
 
-LIBRARIES = {
-    "config": set(),
-    "attempts": {"config"},
-    "page": set(),
-    "model": {"config"},
-    "tokenizer": {"config"},
-    "sources": {"config"},
-    "corpus": {"config", "sources"},
-    "hub": {"config", "sources"},
-    "chat": {"config", "tokenizer"},
-    "packing": {"chat", "config", "corpus", "tokenizer"},
-    "dataset": {"config", "model"},
-    "optimizer": {"config", "distributed"},
-    "distributed": {"config"},
-    "checkpoint": {"config", "distributed"},
-    "job": {"attempts", "checkpoint", "config"},
-    "inspection": {"config", "dataset", "tokenizer"},
-    "pretrained": {"config", "tokenizer"},
-    "generation": {"checkpoint", "config", "distributed", "model", "pretrained", "tokenizer"},
-    "evaluation": {"config", "dataset", "generation", "model", "tokenizer"},
-    "memory": {"config"},
-    "run": {
-        "attempts",
-        "checkpoint",
-        "config",
-        "dataset",
-        "distributed",
-        "job",
-        "tokenizer",
-    },
+# What each module may import of Rocket. Programs in tools/ import what they need.
+MAY_IMPORT = {
+    "config": "",
+    "slurm.attempts": "config",
+    "attempts": "config slurm.attempts",
+    "fast": "",
+    "model": "config fast",
+    "tokenizer": "config",
+    "distributed": "config",
+    "dataset": "config distributed fast",
+    "optimizer": "config distributed",
+    "checkpoint": "config distributed",
+    "job": "checkpoint config dataset distributed slurm.attempts",
+    "preflight": "checkpoint config dataset distributed tokenizer",
+    "run": "checkpoint config dataset distributed job model preflight slurm.attempts",
+    "corpus.sources": "config",
+    "corpus.splits": "config",
+    "corpus.readers": "config corpus.sources corpus.splits",
+    "corpus.locks": "config",
+    "corpus.hub": "config corpus.locks corpus.sources",
+    "corpus.packing": "config corpus.readers corpus.splits tokenizer",
+    "corpus.inspection": "config dataset tokenizer",
+    "corpus.build": "config corpus.locks corpus.packing corpus.readers corpus.sources corpus.hub"
+    " corpus.splits corpus.inspection dataset tokenizer",
+    "corpus.vocabulary": "config corpus.readers corpus.sources corpus.splits tokenizer",
+    "inference.pretrained": "config tokenizer",
+    "inference.linear": "",
+    "inference.generation": "checkpoint config distributed inference.linear inference.pretrained"
+    " fast model tokenizer",
+    "inference.evaluation": "config dataset distributed inference.generation job fast model"
+    " tokenizer",
+    "inference.sampler": "config distributed inference.generation tokenizer",
+    "tools.memory": "config",
+    "tools.page": "",
+    "rocket": "checkpoint config dataset distributed fast inference.evaluation job model optimizer"
+    " preflight run",
+    "prepare": "config corpus.build corpus.hub corpus.inspection dataset tokenizer",
+    "train_tokenizer": "config corpus.hub corpus.locks corpus.vocabulary tokenizer",
+    "sample": "config distributed inference.evaluation inference.generation inference.sampler"
+    " tokenizer",
 }
 
 
+def modules() -> dict[str, set[str]]:
+    """What each module of Rocket imports of the others."""
+    trees = {
+        name.removesuffix(".py").replace("/", "."): ast.parse(path.read_text())
+        for name, path in code_files().items()
+    }
+    found = {}
+    for name, tree in trees.items():
+        nodes = list(ast.walk(tree))
+        imported = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names}
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom):
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                imported |= parts & trees.keys() or {node.module}
+        found[name] = imported & trees.keys()
+    return found
+
+
 def test_imports_point_one_way():
-    """config <- libraries <- programs, and model.py knows nothing of distribution or files."""
-    ours = {path.stem for path in ROOT.glob("*.py")}
-    for path in ROOT.glob("*.py"):
-        tree = ast.parse(path.read_text())
-        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-        allowed = LIBRARIES.get(path.stem, set(LIBRARIES))
-        if path.stem == "measure":  # the part of bench.py that runs programs, which it loads late
-            allowed = allowed | {"bench", "rocket"}
-        assert imported & ours <= allowed, f"{path.name} imports {imported & ours - allowed}"
-        if path.stem == "model":
-            assert not {"torch.distributed", "pathlib", "os"} & imported
+    """config <- libraries <- programs; training imports neither raw data nor tools."""
+    for name, imported in modules().items():
+        if name.endswith("__init__"):
+            assert not imported
+        elif name in MAY_IMPORT:
+            more = imported - set(MAY_IMPORT[name].split())
+            assert not more, f"{name} imports {more}"
+        else:
+            assert name.startswith("tools."), f"{name}: say in MAY_IMPORT what it may import"
+            programs = {"prepare", "train_tokenizer", "sample", "attempts"}
+            assert not imported & programs, f"{name} imports a program"
+
+
+def test_the_top_level_stays_small():
+    """A newcomer sees the four programs and what trains, and reads the loop in ten minutes."""
+    top = {name: path.read_text() for name, path in code_files().items() if "/" not in name}
+    assert len(top) <= 16
+    assert sum(text.count("\n") for text in top.values()) <= 5_600
+    assert top["rocket.py"].count("\n") <= 400
+    assert (ROOT / "README.md").read_text().count("\n") <= 250
+    for name, text in top.items():
+        for node in ast.walk(ast.parse(text)):
+            assert not isinstance(node, ast.Nonlocal), f"{name}:{node.lineno}"
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
+
+
+def test_the_model_knows_nothing_of_ranks_or_files():
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / "model.py").read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    assert not {"torch.distributed", "pathlib", "os"} & imported
 
 
 def test_named_tuples_have_no_second_base():
     """Python 3.11 and later allow Generic beside it; 3.10, which we promise, refuses the import."""
-    for path in ROOT.glob("*.py"):
+    for name, path in code_files().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ClassDef):
                 bases = [ast.unparse(base) for base in node.bases]
-                assert "NamedTuple" not in bases or len(bases) == 1, f"{path.name}: {node.name}"
+                assert "NamedTuple" not in bases or len(bases) == 1, f"{name}: {node.name}"
 
 
 def test_every_key_is_described():
@@ -220,11 +279,11 @@ def test_every_key_is_described():
             assert key.metadata["help"], key.name
 
 
-def test_every_word_that_is_allowed_is_in_help_and_readme():
+def test_every_word_that_is_allowed_is_in_help_and_its_page():
     """As the refusal of another word lists them, wherever that is checked."""
     command = [sys.executable, str(ROOT / "rocket.py"), "--help"]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    readme, found = (ROOT / "README.md").read_text(), []
+    page, found = (ROOT / "docs" / "configuration.md").read_text(), []
     for section in dataclasses.fields(build_config({})):
         for key in dataclasses.fields(getattr(build_config({}), section.name)):
             path = f"{section.name}.{key.name}"
@@ -240,7 +299,7 @@ def test_every_word_that_is_allowed_is_in_help_and_readme():
                 continue
             found.append(path)
             help = told.partition(f"--{path}=")[2].split("\n")[1]
-            row = readme.rpartition(f"| `{path}` | ")[2].split("\n")[0]
+            row = page.rpartition(f"| `{path}` | ")[2].split("\n")[0]
             for word in allowed.removeprefix("one of ").replace(" or ", ", ").split(", "):
                 alone = rf"(?<!\w){re.escape(word)}(?!\w)"
                 assert re.search(alone, help), (path, word)
@@ -265,10 +324,10 @@ def test_a_full_disk_is_one_line():
     assert done.stderr == ("config.py: error: no space is left for a file or standard output\n")
 
 
-def test_a_told_line_is_one_write():
+def test_an_error_line_is_one_write():
     """Else lines of ranks that share a file run into each other; a datagram is a write."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
     with ours, theirs:
-        script = "from config import tell; tell('one line')"
+        script = "from config import print_error; print_error('one line')"
         subprocess.run([sys.executable, "-u", "-c", script], stderr=theirs, cwd=ROOT, check=True)
         assert ours.recv(100) == b"one line\n"

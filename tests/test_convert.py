@@ -15,18 +15,17 @@ from dataclasses import asdict
 import pytest
 import sentencepiece
 import torch
-from training import ENVIRONMENT, overrides, rocket
+from training import ENVIRONMENT, copy_code, overrides, rocket
 
 import sample
-from chat import Template
 from checkpoint import find_checkpoint, write_weights
 from config import ROOT, DataConfig, ModelConfig, UserError, build_config, dump_toml, tables
-from convert import HARD_TEXTS, main
-from generation import Settings, drawable, generate, load_model, open_source
+from corpus.vocabulary import DEFAULTS, add_control_pieces
+from inference.generation import Settings, drawable, generate, load_model, open_source
+from inference.pretrained import Pretrained
 from model import Llama, initial_weight
-from pretrained import Pretrained
-from tokenizer import Tokenizer, add_control_pieces
-from train_tokenizer import DEFAULTS
+from tokenizer import Template, Tokenizer
+from tools.convert import HARD_TEXTS, main
 
 pytest.importorskip("safetensors", reason="the extra hf is not installed")
 pytest.importorskip("tokenizers", reason="the extra hf is not installed")
@@ -162,7 +161,7 @@ def greedy(run, prompt, length=24):
     settings = Settings(length, temperature=0)
     allowed = drawable(pieces, model.vocab_size)
     steps = generate(model, [ids], settings, allowed=allowed, stop_ids=[pieces.eos_id])
-    return ids, [step[0] for step in steps if step[0] is not None], model
+    return ids, [step.ids[0] for step in steps if step.ids[0] is not None], model
 
 
 # --- transformers ---
@@ -317,7 +316,8 @@ def test_a_user_speaks_in_no_other_role_if_encoded_as_the_readme_says(
     assert said.startswith(
         "warning: transformers makes control ids of <s>, </s>, <pad>, <|system|>"
     )
-    assert "split_special_tokens=True for what people write, README's chat_ids for chats" in said
+    advice = "split_special_tokens=True for users' text, chat_ids (docs/tools.md) for chats"
+    assert advice in said
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     ours = Template(template, Tokenizer(run / "tokenizer.model"))
@@ -326,7 +326,9 @@ def test_a_user_speaks_in_no_other_role_if_encoded_as_the_readme_says(
     assert not control & {*safe}
     assert len(control & {*tokenizer(FORGED, add_special_tokens=False).input_ids}) == 5
 
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "tools.md").read_text(), re.DOTALL
+    )
     exec(code, names := {"tokenizer": tokenizer})
     assert names["prompt"] == ours.prompt([("user", "Hello")])
     chat = [("system", f"{FORGED}\0"), ("user", FORGED), ("assistant", ""), ("user", " \n1\0")]
@@ -378,12 +380,16 @@ CHANGES = {
         "x = self.model.embed_tokens(tokens)",
         "x = 6 * self.model.embed_tokens(tokens)",
     ),
+    "embeddings scaled in place": (
+        "x = self.model.embed_tokens(tokens)",
+        "x = self.model.embed_tokens(tokens).mul_(6)",
+    ),
     "soft-capped logits": ("return self.lm_head(x)", "return 30 * (self.lm_head(x) / 30).tanh()"),
     "interleaved rotary": (
         "turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)",
         "turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)",
     ),
-    "a window": ("is_causal=mask is None,", "is_causal=len(q) < 0,"),
+    "a window": ("is_causal=mask is None", "is_causal=len(q) < 0"),
     "the last block left out": (
         "in zip(self.model.layers, past, strict=True)",
         "in zip(self.model.layers[:-1], past[:-1], strict=True)",
@@ -397,6 +403,7 @@ CHANGES = {
 PLACES = {
     "GELU": "another result at model.layers.0;",
     "scaled embeddings": "before model.layers.0;",
+    "embeddings scaled in place": "before model.layers.0;",
     "soft-capped logits": "after lm_head;",
     "weights used apart": "after lm_head;",
 }
@@ -405,18 +412,17 @@ PLACES = {
 @pytest.fixture
 def copied(tmp_path):
     """A copy of the programs, to be changed."""
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, tmp_path)
-    return tmp_path
+    return copy_code(tmp_path)
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_changed_model_is_refused(runs, copied, change):
     old, new = CHANGES[change]
-    source = (copied / "model.py").read_text()
+    path = copied / ("fast.py" if change == "a window" else "model.py")
+    source = path.read_text()
     assert old in source
-    (copied / "model.py").write_text(source.replace(old, new))
-    script = "import sys, convert, config; config.run_program(convert.main)"
+    path.write_text(source.replace(old, new))
+    script = "import config, tools.convert; config.run_program(tools.convert.main)"
     command = [sys.executable, "-c", script, "to-hf", str(runs / "MHA, untied"), str(copied / "hf")]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=copied)
     assert done.returncode == 1, done.stdout
@@ -434,7 +440,7 @@ def test_weights_that_a_llama_does_not_have_are_refused(tmp_path, tokenizer, mon
     monkeypatch.setattr("test_convert.Llama", changed["Llama"])
     run = make_run(tmp_path / "run", MODELS["GQA, tied"], tokenizer)
     for command in ("to-hf", "to-gguf"):
-        with pytest.raises(UserError, match=r"no plain Llama: model\.layers\.0\..*k_proj\.bias"):
+        with pytest.raises(UserError, match=r"no plain Llama: 'model\.layers\.0\..*k_proj\.bias'"):
             convert(command, run, tmp_path / "out")
 
 
@@ -635,7 +641,7 @@ def test_nothing_is_overwritten(runs, exported, tmp_path):
 def started(change, *arguments):
     """convert.py with a changed proof, which comes when all is written."""
     script = (
-        "import os, sys, convert, config\nproof = convert.prove\n"
+        "import os, sys, config\nfrom tools import convert\nproof = convert.prove\n"
         f"convert.prove = {change}\nconfig.run_program(convert.main)"
     )
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""corpus.py keeps every byte of every document, whatever the format and wherever parts are cut.
+"""readers.py keeps every byte of every document, whatever the format and wherever parts are cut.
 
 Protected here: which files the sources name, each once, and what is said of the others; what a
 document is in each format under each rule, and what a conversation is; that the cut into parts
@@ -30,9 +30,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import corpus
 from config import ROOT, ConfigError, DataConfig, UserError
-from sources import COMPRESSIONS, Survey
+from corpus import readers
+from corpus.sources import COMPRESSIONS, Survey
+from corpus.splits import Splitter, asked_splits, fill_splits, merge_edges, text_hash
 
 STARTS = {"starts": r" = [^=]+ = $"}  # the hub's wikitext
 
@@ -41,8 +42,8 @@ def config(*sources, **keys) -> DataConfig:
     return DataConfig(sources=[str(source) for source in sources], **keys)
 
 
-def documents(data: DataConfig) -> list[corpus.Document]:
-    return [document for part in corpus.plan(data) for document in corpus.read(part, data)]
+def documents(data: DataConfig) -> list[readers.Document]:
+    return [document for part in readers.plan(data) for document in readers.read(part, data)]
 
 
 def texts(*sources, **keys) -> list[str]:
@@ -56,12 +57,12 @@ def failure(*sources, **keys) -> str:
     return str(caught.value)
 
 
-def skipping(*sources, **keys) -> tuple[list[corpus.Document], list[corpus.Bad]]:
+def skipping(*sources, **keys) -> tuple[list[readers.Document], list[readers.Bad]]:
     """With on_error = skip: the documents, and what was left out."""
     data = config(*sources, on_error="skip", **keys)
-    bad: list[corpus.Bad] = []
-    parts = corpus.plan(data)
-    return [found for part in parts for found in corpus.read(part, data, bad.append)], bad
+    bad: list[readers.Bad] = []
+    parts = readers.plan(data)
+    return [found for part in parts for found in readers.read(part, data, bad.append)], bad
 
 
 def left_out(*sources, **keys) -> list[tuple[int, str]]:
@@ -213,18 +214,18 @@ def test_the_cut_into_parts_changes_no_document(tmp_path, rule, format):
         whole, cut = (
             config(path, document=rule, part_bytes=size) for size in (1_000_000_000, part_bytes)
         )
-        assert len(corpus.plan(whole)) == 1
-        assert rule == "file" or len(corpus.plan(cut)) > 3
+        assert len(readers.plan(whole)) == 1
+        assert rule == "file" or len(readers.plan(cut)) > 3
         expected, found = documents(whole), documents(cut)
         assert [document.text for document in found] == [document.text for document in expected]
         assert [document.place() for document in found] == [d.place() for d in expected]
-        assert sum(part.bytes for part in corpus.plan(cut)) <= path.stat().st_size
+        assert sum(part.bytes for part in readers.plan(cut)) <= path.stat().st_size
 
 
 def test_a_document_belongs_to_the_part_in_which_it_starts(tmp_path):
     path = write(tmp_path / "a.txt", "a" * 10 + "\n" + "b" * 100 + "\n" + "c" * 10 + "\n")
     data = config(path, document="line", part_bytes=40)
-    parts = [[document.text[0] for document in corpus.read(p, data)] for p in corpus.plan(data)]
+    parts = [[document.text[0] for document in readers.read(p, data)] for p in readers.plan(data)]
     assert parts == [["a", "b"], [], [], ["c"]] or parts == [["a", "b"], [], ["c"]]
 
 
@@ -236,18 +237,18 @@ def test_small_files_share_a_part_and_parts_are_deterministic(tmp_path):
     write(tmp_path / ".hidden.txt", "not read")
     write(tmp_path / "picture.png", b"\x89PNG")
     data = config(tmp_path)
-    (part,) = corpus.plan(data)
+    (part,) = readers.plan(data)
     names = [Path(piece.path).name for piece in part.pieces]
     assert names == ["1.txt", "10.txt", "2.txt", "z.md"]
-    assert corpus.plan(config(f"{tmp_path}/*.txt", tmp_path)) == corpus.plan(data)  # each once
-    assert len(corpus.plan(config(tmp_path, part_bytes=1))) == 4
+    assert readers.plan(config(f"{tmp_path}/*.txt", tmp_path)) == readers.plan(data)  # each once
+    assert len(readers.plan(config(tmp_path, part_bytes=1))) == 4
 
 
 def test_the_standard_library_is_read_as_python_reads_it():
     data = DataConfig(sources=["python-stdlib"])
     sources = Survey(data).sources
     assert 8e6 < sum(source.bytes for source in sources) < 25e6
-    assert 8 <= len(corpus.plan(data)) <= 25
+    assert 8 <= len(readers.plan(data)) <= 25
     folders = {folder for source in sources for folder in source.name.split("/")[:-1]}
     assert not folders & {"test", "tests", "site-packages", "__pycache__"}
     found = {document.file: document.text for document in documents(data)}
@@ -257,17 +258,21 @@ def test_the_standard_library_is_read_as_python_reads_it():
         assert found[path] == file.read()
 
 
+def split_of(text: str, data: DataConfig) -> str:
+    return Splitter(data, {}).split(text)
+
+
 def test_a_text_has_one_split_and_shares_are_met():
     data = DataConfig(val_fraction=0.2, test_fraction=0.1)
-    splits = [corpus.split_of(f"text {i}", data) for i in range(5000)]
-    assert splits == [corpus.split_of(f"text {i}", data) for i in range(5000)]
+    splits = [split_of(f"text {i}", data) for i in range(5000)]
+    assert splits == [split_of(f"text {i}", data) for i in range(5000)]
     assert 0.18 < splits.count("val") / 5000 < 0.22
     assert 0.08 < splits.count("test") / 5000 < 0.12
     other = DataConfig(val_fraction=0.2, test_fraction=0.1, split_seed=1)
-    assert splits != [corpus.split_of(f"text {i}", other) for i in range(5000)]
+    assert splits != [split_of(f"text {i}", other) for i in range(5000)]
     # Pinned: prepared datasets and trained tokenizers rely on it staying as it is.
     half = DataConfig(val_fraction=0.5)
-    assert " ".join(corpus.split_of(text, half) for text in "abcdefghij") == (
+    assert " ".join(split_of(text, half) for text in "abcdefghij") == (
         "train train train train train train val train val val"
     )
 
@@ -285,25 +290,25 @@ FRACTIONS = st.sampled_from([0.0, 1e-6, 0.01, 0.3, 0.49])
 def test_few_documents_fill_every_split(texts, cuts, val, test, own):
     """In the order of their hashes, whoever reads which of them; as few as possible move."""
     data = DataConfig(val_fraction=val, test_fraction=test, **own)
-    edges = {}
+    edges = []
     for start, stop in itertools.pairwise([0, *sorted(cuts), 12]):
-        splitter = corpus.Splitter(data, {})
+        splitter = Splitter(data, {})
         assert [splitter.split(t) for t in texts[start:stop]] == [
-            corpus.split_of(t, data) for t in texts[start:stop]
+            split_of(t, data) for t in texts[start:stop]
         ]
-        for split, digests in splitter.edges.items():
-            for digest in digests:
-                corpus.note_edge(edges, split, digest)
-    moved = corpus.fill_splits(edges, data)
-    splitter = corpus.Splitter(data, moved)
+        assert all(len(digests) <= 4 for digests in splitter.edges.values())
+        edges.append(splitter.edges)
+    edges = merge_edges(edges)
+    moved = fill_splits(edges, data)
+    splitter = Splitter(data, moved)
     found = {text: splitter.split(text) for text in texts}
-    before = {text: corpus.split_of(text, data) for text in texts}
-    asked = corpus.asked_splits(data)
+    before = {text: split_of(text, data) for text in texts}
+    asked = asked_splits(data)
     if len(found) < len(asked) or {*before.values()} == {*asked}:
         assert found == before
         return
     assert {*found.values()} == {*asked}
-    by_hash = sorted(found, key=lambda text: corpus._split_hash(text, data))
+    by_hash = sorted(found, key=lambda text: text_hash(text, b"0"))
     order = [asked.index(found[text]) for text in by_hash]
     assert order == sorted(order)
     changes = sum(found[text] != before[text] for text in found)
@@ -330,11 +335,11 @@ def test_sources_given_per_split_are_used_as_given(tmp_path):
         test_sources=[str(tmp_path / "test.jsonl")],
         val_fraction=0.5,
     )
-    assert [part.split for part in corpus.plan(data)] == [None, "val", "test"]
-    assert {corpus.split_of(text, data) for text in texts(tmp_path / "train.jsonl")} == {"train"}
+    assert [part.split for part in readers.plan(data)] == [None, "val", "test"]
+    assert {split_of(text, data) for text in texts(tmp_path / "train.jsonl")} == {"train"}
     data.val_sources = [str(tmp_path / "train.jsonl")]
     with pytest.raises(UserError, match=r"train\.jsonl is in the sources of two splits"):
-        corpus.plan(data)
+        readers.plan(data)
 
 
 def test_a_missing_file_suggests_the_nearest(tmp_path):
@@ -451,9 +456,9 @@ def test_a_malformed_row_is_named(tmp_path):
 def test_a_rule_that_makes_no_sense_is_refused(tmp_path):
     path = write(tmp_path / "a.txt", "a")
     with pytest.raises(ConfigError, match=r"data\.document = row is for tables"):
-        corpus.plan(config(path, document="row"))
+        readers.plan(config(path, document="row"))
     with pytest.raises(ConfigError, match="is no regex"):
-        corpus.plan(config(path, document={"starts": "("}))
+        readers.plan(config(path, document={"starts": "("}))
 
 
 def test_links_are_followed_and_a_broken_one_is_named(tmp_path):
@@ -698,7 +703,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path, limited, monkeypatch):
     assert Survey(config(tmp_path)).not_read == {**kinds, "broken link": 1}
     assert Survey(config(tmp_path / "[a-dp]*")).not_read == kinds
     for name, kind in (("b.jsonl", "FIFO"), ("c.txt", "socket"), ("d.txt", "device")):
-        message = f"{tmp_path / name}: a {kind}, not a file; write what it gives into one"
+        message = f"{tmp_path / name}: a {kind}, not a file; save its content to a file"
         assert failure(tmp_path / name) == message
     assert ", but 1 FIFO (" in failure(tmp_path / "pip*")
 
@@ -766,8 +771,9 @@ def test_only_what_is_written_is_a_pattern(tmp_path, monkeypatch):
     assert texts(root / "raw" / "data[1].jsonl") == ["raw/data[1].jsonl"]
     assert failure("$ROOM/raw/data[2].jsonl").endswith("/raw/data[2].jsonl: matches nothing")
     code = (
-        "import corpus; data = corpus.DataConfig(sources=['raw/*.jsonl', 'raw/data[1].jsonl']);"
-        "print([piece.name for part in corpus.plan(data) for piece in part.pieces])"
+        "from corpus import readers;"
+        "data = readers.DataConfig(sources=['raw/*.jsonl', 'raw/data[1].jsonl']);"
+        "print([piece.name for part in readers.plan(data) for piece in part.pieces])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -847,7 +853,7 @@ def test_conversations_of_messages(tmp_path, suffix, style):
         json.dumps(turns, ensure_ascii=False) for turns in TURNS
     ]
     assert [document.row for document in found] == list(range(1, len(CHAT) + 1))
-    contents = [corpus.texts(document, data) for document in found]
+    contents = [readers.texts(document, data) for document in found]
     assert contents == [[text for _, text in turns] for turns in TURNS]
     assert [d.text for d in documents(config(path, format="instruct", part_bytes=1))] == [
         document.text for document in found
@@ -896,9 +902,9 @@ def test_a_parquet_column_of_nulls_alone(tmp_path):
 
 def test_instruction_data_is_rows_of_tables(tmp_path):
     with pytest.raises(ConfigError, match=r"data\.format = instruct is for tables"):
-        corpus.plan(config(write(tmp_path / "a.txt", "a"), format="instruct"))
+        readers.plan(config(write(tmp_path / "a.txt", "a"), format="instruct"))
     data = config("a.jsonl")
-    assert corpus.texts(corpus.Document("as it is", "a.jsonl", 1), data) == ["as it is"]
+    assert readers.texts(readers.Document("as it is", "a.jsonl", 1), data) == ["as it is"]
 
 
 def test_bad_conversations_are_named(tmp_path):
@@ -962,7 +968,7 @@ def test_one_bad_row_among_many(tmp_path, format):
         write(path, b"text\n" + b"".join(b'"%s"\n' % row for row in rows))
     wanted = [*GOOD[: BAD_ROW - 1], *GOOD[BAD_ROW:]]
     for part_bytes, parts in ((0, 1), (20_000, 1 if format == "csv" else 4)):
-        assert len(corpus.plan(config(path, part_bytes=part_bytes))) >= parts
+        assert len(readers.plan(config(path, part_bytes=part_bytes))) >= parts
         found, bad = skipping(path, part_bytes=part_bytes)
         assert [document.text for document in found] == wanted
         ((file, row, reason),) = bad
@@ -1035,6 +1041,10 @@ def test_bad_records_of_csv_do_not_swallow_their_neighbours(tmp_path):
     assert [document.text for document in found] == ["b", "d"]
     assert [row for _, row, _ in bad] == [1, 3]
     assert all("above data.max_document_bytes" in reason for _, _, reason in bad)
+    path = write(tmp_path / "c.csv", 'text\n"open\nb\n' + "a" * 1000 + "\nd\n")
+    found, bad = skipping(path, max_document_bytes=10)
+    assert [(document.row, document.text) for document in found] == [(2, "b"), (4, "d")]
+    assert [row for _, row, _ in bad] == [1, 3]
 
 
 def test_a_bad_line_makes_its_document_bad_once(tmp_path):
@@ -1131,8 +1141,8 @@ def test_a_compressed_file_is_whole_or_refused(tmp_path, compression):
 
 def test_xz_streams_may_be_padded(tmp_path, monkeypatch):
     whole, path = lzma.compress(b'{"text": "a"}\n'), tmp_path / "a.jsonl.xz"
-    for block in (7, len(whole), len(whole) + 3, corpus.PACKED_BYTES):
-        monkeypatch.setattr(corpus, "PACKED_BYTES", block)
+    for block in (7, len(whole), len(whole) + 3, readers.PACKED_BYTES):
+        monkeypatch.setattr(readers, "PACKED_BYTES", block)
         for size in (4, 8, 200):
             padding = b"\0" * size
             assert texts(write(path, whole + padding)) == ["a"]
@@ -1225,7 +1235,7 @@ def test_what_begins_as_utf16_is_refused(tmp_path, compression, encoding):
     if not compression:  # the mark is in the first piece, which another process may read
         data = config(tmp_path / "a.jsonl", part_bytes=3)
         with pytest.raises(UserError, match=f"{encoding}, not UTF-8"):
-            [*corpus.read(corpus.plan(data)[-1], data)]
+            [*readers.read(readers.plan(data)[-1], data)]
 
 
 def test_tsv_is_csv_with_tabs(tmp_path):
@@ -1277,17 +1287,17 @@ def test_any_text_is_kept(tmp_path_factory, format, rows):
     for document, (text, reply) in zip(documents(data), rows, strict=True):
         turns = [["system", text], ["assistant", reply]] if text else [["assistant", reply]]
         assert json.loads(document.text) == turns
-        assert corpus.texts(document, data) == [content for _, content in turns]
+        assert readers.texts(document, data) == [content for _, content in turns]
 
 
 PEAK = """
 import resource, sys
-import corpus
+from corpus import readers
 from config import DataConfig
 
 data = DataConfig(sources=sys.argv[1:], on_error="skip", max_document_bytes=1_000_000)
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-read = sum(1 for part in corpus.plan(data) for document in corpus.read(part, data))
+read = sum(1 for part in readers.plan(data) for document in readers.read(part, data))
 print(read, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
 """
 

@@ -30,7 +30,7 @@ from dataset import (
     read_manifest,
     slot_counts,
 )
-from model import IGNORE
+from fast import IGNORE
 
 SEQ_LEN = 8
 
@@ -121,16 +121,16 @@ def test_windows_cross_shards_and_cover_all_tokens_once(bins):
 
 def test_places_say_where_a_window_lies(bins):
     data = open_bins(bins)
-    assert data.places(6) == [  # tokens 48 to 56, across a shard of three
+    assert data.locate(6) == [  # tokens 48 to 56, across a shard of three
         {"shard": "train-00000.bin", "offset": 48, "tokens": 2},
         {"shard": "train-00001.bin", "offset": 0, "tokens": 3},
         {"shard": "train-00002.bin", "offset": 0, "tokens": 4},
     ]
-    assert data.places(7) == [{"shard": "train-00002.bin", "offset": 3, "tokens": 9}]
+    assert data.locate(7) == [{"shard": "train-00002.bin", "offset": 3, "tokens": 9}]
     for window in range(data.windows):
         read = [
             np.fromfile(bins / place["shard"], "<u2", place["tokens"], offset=2 * place["offset"])
-            for place in data.places(window)
+            for place in data.locate(window)
         ]
         assert np.concatenate(read).tolist() == data.window(window)[0].tolist()
 
@@ -188,7 +188,7 @@ def test_targets_of_instruct_data_follow_the_mask(packed):
         assert tokens[0].tolist() == list(range(first, first + 8))
         wanted = [IGNORE, first + 2, IGNORE, first + 4, *[IGNORE] * 4]
         assert targets[0].tolist() == wanted
-    assert data.places(4) == [{"shard": "train-00001.bin", "offset": 0, "tokens": 8}]
+    assert data.locate(4) == [{"shard": "train-00001.bin", "offset": 0, "tokens": 8}]
 
 
 def test_instruct_data_is_read_with_its_own_seq_len(packed):
@@ -267,7 +267,7 @@ def test_a_weight_that_would_never_count_is_named():
 def test_each_dataset_of_a_mixture_once_an_epoch(mixture):
     steps = 40  # of five: 140 sequences of text are 8 epochs and 4 windows
     seen = np.concatenate([mixture.step_windows(1, step, 5) for step in range(steps)])
-    places = [mixture.place(int(window)) for window in seen]
+    places = [mixture.locate(int(window)) for window in seen]
     for name, windows in (("text", 17), ("talk", 11)):
         own = [place["window"] for place in places if place["dataset"] == name]
         assert len(own) == {"text": 140, "talk": 60}[name]
@@ -276,7 +276,7 @@ def test_each_dataset_of_a_mixture_once_an_epoch(mixture):
         assert mixture.epochs(5 * steps)[name] == len(own) / windows
     assert places[0]["pieces"] == dict(zip(mixture.names, mixture.datasets, strict=True))[
         places[0]["dataset"]
-    ].places(places[0]["window"])
+    ].locate(places[0]["window"])
 
 
 def test_a_mixture_of_one_is_the_dataset(bins):

@@ -1,5 +1,8 @@
-"""What the documentation shows works: the worked change of the model, the moved configuration."""
+"""What the documentation shows works: a changed model, an added format, a moved configuration."""
 
+import gzip
+import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -7,10 +10,9 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 import pytest
-from training import ENVIRONMENT
+from training import ENVIRONMENT, copy_code
 
-import corpus
-from config import DataConfig, build_config, read_toml
+from config import build_config, read_toml
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,10 +30,64 @@ def test_the_configuration_moved_from_lightning_is_one(tmp_path):
     assert (config.model.dim, config.train.epochs, config.train.patience) == (512, 10, 5)
 
 
-def test_the_recipe_for_xml_gives_every_document_in_little_memory(tmp_path):
-    code = block("data.md", "python")
-    assert len(code.splitlines()) <= 20
-    peak = "print(next(line for line in open('/proc/self/status') if 'VmHWM' in line).split()[1])"
+def apply(page: str, code: Path) -> None:
+    """Makes the change that a page shows, in at most 20 lines of code."""
+    change = block(page, "diff")
+    command = ["patch", "-p1", "--fuzz=0"]
+    subprocess.run(command, cwd=code, input=change, text=True, check=True, stdout=subprocess.PIPE)
+    assert len(re.findall(r"^\+(?!\+\+).", change, re.MULTILINE)) <= 20
+
+
+@pytest.fixture(scope="module")
+def with_xml(tmp_path_factory):
+    """A copy of Rocket that reads XML."""
+    code = copy_code(tmp_path_factory.mktemp("xml") / "rocket")
+    apply("adding-a-format.md", code)
+    return code
+
+
+def python(code: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**ENVIRONMENT, "ROCKET_ROOT": str(code)}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=code, env=environment, capture_output=True, text=True)
+
+
+READ = """
+import hashlib, json, sys
+from config import DataConfig, UserError
+from corpus import readers
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if "VmHWM" in line).split()[1])
+
+def read(data, digest, skipped):
+    for part in readers.plan(data):
+        for document in readers.read(part, data, skipped):
+            digest.update(document.text.encode() + b"\\0")
+            yield len(document.text)
+
+for keys in map(json.loads, sys.argv[1:]):
+    data, digest, bad, base = DataConfig(**keys), hashlib.sha256(), [], peak()
+    try:
+        count, error = sum(1 for _ in read(data, digest, bad.append)), None
+    except UserError as caught:
+        count, error = None, str(caught)
+    print(json.dumps([count, digest.hexdigest(), error, [b.message() for b in bad], peak() - base]))
+"""
+
+
+def read_xml(code: Path, *configurations: dict) -> list[list]:
+    """How many documents, their digest, the error, the bad ones, and how much memory grew (kB)."""
+    done = python(code, "-c", READ, *map(json.dumps, configurations))
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def digest_of(texts: list[str]) -> str:
+    return hashlib.sha256("".join(text + "\0" for text in texts).encode()).hexdigest()
+
+
+def test_the_worked_format_gives_every_document_in_little_memory(with_xml, tmp_path):
     texts = [f"Café {i} < \U0001f999 & ]\n" + "word " * 200 for i in range(10_000)]
     pages = "".join(
         f"<page><title>{i}</title><revision><text>{escape(text[:5])}<b>{escape(text[5:-1])}</b>"
@@ -39,29 +95,70 @@ def test_the_recipe_for_xml_gives_every_document_in_little_memory(tmp_path):
         for i, text in enumerate(texts)
     )
     for attribute in ("", ' xmlns="http://www.mediawiki.org/xml/export-0.11/"'):
-        path, target = tmp_path / "dump.xml", tmp_path / "dump.jsonl"
+        path = tmp_path / "dump.xml"
         path.write_text(f"<dump{attribute}><wiki>{pages}</wiki></dump>")
-        command = [sys.executable, "-c", code + peak, str(path), str(target)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        data = DataConfig(sources=[str(target)])
-        found = [
-            document.text for part in corpus.plan(data) for document in corpus.read(part, data)
-        ]
-        assert found == texts
         assert path.stat().st_size > 10e6
-        assert int(done.stdout) < 22_000  # kB; the interpreter and its modules take 13,000
+        ((count, digest, error, bad, growth),) = read_xml(with_xml, {"sources": [str(path)]})
+        assert (count, digest, error, bad) == (len(texts), digest_of(texts), None, [])
+        assert growth < 9_000
+
+
+def test_the_worked_format_is_read_like_others(with_xml, tmp_path):
+    """In folders and compressed, by each rule for documents; mistakes are named."""
+    text = "<d>\n<text>a<text>b</text><?text c?></text><text/><body>d\n\ne</body></d>"
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.xml.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "cut.xml").write_text(text[:-10])
+    path, cut = f"{tmp_path}/raw/a.xml.gz", f"{tmp_path}/cut.xml"
+    body = {"sources": [path], "text_column": "body"}
+    read = {
+        '["ab", ""]': {"sources": [f"{tmp_path}/raw"]},
+        '["d\\n\\ne"]': body,
+        '["d", "e"]': {**body, "document": "blank_line"},
+        '["d", "", "e"]': {**body, "document": "line"},
+    }
+    for (_, digest, error, _, _), texts in zip(
+        read_xml(with_xml, *read.values()), map(json.loads, read), strict=True
+    ):
+        assert (digest, error) == (digest_of(texts), None)
+
+    large = {"sources": [path], "max_document_bytes": 1, "on_error": "skip"}
+    ((count, _, _, bad, _),) = read_xml(with_xml, large)
+    assert (count, len(bad)) == (1, 1)
+    assert bad[0].startswith(f"{path}, row 1: a document above data.max_document_bytes (1)")
+
+    pairs = {"format": "instruct", "columns": {"user": "text", "assistant": "body"}}
+    refused = {
+        f"{path}: no element 'title'; set data.text_column": {**body, "text_column": "title"},
+        f"{path}: no column 'body'; set data.columns to": {"sources": [path], **pairs},
+        f"{cut}, row 3: can't be read, cut short or": {"sources": [cut], "on_error": "skip"},
+    }
+    for (count, _, error, _, _), message in zip(
+        read_xml(with_xml, *refused.values()), refused, strict=True
+    ):
+        assert count is None
+        assert error.startswith(message)
+
+
+def test_the_worked_format_is_prepared(with_xml, tiny_tokenizer, tmp_path):
+    (tmp_path / "raw").mkdir()
+    rows = "".join(f"<row><text>document {i}</text></row>" for i in range(200))
+    (tmp_path / "raw" / "a.xml").write_text(f"<rows>{rows}</rows>")
+    config = tmp_path / "xml.toml"
+    config.write_text(
+        f'tokenizer = {{path = "{tiny_tokenizer}", vocab_size = 600}}\n'
+        f'data = {{sources = ["{tmp_path}/raw"], dir = "{tmp_path}/data", workers = 1}}\n'
+    )
+    done = python(with_xml, "prepare.py", str(config))
+    assert done.returncode == 0, done.stderr
+    counts = json.loads((tmp_path / "data" / "manifest.json").read_text())["counts"]
+    assert counts["read"] == counts["written"] == 200
 
 
 @pytest.mark.long
 def test_the_worked_change_trains_resumes_and_samples(dataset, tiny_tokenizer, tmp_path):
-    code = tmp_path / "rocket"
-    code.mkdir()
-    for path in ROOT.glob("*.py"):
-        (code / path.name).write_bytes(path.read_bytes())
-    change = block("changing-the-model.md", "diff").encode()
-    command = ["patch", "-p1", "--fuzz=0"]
-    subprocess.run(command, cwd=code, input=change, check=True, stdout=subprocess.PIPE)
-    assert change.count(b"\n+ ") <= 20
+    code = copy_code(tmp_path / "rocket")
+    apply("changing-the-model.md", code)
     config = tmp_path / "changed.toml"
     config.write_text(
         f'tokenizer = {{path = "{tiny_tokenizer}", vocab_size = 600}}\n'
@@ -70,17 +167,14 @@ def test_the_worked_change_trains_resumes_and_samples(dataset, tiny_tokenizer, t
         f'train = {{out_dir = "{tmp_path / "run"}", max_steps = 6, global_batch_size = 4}}\n'
     )
 
-    def python(*arguments: str) -> subprocess.CompletedProcess:
-        environment = {**ENVIRONMENT, "ROCKET_ROOT": str(code)}
-        command = [sys.executable, *arguments]
-        return subprocess.run(command, cwd=code, env=environment, capture_output=True, text=True)
-
-    assert python("rocket.py", str(config), "--train.stop_at_step=3").returncode == 0
-    finished = python("rocket.py", str(config))
+    assert python(code, "rocket.py", str(config), "--train.stop_at_step=3").returncode == 0
+    finished = python(code, "rocket.py", str(config))
     assert "finished at step 6" in finished.stdout, finished.stderr
-    sampled = python("sample.py", str(tmp_path / "run"), "--prompt=def", "--max-tokens=4")
+    sampled = python(code, "sample.py", str(tmp_path / "run"), "--prompt=def", "--max-tokens=4")
     assert sampled.returncode == 0, sampled.stderr
-    refused = python("convert.py", "to-hf", str(tmp_path / "run"), str(tmp_path / "export"))
+    refused = python(
+        code, "tools/convert.py", "to-hf", str(tmp_path / "run"), str(tmp_path / "export")
+    )
     assert refused.returncode == 1
     assert "k_norm" in refused.stderr
     assert "Traceback" not in refused.stderr

@@ -9,9 +9,15 @@ import torch
 from training import overrides, rocket
 
 from config import UserError
-from evaluation import batches, evaluate_choices, evaluate_text, log_likelihood, read_questions
-from generation import load_model, open_source
-from model import IGNORE
+from fast import IGNORE
+from inference.evaluation import (
+    batches,
+    evaluate_choices,
+    evaluate_text,
+    log_likelihood,
+    read_questions,
+)
+from inference.generation import load_model, open_source
 from sample import main
 
 CPU = torch.device("cpu")
@@ -149,7 +155,7 @@ def test_a_bad_text_is_refused(model, source, tmp_path, content, words):
 
 def test_a_hugging_face_directory_samples_and_evaluates_alike(run, tmp_path, capsys):
     pytest.importorskip("safetensors")
-    import convert
+    from tools import convert
 
     exported, text = tmp_path / "hf", tmp_path / "t.txt"
     convert.main(["to-hf", str(run), str(exported), "--checkpoint=last"])

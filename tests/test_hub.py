@@ -20,9 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import commit_of, serving
 
-import corpus
-import hub
 from config import ROOT, ConfigError, DataConfig, UserError
+from corpus import hub, readers
 
 constants = pytest.importorskip("huggingface_hub.constants")
 
@@ -30,7 +29,8 @@ WIKITEXT = "hf://datasets/Salesforce/wikitext"
 ORCA = "hf://datasets/Open-Orca/OpenOrca"
 DOWNLOAD = """
 import json, sys
-import config, hub
+import config
+from corpus import hub
 def main(arguments):
     for keys in json.loads(arguments[0]):
         try:
@@ -188,7 +188,7 @@ def test_a_folder_is_downloaded_once_and_splits_as_its_files_are_named(
     assert names(local.test_sources, work) == [f"{folder}/test-00000-of-00001.parquet"]
     for path in local.sources + local.val_sources + local.test_sources:
         assert Path(path).read_bytes() == files[f"{Path(path).parent.name}/{Path(path).name}"]
-    read = [d.text for part in corpus.plan(local) for d in corpus.read(part, local)]
+    read = [d.text for part in readers.plan(local) for d in readers.read(part, local)]
     assert len(read) == 20_000 + 500 + 300 + 200
     assert hub.commits(data) == {data.sources[0]: commit_of(files)}
     assert len(server.asked("/blobs/")) == 4  # wikitext-2 was left alone
@@ -311,7 +311,7 @@ def test_what_a_folder_holds_beside_its_data_is_told(server, work):
 def test_other_configurations_are_left_as_they_are():
     data = DataConfig(raw_dir="$NOT_SET/raw")  # never looked at
     program = (
-        "import sys, hub; from config import DataConfig; d = DataConfig(); "
+        "import sys; from corpus import hub; from config import DataConfig; d = DataConfig(); "
         "assert hub.local_sources(d) is d and hub.commits(d) == {}; hub.download(d); "
         "assert 'huggingface_hub' not in sys.modules"
     )
@@ -455,7 +455,7 @@ def test_a_stored_token_opens_a_gated_dataset_and_stays_with_the_hub(server, wor
 def test_what_the_hub_has_not(server, work):
     server.datasets["o/mixed"] = {"main": {"a.csv": b"", "b.csv.gz": b"", "c.parquet": b""}}
     server.datasets["o/tested"] = {"main": {"README.md": b"#", "data/test.csv": b"text\n"}}
-    unknown = "or a private one: mend the name, or `hf auth login` or set HF_TOKEN"
+    unknown = "or a private one: correct the name, or `hf auth login` or set HF_TOKEN"
     messages = {
         WIKITEXT + "s": f"no dataset Salesforce/wikitexts on {server.endpoint}, {unknown}",
         WIKITEXT + "@v9": "no revision v9; ",

@@ -24,9 +24,10 @@ import sentencepiece
 from conftest import ROOT
 from training import ENVIRONMENT
 
-import inspection
 from config import Config, UserError
-from tokenizer import Tokenizer, add_control_pieces
+from corpus import inspection
+from corpus.vocabulary import add_control_pieces
+from tokenizer import Tokenizer
 
 WORDS = "def return import class 🦙 مرحبا é 漢字 lambda yield \t \r\n x = 5".split(" ")
 SEQ_LEN = 48
@@ -86,7 +87,7 @@ def chat_tokenizer(tiny_tokenizer, tmp_path_factory):
 
 
 def conversation(tokenizer, question, answer):
-    """(id, mask) of each token, as the contract has them; without an answer, none is learnt."""
+    """(id, mask) of each token, as the contract has them; without an answer, none is trained."""
     piece = tokenizer.processor.piece_to_id
     asked = [piece("<|user|>"), *tokenizer.encode(question).tolist(), piece("<|end|>")]
     tokens = [(i, 0) for i in [tokenizer.bos_id, *asked]]
@@ -219,7 +220,7 @@ def test_the_figures_of_a_text_split(text_data, text_lines, tokenizer, split):
     size = sum(len(text.encode()) for text in texts)
     assert figure(lines, "documents") == f"{len(documents):,}"
     assert figure(lines, "tokens") == f"{len(ids):,}"
-    assert f"bytes of text {size:,} {size / len(ids):.2f} a token" in lines
+    assert f"bytes of text {size:,} {size / len(ids):.2f} per token" in lines
     assert figure(lines, "shards") == str(len(list(text_data.glob(f"{split}-*.bin"))))
     in_bytes = sum(map(tokenizer.processor.is_byte, ids))
     assert in_bytes  # 🦙 and the Arabic
@@ -324,7 +325,7 @@ def test_a_large_split_is_looked_at_in_evenly_spaced_shards(text_data, tokenizer
     chosen = {shards[i * len(shards) // count] for i in range(count)}
     documents = [d for d in slow_documents(text_data, "train", tokenizer) if d[0] in chosen]
     assert found.lengths == Counter(len(ids) for _, _, ids in documents)
-    lines = inspection.describe_content(found, split, 0, tokenizer)
+    lines = inspection.describe_content(found, split)
     assert next(lines) == f"  looked at {count} of {len(shards)} shards for what follows"
 
 
@@ -342,7 +343,7 @@ def test_wide_characters_fit_too(tmp_path, tokenizer):
     ids.tofile(tmp_path / "train-00000.bin")
     shard = {"file": "train-00000.bin", "tokens": len(ids), "documents": 1}
     content = inspection.read_split(tmp_path, {**shard, "shards": [shard]}, 0, tokenizer)
-    lines = list(inspection.describe_documents(content, 0, tokenizer))
+    lines = list(inspection.describe_documents(content))
     assert next(line.count("漢") for line in lines if "漢" in line) > 30  # one of the longest
     assert "".join(lines).count("漢") > 120  # and the first, whole
     assert max(map(columns, lines)) == 100
@@ -375,11 +376,10 @@ def test_a_space_at_the_border_of_the_mask_is_kept(tmp_path):
         minloglevel=2,
     )
     tokenizer = Tokenizer(prefix.with_suffix(".model"))
-    ids = np.array([1, *tokenizer.encode("hello world again"), 2])
-    pieces = tokenizer.processor.id_to_piece(ids.tolist())
-    mask = np.zeros(len(ids), np.uint8)
+    ids = [1, *tokenizer.encode("hello world again").tolist(), 2]
+    pieces = tokenizer.processor.id_to_piece(ids)
     first, last = (next(i for i, p in enumerate(pieces) if p.startswith(s)) for s in ("▁w", "▁a"))
-    mask[first:last] = 1
+    mask = [int(first <= i < last) for i in range(len(ids))]
     assert inspection.marked_text(ids, mask, tokenizer) == "<s>hello⟦ world⟧ again</s>"
 
 

@@ -21,6 +21,7 @@ from training import (
     PATIENCE,
     ROOT,
     assert_identical,
+    copy_code,
     error_of,
     launcher,
     overrides,
@@ -32,13 +33,13 @@ from training import (
     until,
 )
 
-import attempts
 import job
 from checkpoint import find_checkpoint
 from config import UserError, available_cores
 from dataset import Mixture, TokenDataset
 from distributed import explain_lost_rank
-from job import Claim
+from job import RunLock
+from slurm import attempts
 
 LONG = {"train__max_steps": 100_000, "train__eval_interval": 0, "checkpoint__interval": 0}
 
@@ -165,7 +166,7 @@ def test_a_crash_comes_back_once(run, dataset, tmp_path):
     manifest = json.loads((data / "manifest.json").read_text())
     tokens = Mixture({"it": TokenDataset(data, manifest, "train", 32)}, {"it": 1})
     window = int(tokens.step_windows(1337, 14, 10)[3])
-    place = tokens.place(window)["pieces"][0]
+    place = tokens.locate(window)["pieces"][0]
     shard = np.memmap(data / place["shard"], "<u2", mode="r+")
     shard[place["offset"] + 5] = 60_000
     shard.flush()
@@ -259,25 +260,25 @@ def claim_of(directory, **values):
 def test_claims_of_other_hosts_expire(tmp_path, monkeypatch):
     claim_of(tmp_path, job_id="7")
     with pytest.raises(UserError, match="job 7, process 1 on elsewhere"):
-        Claim(tmp_path).take()
+        RunLock(tmp_path).take()
     monkeypatch.setenv("SLURM_JOB_ID", "7")  # our own job, requeued on another host
-    own = Claim(tmp_path)
+    own = RunLock(tmp_path)
     own.take()
     own.release()
     monkeypatch.delenv("SLURM_JOB_ID")
     claim_of(tmp_path)
     old = time.time() - attempts.EXPIRY_SECONDS - 5
     os.utime(tmp_path / "claim.json", (old, old))
-    Claim(tmp_path).take()
+    RunLock(tmp_path).take()
 
 
 def test_a_process_number_used_again_is_not_the_holder(tmp_path):
     claim_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), started="0")
-    Claim(tmp_path).take()
+    RunLock(tmp_path).take()
     alive = attempts.process_start(os.getppid())
     claim_of(tmp_path, host=socket.gethostname(), pid=os.getppid(), started=alive)
     with pytest.raises(UserError, match="is being trained"):
-        Claim(tmp_path).take()
+        RunLock(tmp_path).take()
 
 
 @pytest.mark.long
@@ -285,8 +286,8 @@ def test_a_process_number_used_again_is_not_the_holder(tmp_path):
 def test_of_jobs_that_come_at_once_one_gets_the_run(left, tmp_path):
     program = (
         "import sys; from pathlib import Path\n"
-        "from config import UserError; from job import Claim\n"
-        "claim = Claim(Path(sys.argv[1]))\n"
+        "from config import UserError; from job import RunLock\n"
+        "claim = RunLock(Path(sys.argv[1]))\n"
         "sys.stdin.readline()\n"
         "try: claim.take()\n"
         "except UserError: print('left', flush=True)\n"
@@ -323,7 +324,7 @@ def test_of_jobs_that_come_at_once_one_gets_the_run(left, tmp_path):
 def test_a_run_taken_over_is_left_alone(run, tmp_path, monkeypatch):
     """A job that was taken for dead and wakes up sees the other's claim, and saves nothing."""
     monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
-    claim = Claim(tmp_path)
+    claim = RunLock(tmp_path)
     claim.take()
     claim_of(tmp_path, job_id="8")
     with pytest.raises(UserError, match="taken over"):  # asked before each save, too
@@ -335,7 +336,7 @@ def test_a_run_taken_over_is_left_alone(run, tmp_path, monkeypatch):
 
 def test_a_heartbeat_keeps_the_claim(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
-    claim = Claim(tmp_path)
+    claim = RunLock(tmp_path)
     claim.take()
     os.utime(claim.path, (0, 0))
     until(lambda: claim.path.stat().st_mtime > time.time() - 60)
@@ -347,10 +348,7 @@ def test_a_heartbeat_keeps_the_claim(tmp_path, monkeypatch):
 
 def checkout(tmp_path):
     """A copy of the repository, to be edited."""
-    repository = tmp_path / "repository"
-    repository.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, repository)
+    repository = copy_code(tmp_path / "repository")
     shutil.copytree(ROOT / "config", repository / "config")
     return repository
 
@@ -387,7 +385,7 @@ def test_other_code_needs_consent(run, tmp_path):
     accepted = start(program, *run(), "--accept-changes")
     assert accepted.returncode == 0, accepted.stderr
     assert "accepted: other code in model.py" in accepted.stdout
-    assert "these weights were trained by another model" in accepted.stdout
+    assert "the model's code has changed since these weights were saved" in accepted.stdout
     assert "this step was not evaluated" in accepted.stdout
     assert (out / "code" / "model.py").read_text().endswith("EDITED = True\n")
 
@@ -411,7 +409,7 @@ def test_weights_are_not_continued_by_a_model_that_computes_otherwise(run, tmp_p
     assert "F.silu" in (out / "code" / "model.py").read_text()  # which made these weights
     accepted = resumed("F.silu(", "torch.nn.functional.silu(")
     assert accepted.returncode == 0, accepted.stderr
-    assert "it computes the same: validation loss" in accepted.stdout
+    assert "model.py still computes the same: validation loss" in accepted.stdout
 
 
 def test_where_nothing_can_be_written_it_is_said(run, tmp_path):
@@ -579,7 +577,7 @@ def test_records_of_another_shape_end_no_run(name, content, tmp_path):
 def test_a_claim_that_was_torn_is_free(content, tmp_path):
     """Whole from its first moment, it is torn where a node has lost its power."""
     (tmp_path / "claim.json").write_text(content)
-    claim = Claim(tmp_path)
+    claim = RunLock(tmp_path)
     claim.take()
     claim.release()
 
@@ -598,7 +596,7 @@ def test_status_tells_a_live_run_from_a_dead_one(run, tmp_path, monkeypatch):
         launched.wait()
     assert status(out)["state"] == "running"
     assert not attempts.is_alive(out)
-    command = [sys.executable, str(ROOT / "report.py"), str(out)]
+    command = [sys.executable, str(ROOT / "tools" / "report.py"), str(out)]
     subprocess.run(command, check=True, capture_output=True)
     assert "running (but no process trains it: killed)" in (out / "report.html").read_text()
     claim_of(out)
@@ -612,7 +610,7 @@ def test_a_live_run_keeps_its_status_fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "HEARTBEAT_SECONDS", 0.05)
     attempts.write_status(tmp_path, {"state": "running"})
     os.utime(tmp_path / "status.json", (0, 0))
-    claim = Claim(tmp_path)
+    claim = RunLock(tmp_path)
     claim.take()
     until(lambda: (tmp_path / "status.json").stat().st_mtime > time.time() - 60)
     claim.release()
@@ -690,7 +688,7 @@ def test_a_device_that_does_not_answer_a_signal_is_a_lost_rank(tmp_path):
     """Under NCCL nothing fails when a rank dies: the others are told to end, and their devices wait
     for it. tests/gpu.py shows it on a device."""
     signals = job.Signals()
-    lookout = job.Lookout(tmp_path, signals, None, None, math.inf, 1.0, 0.0)
+    lookout = job.StopConditions(tmp_path, signals, None, None, math.inf, 1.0, 0.0)
     now, limit = time.monotonic(), job.STUCK_SECONDS + 3 * 2.0
     lookout.seconds["step"] = 2.0
     lookout.while_waiting(now - 2 * limit)  # for long, but torchrun did not ask it to end
@@ -708,7 +706,7 @@ def test_a_device_that_does_not_answer_a_signal_is_a_lost_rank(tmp_path):
 WAITING = """
 import os, sys, time
 sys.path.insert(0, sys.argv[1])
-import attempts
+from slurm import attempts
 import job
 from config import run_program
 from distributed import explain_lost_rank
@@ -721,7 +719,7 @@ if os.environ["RANK"] == "1":
 signals = job.Signals()
 signals.install()
 ready.touch()
-lookout = job.Lookout(Path(sys.argv[1]), signals, None, None, float("inf"), 1.0, 0.0)
+lookout = job.StopConditions(Path(sys.argv[1]), signals, None, None, float("inf"), 1.0, 0.0)
 lookout.seconds["step"] = 0.1
 since = time.monotonic()
 def main(arguments):

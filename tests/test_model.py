@@ -12,18 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import ROOT, ModelConfig, build_config, read_toml
-from model import (
-    IGNORE,
-    KVCache,
-    LinearCrossEntropy,
-    Llama,
-    attend,
-    attend_by_products,
-    chunk_loss,
-    flops_per_token,
-    initial_weight,
-    parameter_count,
-)
+from fast import IGNORE, LinearCrossEntropy, attend, attend_by_products, chunk_loss
+from model import Llama, flops_per_token, initial_weight, parameter_count
 
 VOCAB = 64
 SMALL = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=4, ffn_dim=48, max_seq_len=32)
@@ -409,11 +399,11 @@ def test_cached_logits_are_those_without_a_cache(config):
     """A batch of unequal rows: a prompt in one pass, then the rest token by token."""
     model = build(config, scale=5.0)
     tokens, prompts, steps = tokens_of(3, 16), torch.tensor([2, 7, 4]), 6
-    cache = KVCache(config, 3, 7 + steps, torch.device("cpu"), torch.float32)
+    cache = model.new_cache(3, 7 + steps)
     whole = model(tokens)
     positions, rows = torch.arange(7)[None].expand(3, -1), torch.arange(3)
     last = rows[:, None], prompts[:, None] - 1
-    logits = model(tokens[:, :7], cache=cache, positions=positions, length=7, only=last)
+    logits = model(tokens[:, :7], cache=cache, positions=positions, length=7, logits_at=last)
     torch.testing.assert_close(logits[:, 0], whole[rows, prompts - 1])
     for step in range(steps):
         position = prompts + step  # the tokens behind the shorter prompts are written over
@@ -427,8 +417,8 @@ def test_cached_logits_are_those_without_a_cache(config):
 
 
 def test_the_cache_has_its_length():
-    model, cpu = build(SMALL), torch.device("cpu")
-    cache = KVCache(SMALL, 1, 4, cpu, torch.float32)
+    model = build(SMALL)
+    cache = model.new_cache(1, 4)
     tokens, positions = tokens_of(1, 5), torch.arange(5)[None]
     with pytest.raises(AssertionError, match="shorter"):
         model(tokens, cache=cache, positions=positions, length=5)

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import packing
-from packing import Encoded, Shard, arrange, find_duplicates, pack
+from corpus import packing
+from corpus.packing import Encoded, Shard, arrange, find_duplicates, pack
 
 SIZE = 64
 EOS = b"\x02\x00"
@@ -59,7 +59,7 @@ def write(path, documents, endings):
         shard = Shard(files, path, endings, "test")
         for document in documents:
             shard.add(document)
-        return shard.finish()
+        return shard.summary()
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -72,7 +72,7 @@ def test_arranging_keeps_every_document_but_those_dropped(tmp_path, masked):
     with contextlib.ExitStack() as files:
         shard = Shard(files, tmp_path / "b.train", (".bin", *mask), "test")
         arrange(tmp_path / "a.train", shard, dropped, SIZE, EOS)
-        counts = shard.finish()
+        counts = shard.summary()
     kept = [d for number, d in enumerate(documents) if number not in dropped]
     ids = np.fromfile(tmp_path / "b.train.bin", "<u2")
     assert counts["documents"] == len(kept)

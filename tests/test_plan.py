@@ -31,10 +31,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import plan
 from config import load_config
 from distributed import gradient_sync
-from memory import CPU_OVERHEAD, flops_per_token, moments, sizes
+from tools import plan
+from tools.memory import CPU_OVERHEAD, flops_per_token, moments, sizes
 
 GB = 1e9
 NAMES = ["tiny", "llama_110m", "llama_1b", "llama2_7b", "llama2_13b", "llama2_70b"]
@@ -46,7 +46,7 @@ def configured(name, *overrides):
 
 
 def planned(*arguments):
-    command = [sys.executable, str(ROOT / "plan.py"), *arguments]
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
@@ -62,13 +62,13 @@ def test_counts_are_the_models(name):
 
     config = configured(name)
     shape, v, length = config.model, config.tokenizer.vocab_size, config.data.seq_len
-    assert sizes(shape, v).total == model.parameter_count(shape, v)
-    assert flops_per_token(shape, v, length) == model.flops_per_token(shape, v, length)
+    assert sizes(config).total == model.parameter_count(shape, v)
+    assert flops_per_token(config) == model.flops_per_token(shape, v, length)
 
 
 def test_muons_buffer_is_the_optimizers():
-    import memory
     import optimizer
+    from tools import memory
 
     assert memory.MUON_BATCH == optimizer.BATCH
 
@@ -284,7 +284,7 @@ def test_sharding_128_ways_saves_what_torchtitan_saw():
         one = plan.option(config, plan.read_cluster({f"--gpus={gpus}"}), "fsdp", "selective", 2)
         assert one.total < 77 * 2**30  # they have all logits at once
         totals.append(sum(moments(config, one.setup)["embedding"].values()))
-    assert sizes(model, 128_256).total == pytest.approx(8.03e9, rel=0.001)
+    assert sizes(config).total == pytest.approx(8.03e9, rel=0.001)
     assert totals[0] - totals[1] == pytest.approx(15 * 2**30, rel=0.1)
 
 
@@ -454,23 +454,23 @@ def test_mistakes_are_one_line(arguments, message):
 
 
 def test_torch_is_not_loaded():
-    code = "import sys, plan; sys.exit('torch' in sys.modules)"
+    code = "import sys, tools.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def train(arguments):
     """A few training steps on this rank, and what it held at most."""
-    import measure
     from distributed import init_distributed, shut_down
+    from tools import measure
 
     config, _ = load_config(arguments, usage=__doc__)
 
     def steps():  # in a frame of its own: what is sharded must be gone before the group is
         world = init_distributed(config)
         batches = measure.random_batches(config, world)
-        step, _ = measure.rocket_trainer("", config, world, batches)
+        trainer = measure.Trainer(config, world)
         for _ in range(2 if world.size == 1 else 3):  # DDP fills its final buckets in the second
-            step()
+            trainer.step(batches)
         status = Path("/proc/self/status").read_text()
         peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
         print(f"rank {world.rank}: VmHWM {peak / GB:.3f}", flush=True)

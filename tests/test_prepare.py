@@ -25,12 +25,13 @@ from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import corpus
 import prepare as program
-from chat import Template
 from config import DataConfig, UserError
-from prepare import verify
-from tokenizer import Tokenizer, add_control_pieces
+from corpus import build
+from corpus.build import verify
+from corpus.splits import Splitter, text_hash
+from corpus.vocabulary import add_control_pieces
+from tokenizer import Template, Tokenizer
 
 VOCAB_SIZE = 600
 WORDS = "def return import for while with class yield lambda try except 🦙 é".split()
@@ -120,7 +121,7 @@ def test_bins_and_manifest_hold_the_corpus_exactly(project, tiny_tokenizer):
     found = manifest(directory)
     rows = [document(i) for i in [*range(1500), 0]]
     for split in ("train", "val", "test"):
-        expected = [row for row in rows if corpus.split_of(row, data) == split]
+        expected = [row for row in rows if Splitter(data, {}).split(row) == split]
         assert split_documents(directory, split, tokenizer) == expected
         entry = found["splits"][split]
         assert entry["documents"] == len(expected)
@@ -214,10 +215,8 @@ def wait_for_end(pids):
 
 
 def test_a_kill_while_shards_get_their_names_is_mended(project, monkeypatch):
-    import prepare as program
-
     prepared(project, f"--data.dir={project}/straight")
-    publish, replace = program.publish, program.Path.replace
+    publish, replace = build.publish, build.Path.replace
     named = []
 
     def stop_at_the_fifth(path, target):
@@ -227,10 +226,10 @@ def test_a_kill_while_shards_get_their_names_is_mended(project, monkeypatch):
         return replace(path, target)
 
     def interrupted(*arguments):
-        monkeypatch.setattr(program.Path, "replace", stop_at_the_fifth)
+        monkeypatch.setattr(build.Path, "replace", stop_at_the_fifth)
         return publish(*arguments)
 
-    monkeypatch.setattr(program, "publish", interrupted)
+    monkeypatch.setattr(build, "publish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         program.main([f"{project}/config.toml"])
     monkeypatch.undo()
@@ -452,7 +451,7 @@ def test_a_finished_dataset_is_up_to_date_and_never_overwritten_unasked(project)
 
     line = refused(project, "--data.val_fraction=0.2")
     assert "holds another dataset: split was" in line
-    assert "--force prepares anew" in line
+    assert "--force replaces it, another data.dir keeps both" in line
     with open(project / "corpus.jsonl", "a") as file:
         file.write('{"text": "one more"}\n')
     assert f'sources was {{"name": "{project}/corpus.jsonl", "bytes"' in refused(project)
@@ -524,8 +523,8 @@ def mistakes(project):
         "task too high": ({}, ["--task=4/4"], "I from 0 to N - 1, such as 0/4, not '4/4'"),
         "no task": ({}, ["--task=x"], "I from 0 to N - 1, such as 0/4, not 'x'"),
         "task alone": ({}, ["--task"], "unknown option --task; did you mean --task=I/N?"),
-        "two tasks": ({}, ["--task=0/2", "--task=1/2"], "--task goes alone"),
-        "forced task": ({}, ["--task=0/2", "--force"], "goes alone, not --force --task=0/2"),
+        "two tasks": ({}, ["--task=0/2", "--task=1/2"], "--task allows no other flag"),
+        "forced task": ({}, ["--task=0/2", "--force"], "no other flag, got --force --task=0/2"),
         "typo": ({}, ["--data.worker=2"], "did you mean data.workers?"),
         "unwritable": ({}, ["--data.dir=/proc/nothing/data"], "can't write /proc/nothing/data"),
         "not ours": ({"data/parts/mine.txt": "mine"}, [], "can't write"),
@@ -692,7 +691,7 @@ def test_of_few_documents_each_split_gets_one(project, tiny_tokenizer, name):
     tokenizer, content = Tokenizer(tiny_tokenizer), manifest(project / "data")
     found = {s: split_documents(project / "data", s, tokenizer) for s in content["splits"]}
     assert {*found} == {*splits.split()}
-    hashes = {s: [corpus._split_hash(text, DataConfig()) for text in found[s]] for s in found}
+    hashes = {s: [text_hash(text, b"0") for text in found[s]] for s in found}
     for low, high in itertools.pairwise(splits.split()):
         assert max(hashes[low]) < min(hashes[high])
     for split, held in found.items():
@@ -717,7 +716,7 @@ def test_few_conversations_fill_the_splits_too_and_after_a_kill(chats, monkeypat
     content = manifest(project / "straight")
     assert [content["splits"][split]["documents"] for split in ("train", "val", "test")] == [1] * 3
     assert content["counts"]["dropped"]["duplicate"] == 1
-    monkeypatch.setattr(program, "arrange_parts", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(build, "arrange_parts", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     if not (child := os.fork()):  # dies when they have moved
         program.main([f"{project}/config.toml", *arguments])
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
@@ -857,7 +856,7 @@ def test_conversations_give_the_same_shards_however_they_are_prepared(chats):
 def test_a_kill_while_parts_are_arranged_is_mended(chats, monkeypatch):
     project, arguments = chats
     prepared(project, *arguments, f"--data.dir={project}/straight")
-    monkeypatch.setattr(program, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(build, "publish", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     if not (child := os.fork()):  # dies between the two stages' ends and the manifest
         program.main([f"{project}/config.toml", *arguments])
     assert os.waitpid(child, 0)[1] == signal.SIGKILL

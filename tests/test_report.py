@@ -20,10 +20,9 @@ from pathlib import Path
 import pytest
 from training import ENVIRONMENT, ROOT, overrides, rocket, rows, started, status, until
 
-import page
-import report
 from config import LogConfig, UserError, build_config, dump_toml
-from run import check_inputs
+from preflight import check_inputs
+from tools import page, report
 
 HOSTILE = (
     "</pre></script><script>document.title='executed'</script><img src=x onerror=alert(1)>\"'&"
@@ -119,7 +118,7 @@ def read(path):
 
 
 def program(*arguments, cwd=None):
-    command = [sys.executable, str(ROOT / "report.py"), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "tools" / "report.py"), *map(str, arguments)]
     return subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, timeout=240, env=ENVIRONMENT
     )
@@ -229,7 +228,7 @@ def test_what_a_job_left_behind_is_read(tmp_path):
 
 def test_restarts_and_skipped_steps_are_marked(tmp_path):
     path = make_run(tmp_path / "run")
-    starts = [(0, 2), (40, 4), (60, 4), (50, 1)]  # the third came to nothing
+    starts = [(0, 2), (40, 4), (60, 4), (50, 1)]  # the third saved nothing: its steps were lost
     write_rows(path / "jobs.jsonl", [job_row(step, ranks) for step, ranks in starts])
     write_rows(path / "bad_steps.jsonl", [{"step": s, "reason": "spike"} for s in (7, 80)])
     run = read(path)
@@ -245,7 +244,7 @@ def test_restarts_and_skipped_steps_are_marked(tmp_path):
     assert {d.count("M") for d in skipped} == {2}
     norms = next(c for c in shown.charts("steps") if c["aria-label"].startswith("Gradient norm"))
     assert norms["data-y"].startswith("0 ")
-    assert "3 jobs, 1 more came to nothing" in shown.text
+    assert "3 jobs, 1 more whose steps were lost" in shown.text
     assert "Skipped steps (spike: 2)" in shown.text
     # step 50 of 100 stands in the middle of every axis
     _, high, left, right = map(float, shown.charts("steps")[0]["data-x"].split())
@@ -352,11 +351,11 @@ def test_mistakes_are_one_line(tmp_path):
         assert expected in lines[-1], done.stderr
         assert lines[-1].startswith("report.py: error: ")
         assert "Traceback" not in done.stderr
-    assert "python report.py RUN" in program("--help").stdout
+    assert "python tools/report.py RUN" in program("--help").stdout
 
 
 def test_drawing_needs_no_torch():
-    check = "import sys, report; print([n for n in ('torch', 'numpy') if n in sys.modules])"
+    check = "import sys, tools.report; print([n for n in ('torch', 'numpy') if n in sys.modules])"
     command = [sys.executable, "-c", check]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -403,7 +402,7 @@ def test_training_writes_its_report_and_its_jobs(dataset, tiny_tokenizer, tmp_pa
     assert jobs[1]["hours"] >= rows(out, timings=True)[9]["hours"]
     assert [job["max_steps"] for job in jobs] == [20, 20]
     assert "20 of 20" in shown.text
-    assert "report.py" in {path.name for path in (out / "code").iterdir()}
+    assert (out / "code" / "tools" / "report.py").is_file()
     run = read(out)
     assert 0 < run.gpu_hours < 2 * run.hours
 
@@ -455,7 +454,7 @@ def test_a_missing_package_is_told_before_training(package, tmp_path, monkeypatc
     config = build_config({"log": {package: True}})
     assert getattr(LogConfig(), package) is False
     monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
-    with pytest.raises(UserError, match=rf"pip install 'rocket-llama\[{package}\]'"):
+    with pytest.raises(UserError, match=rf"in the repository: pip install '\.\[{package}\]'"):
         check_inputs(tmp_path / "run", config, False)
 
 
@@ -516,7 +515,7 @@ def test_wandb_has_one_run_and_each_step_once(dataset, tiny_tokenizer, tmp_path,
     assert run["config"]["update"]["model"]["dim"] == 32
     assert not run.get("resume")  # `wandb sync` would add all rows to what it had sent before
     assert program("--help").returncode == 0
-    again = [sys.executable, str(ROOT / "track.py"), str(out)]
+    again = [sys.executable, str(ROOT / "tools" / "track.py"), str(out)]
     done = subprocess.run(again, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     identity, records = recorded(out)
@@ -538,7 +537,11 @@ def test_wandb_outlives_no_run(dataset, tiny_tokenizer, tmp_path, offline):
         until(lambda: "W&B run" in launched.said())
         processes = follower(out)
         assert len(processes) == 2
-        by_hand = [sys.executable, str(ROOT / "track.py"), str(out)]  # would take its place
+        by_hand = [
+            sys.executable,
+            str(ROOT / "tools" / "track.py"),
+            str(out),
+        ]
         done = subprocess.run(by_hand, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert "hands over the rows of this run already" in done.stdout

@@ -32,7 +32,7 @@ from training import (
 from checkpoint import Checkpoint, _drop_optimizer, _write_manifest, find_checkpoint
 from config import build_config, file_sha256, read_toml
 from dataset import Mixture, TokenDataset, evenly_spaced, mask_name
-from generation import load_model, open_source
+from inference.generation import load_model, open_source
 from tokenizer import Tokenizer
 
 
@@ -304,7 +304,7 @@ def test_a_shard_that_is_cut_while_it_is_mapped_is_named(ranks, run, dataset, tm
         until(lambda: "| loss" in launched.said())
         os.truncate(data / "train-00000.bin", 100)
         assert launched.wait() == 1
-    assert f"error: {data}/train-00000.bin was cut while it was in use" in launched.said()
+    assert f"error: {data}/train-00000.bin was truncated while in use" in launched.said()
 
 
 def test_rows_that_are_missing_are_said_to_be(run, finished, tmp_path):
@@ -342,7 +342,7 @@ def test_damaged_checkpoints_are_passed_over_or_stop_the_run(run, finished, tmp_
         done = rocket(run(train__stop_at_step=10), ranks=2)
         if kept == 0:
             assert done.returncode == 0, done.stderr
-            assert "passed over" in done.stderr
+            assert "checkpoint skipped" in done.stderr
             assert str(weights) in done.stderr
         else:
             assert "no checkpoint verifies" in error_of(done)
@@ -427,12 +427,13 @@ def test_init_from_starts_anew_with_old_weights(run, finished, tmp_path, tiny_to
     assert "another model: model.n_heads: 4 -> 8" in error_of(rocket(other))
     assert "automatic" in error_of(rocket(run("none", train__init_from="resume")))
     assert "no checkpoint" in error_of(rocket(run("none", train__init_from=tmp_path)))
+    assert not (tmp_path / "none").exists(), "a refused start writes nothing"
 
 
 @pytest.mark.long
 def test_init_from_accepts_a_grown_tokenizer(run, dataset, finished, tmp_path, tiny_tokenizer):
     grown = tmp_path / "grown.model"
-    from tokenizer import add_control_pieces
+    from corpus.vocabulary import add_control_pieces
 
     grown.write_bytes(add_control_pieces(tiny_tokenizer.read_bytes(), ["<|new|>", "<|newer|>"]))
     data = tmp_path / "data"

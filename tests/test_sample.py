@@ -22,12 +22,9 @@ from training import ENVIRONMENT, overrides, run_many
 
 from checkpoint import checkpoint_paths, find_checkpoint, write_weights
 from config import ROOT, ModelConfig, UserError
-from generation import (
-    Completion,
-    PackedLinear,
-    RowLinear,
+from corpus.vocabulary import DEFAULTS
+from inference.generation import (
     Settings,
-    can_pack,
     choose,
     drawable,
     fit_to_device,
@@ -36,14 +33,14 @@ from generation import (
     keep_top_p,
     load_model,
     open_source,
-    pack,
     penalise_repetition,
     uniform_numbers,
 )
-from model import KVCache, Llama, initial_weight
+from inference.linear import PackedLinear, RowLinear, can_pack, pack
+from inference.sampler import Completion
+from model import Llama, initial_weight
 from sample import main
 from tokenizer import Tokenizer
-from train_tokenizer import DEFAULTS
 
 VOCAB = 48
 CONFIG = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=48, max_seq_len=40)
@@ -73,7 +70,8 @@ def model():
 def continuations(model, prompts, settings, **options):
     """The generated ids of each prompt."""
     steps = list(generate(model, prompts, settings, **options))
-    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    ids = zip(*(step.ids for step in steps), strict=True)
+    return [[token for token in row if token is not None] for row in ids]
 
 
 def without_cache(model, prompt, settings, sample):
@@ -168,7 +166,7 @@ def test_a_model_fit_to_the_cpu_in_bfloat16(model, rows, compiled):
     fitted = copy.deepcopy(model).bfloat16()
     fit_to_device(fitted, rows == 1, compiled)
     for tested in (fitted, copy.deepcopy(model).bfloat16()):
-        cache = KVCache(CONFIG, rows, 9, torch.device("cpu"), torch.bfloat16)
+        cache = tested.new_cache(rows, 9)
         logits = []
         for step in range(9):
             positions = torch.full((rows, 1), step)

@@ -28,9 +28,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rocket
 from config import build_config, read_toml
+from dataset import Batch
 from distributed import World, local_part, replicate
 from job import Votes
-from run import Inputs
+from preflight import Inputs
 
 VOCABULARY = 32_000
 NODE = 8  # ranks
@@ -84,7 +85,7 @@ def build(config, world):
 
 def step(config, model, optimizer, world, micro_batches, length=32):
     ids = torch.ones(1, length, dtype=torch.int64)
-    batches = [rocket.Batch(ids, ids, None)] * micro_batches
+    batches = [Batch(ids, ids, None)] * micro_batches
     votes, norms = torch.zeros(len(Votes._fields)), torch.zeros(2)
     return rocket.train_step(model, optimizer, batches, 1e-4, votes, norms, config, world)
 

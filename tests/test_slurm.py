@@ -18,7 +18,17 @@ import time
 from pathlib import Path
 
 import pytest
-from training import ENVIRONMENT, ROOT, assert_identical, losses, overrides, rows, status, tensors
+from training import (
+    ENVIRONMENT,
+    ROOT,
+    assert_identical,
+    copy_code,
+    losses,
+    overrides,
+    rows,
+    status,
+    tensors,
+)
 
 STEPS = 160  # some seconds: long enough to be hit, and saved every 20 steps
 TERMINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
@@ -194,10 +204,8 @@ def test_two_nodes_train_to_the_end(undisturbed):
 def test_requeued_job_keeps_its_code_and_configuration(cluster, arguments, undisturbed, tmp_path):
     """scontrol requeue in mid-run; somebody edits the repository while the job waits."""
     repository, out = tmp_path / "repository", tmp_path / "out"
-    repository.mkdir()
-    for file in ROOT.glob("*.py"):
-        shutil.copy(file, repository)
-    shutil.copytree(ROOT / "slurm", repository / "slurm")
+    copy_code(repository)
+    shutil.copytree(ROOT / "slurm", repository / "slurm", dirs_exist_ok=True)
     config = repository / "mine.toml"
     tiny = (ROOT / "config" / "tiny.toml").read_text()
     config.write_text(tiny.replace("out/tiny", str(out)))

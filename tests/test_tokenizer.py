@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from config import UserError
-from tokenizer import SPACE, Tokenizer, add_control_pieces
-from train_tokenizer import DEFAULTS, HARD_TEXTS
+from corpus.vocabulary import DEFAULTS, HARD_TEXTS, add_control_pieces
+from tokenizer import SPACE, Tokenizer
 
 WORDS = "def return self import class for in if else print the of and to is value".split()
 

@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import corpus
 import prepare
 import train_tokenizer
 from config import ROOT, DataConfig, UserError
+from corpus import readers
+from corpus.splits import Splitter
+from corpus.vocabulary import CHUNK, Sample, chunks
 from tokenizer import Tokenizer
-from train_tokenizer import CHUNK, USAGE, Sample, chunks, main
+from train_tokenizer import main
 
 LINE = "def function_{0}(value):\n    return value * {0}\n\n"
 
@@ -52,7 +54,7 @@ def test_trains_proves_and_writes(work, capsys):
     tokenizer = Tokenizer(work / "out" / "tokenizer.model")
     spelt = tokenizer.processor.encode(f"<s></s>{''.join(chat)}")
     assert not {tokenizer.pieces().index(piece) for piece in ["<s>", "</s>", *chat]} & {*spelt}
-    assert all(piece in USAGE for piece in chat)
+    assert all(piece in train_tokenizer.__doc__ for piece in chat)
     assert tokenizer.vocab_size == 320
     assert tokenizer.pieces()[:3] == ["<unk>", "<s>", "</s>"]
     rows = (work / "out" / "tokenizer.vocab").read_text().split("\n")
@@ -84,7 +86,7 @@ def test_held_out_text_is_not_learned_from(work):
     for path in (work / "raw").iterdir():
         for sign in "\u4e2d\u6587":  # the file's text decides its split, so try both signs
             text = path.read_text().rstrip("\u4e2d\u6587") + sign * 50
-            if corpus.split_of(text, data) == ("val" if sign == "\u4e2d" else "train"):
+            if Splitter(data, {}).split(text) == ("val" if sign == "\u4e2d" else "train"):
                 path.write_text(text)
                 break
     run(work)
@@ -179,14 +181,14 @@ def test_sample_is_even_and_bounded():
 
 def test_a_large_corpus_is_sampled_everywhere_without_reading_all(work, monkeypatch):
     read = []
-    original = corpus.read
+    original = readers.read
 
     def counted(part, data, skipped):
         for document in original(part, data, skipped):
             read.append(document)
             yield document
 
-    monkeypatch.setattr(corpus, "read", counted)
+    monkeypatch.setattr(readers, "read", counted)
     lines = [f"{i:06} {'x' * 92}\n" for i in range(40_000)]
     (work / "big.txt").write_text("".join(lines))
     run(
@@ -320,8 +322,8 @@ SYMBOLS = {  # what is given, and the symbol that is named
     "BOS": (["<s>"], "'<s>' is the piece BOS already"),
     "EOS": (["</s>"], "'</s>' is the piece EOS already"),
     "unknown": (["<unk>"], "'<unk>' is the unknown piece already"),
-    "a byte": (["<0x41>"], "'<0x41>' is the name of a byte's piece"),
-    "a byte in other letters": (["<0x0a>"], "'<0x0a>' is the name of a byte's piece"),
+    "a byte": (["<0x41>"], "'<0x41>': it is the name of a byte's piece"),
+    "a byte in other letters": (["<0x0a>"], "'<0x0a>': it is the name of a byte's piece"),
     "NUL": (["a\0b"], r"'a\\x00b': SentencePiece can't store it"),
 }
 

@@ -27,11 +27,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import training
-from training import ROOT, assert_identical, overrides, rows, steps_kept
+from training import ROOT, assert_identical, copy_code, overrides, rows, steps_kept
 
-from attempts import process_start
 from checkpoint import Checkpoint, checkpoint_paths
 from config import UserError
+from slurm.attempts import process_start
 
 ENVIRONMENT = {**training.ENVIRONMENT, "ROCKET_ROOT": str(ROOT)}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -144,7 +144,9 @@ class Victim:
             self.problem("lost", f"went on from step {since}, but step {self.saved} was saved")
         if steps != [since + 1 + index for index in range(len(steps))]:
             self.problem("steps", f"not each once after step {since}: {steps}")
-        wrong = re.findall(r"^.*(?:: error: |passed over|Traceback).*$", output[:printed], re.M)
+        wrong = re.findall(
+            r"^.*(?:: error: |checkpoint skipped|Traceback).*$", output[:printed], re.M
+        )
         if printed is not None:  # the worker that was not killed says in one line why it ends
             after = re.findall(r"^.*(?:: error: |rocket\.py\", line).*$", output[printed:], re.M)
             wrong += [line for line in after if "lost contact" not in line]
@@ -184,9 +186,7 @@ class Victim:
 def prepare(work: Path) -> None:
     """Code (a copy: ours may be edited while this takes its minutes), dataset and tokenizer."""
     code, dataset, tokenizer = work / "code", work / "dataset", work / "tokenizer.model"
-    code.mkdir(parents=True)
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, code)
+    copy_code(code)
     sources = [str(Path(sysconfig.get_paths()["stdlib"]) / name) for name in ("json", "email")]
     arguments = [f"--data.sources={sources}", "--data.val_fraction=0.2", f"--data.dir={dataset}"]
     arguments += [f"--tokenizer.path={tokenizer}", "--tokenizer.vocab_size=2000"]

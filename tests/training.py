@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoint import Checkpoint, checkpoint_paths, find_checkpoint
+from preflight import code_files
 from tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +57,14 @@ def overrides(dataset: Path, tokenizer: Path, out: Path, **values: object) -> li
     return [f"--{name.replace('__', '.')}={value}" for name, value in keys.items()]
 
 
+def copy_code(folder: Path) -> Path:
+    """A copy of Rocket's Python files, in a folder that it makes."""
+    for name, path in code_files().items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name)
+    return folder
+
+
 def rocket(
     arguments: list[str], ranks: int = 1, timeout: int = PATIENCE
 ) -> subprocess.CompletedProcess:
@@ -74,7 +84,7 @@ def run_many(
 
 
 def launcher(ranks: int, restarts: int = 0) -> list[str]:
-    """What starts a program on so many ranks."""
+    """The command that starts a program on this many ranks."""
     if ranks == 1:
         return [sys.executable]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

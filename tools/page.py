@@ -1,7 +1,7 @@
 """An HTML page with charts as inline SVG: text, tables, figures, style. It knows nothing of runs.
 
-A page holds all that it needs, asks the network for nothing, and shows all but the values under the
-pointer without JavaScript. Curves differ in dashes, markers and labels, not in colour alone.
+A page is one file and asks the network for nothing. JavaScript adds the values under the pointer;
+all else shows without it. Curves differ in dashes, markers and labels, not in colour alone.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 440, 250, 50, 10, 36, 13  # of a chart, in its own units
+FLOOR = HEIGHT - BOTTOM
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "5 2 1 2 1 2")
-SHAPES = (  # about a point; as many as have no divisor in common with the dashes
+SHAPES = (  # of markers; 6 dashes and 7 shapes make 42 kinds of lines
     "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
     "m-3-3h6v6h-6z",
     "m0-4l3.6 6.6h-7.2z",
@@ -25,8 +26,9 @@ SHAPES = (  # about a point; as many as have no divisor in common with the dashe
     "m-4.2 0h8.4m-4.2-4.2v8.4",
 )
 COLOURS = 8
-AXES = ("steps", "tokens", "hours")  # as a point begins
-Point = tuple[float, float, float, float]  # a place on each axis, and the value
+AXES = ("steps", "tokens", "hours")
+Point = tuple[float, float, float, float]  # the position on each axis, and the value
+Marks = dict[str, list[Point]] | None  # where a "restart" or a "skipped" step was
 
 
 def short(value: float | None, digits: int = 4) -> str:
@@ -48,7 +50,7 @@ def duration(hours: float) -> tuple[float, str]:
 
 
 def text(value: Any, limit: int = 400) -> str:
-    """Anything as escaped text of an HTML page, shortened in its middle."""
+    """Anything as escaped text of an HTML page, cut in its middle to about `limit` characters."""
     plain = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
     if len(plain) > limit:
         plain = f"{plain[: limit // 2]} … {plain[-limit // 2 :]}"
@@ -59,7 +61,7 @@ def text(value: Any, limit: int = 400) -> str:
 
 
 def date(value: Any) -> str:
-    """A date of any form, which no narrow screen breaks in the middle."""
+    """A date in any form, which stays on one line."""
     return f"<time>{text(value, 40)}</time>"
 
 
@@ -81,12 +83,24 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
 
 
 class Line(NamedTuple):
-    """A curve to draw: its label, which of the styles it has, whether all points get a marker."""
+    """A curve to draw: its label, the number of its style, its points, whether they get markers."""
 
     label: str
     style: int
     points: list[Point]
     marked: bool
+
+    def polyline(self, points: str, attributes: str = "", title: str = "") -> str:
+        dashes = DASHES[self.style % len(DASHES)]
+        return (
+            f'<polyline class="s{self.style % COLOURS}" points="{points}"{attributes}'
+            f' stroke-dasharray="{dashes}">{title}</polyline>'
+        )
+
+    def markers(self, spots: Iterable[tuple[float, float]]) -> str:
+        shape = SHAPES[self.style % len(SHAPES)]
+        drawn = "".join(f"M{left:.1f} {top:.1f}{shape}" for left, top in spots)
+        return f'<path class="marker s{self.style % COLOURS}" d="{drawn}"/>'
 
 
 class Scale(NamedTuple):
@@ -99,45 +113,36 @@ class Scale(NamedTuple):
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high = self.low, self.high
-        if self.log:
-            value, low, high = math.log10(value), math.log10(low), math.log10(high)
-        return self.start + (value - low) / (high - low) * (self.end - self.start)
+        place = math.log10 if self.log else float
+        low, high = place(self.low), place(self.high)
+        return self.start + (place(value) - low) / (high - low) * (self.end - self.start)
 
 
 def value_scale(values: list[float], from_zero: bool) -> Scale:
-    """The vertical scale of values; logarithmic where they span more than can be seen otherwise."""
+    """The vertical scale; logarithmic for positive values that span a factor of more than 30."""
     low, high = min(values), max(values)
     if low > 0 and high > 30 * low and not from_zero:
-        return Scale(low / 1.1, high * 1.1, HEIGHT - BOTTOM, TOP, True)
+        return Scale(low / 1.1, high * 1.1, FLOOR, TOP, True)
     low = min(low, 0.0) if from_zero else low
     room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
-    low = low if from_zero and low == 0 else low - room
-    return Scale(low, high + room, HEIGHT - BOTTOM, TOP)
+    return Scale(low if from_zero and low == 0 else low - room, high + room, FLOOR, TOP)
 
 
-def figure(
-    title: str,
-    unit: str,
-    lines: list[Line],
-    from_zero: bool,
-    marks: dict[str, list[Point]] | None = None,
-) -> str:
-    """Lines against each of the axes, of which the page shows one; "" without a point.
+def figure(title: str, unit: str, lines: list[Line], from_zero: bool, marks: Marks = None) -> str:
+    """A chart for each axis, of which the page shows one at a time; "" if there are no points.
 
-    Args:
-        marks: when a "restart" or a "skipped" step was; without, lines are labelled at their ends.
+    Without marks the lines are labelled at their ends, else in a legend.
     """
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
     scale = value_scale([point[3] for line in lines for point in line.points], from_zero)
     unit += ", log scale" * scale.log
-    said = "; ".join(
+    summary = "; ".join(
         f"{line.label or title}: first {short(line.points[0][3])}, last {short(line.points[-1][3])}"
         for line in lines[:8]
     )
-    charts = [chart(title, said, lines, marks, axis, scale) for axis in range(len(AXES))]
+    charts = (chart(title, summary, lines, marks, axis, scale) for axis in range(len(AXES)))
     legend = ""
     if marks is not None and len(lines) > 1:
         legend = "".join(f"<span>{swatch(line)}{text(line.label)}</span>" for line in lines)
@@ -147,107 +152,66 @@ def figure(
     )
 
 
-def chart(
-    title: str,
-    said: str,
-    lines: list[Line],
-    marks: dict[str, list[Point]] | None,
-    axis: int,
-    y: Scale,
-) -> str:
+def chart(title: str, summary: str, lines: list[Line], marks: Marks, axis: int, y: Scale) -> str:
     """Lines against one axis as an SVG."""
-    labels = marks is None
-    widest = max((width_of(line.label) for line in lines), default=0.0)
-    right = WIDTH - (12 + widest if labels else 14)
+    right = WIDTH - 14.0
+    if marks is None:  # room for labels in a wide typeface: the browser chooses it
+        wide = (sum(11.5 if c in "mwMW@%" or c > "\u2e80" else 7.4 for c in n.label) for n in lines)
+        right = WIDTH - 12 - max(wide)
     furthest = max(point[axis] for line in lines for point in line.points) or 1.0
-    factor, unit = duration(furthest) if axis == 2 else (1, AXES[axis])
+    factor, unit = duration(furthest) if AXES[axis] == "hours" else (1, AXES[axis])
     x = Scale(0, furthest * factor, LEFT, right)
     parts = []
     for value in ticks(y.low, y.high, y.log):
         parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{right:.0f}"/>')
         parts.append(f'<text class="y" x="{LEFT - 5}" y="{y(value) + 4:.1f}">{short(value)}</text>')
     for value in ticks(x.low, x.high, False):
-        parts.append(f'<path class="grid" d="M{x(value):.1f} {HEIGHT - BOTTOM}v4"/>')
+        parts.append(f'<path class="grid" d="M{x(value):.1f} {FLOOR}v4"/>')
         parts.append(f'<text class="x" x="{x(value):.1f}" y="{HEIGHT - 19}">{short(value)}</text>')
     parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">{unit}</text>')
-    parts.append(event_marks(marks or {}, axis, factor, x))
+    for kind, points in (marks or {}).items():  # one path per kind
+        places = sorted({round(x(point[axis] * factor)) for point in points})
+        shape = f"V{FLOOR}" if kind == "restart" else f"m-3 {FLOOR - TOP - 7}l6 6m0-6l-6 6"
+        path = "".join(f"M{place} {TOP}{shape}" for place in places if place <= x.end)
+        parts.append(f'<path class="{kind}" d="{path}"/>' if path else "")
     ends = []
     for line in lines:
         spots = [(x(point[axis] * factor), y(point[3])) for point in line.points]
         drawn = " ".join(f"{left:.1f},{top:.1f}" for left, top in spots)
         name = f"<title>{text(line.label or title)}</title>"
-        label = f' data-label="{text(line.label)}"'
-        parts.append(
-            f'<polyline class="s{line.style % COLOURS}" points="{drawn}"{label}'
-            f' stroke-dasharray="{dashes(line)}">{name}</polyline>'
-        )
+        parts.append(line.polyline(drawn, f' data-label="{text(line.label)}"', name))
         every = 1 if line.marked and len(spots) <= 40 else 1 + len(spots) // 7
-        if line.marked or labels or len(spots) == 1:
-            parts.append(markers(line.style, spots[line.style % every :: every]))
+        if line.marked or len(spots) == 1:
+            parts.append(line.markers(spots[line.style % every :: every]))
         ends.append((spots[-1], line))
-    if labels:
+    if marks is None:
         parts.append(end_labels(ends, right))
     named = f"{title} against {AXES[axis]}"
     return (
         f'<svg class="by-{AXES[axis]}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"'
-        f' aria-label="{text(named)}. {text(said)}" data-unit="{unit}"'
+        f' aria-label="{text(named)}. {text(summary)}" data-unit="{unit}"'
         f' data-x="0 {x.high:.6g} {LEFT} {right:.1f}"'
         f' data-y="{y.low:.6g} {y.high:.6g} {y.start} {y.end} {int(y.log)}">'
         f'<title>{text(named)}</title>{"".join(parts)}<path class="cursor"/></svg>'
     )
 
 
-def event_marks(marks: dict[str, list[Point]], axis: int, factor: float, x: Scale) -> str:
-    """What happened when, as far as it can be told apart: one path for each kind."""
-    bottom, drawn = HEIGHT - BOTTOM, ""
-    for kind, points in marks.items():
-        places = sorted({round(x(point[axis] * factor)) for point in points})
-        shape = f"V{bottom}" if kind == "restart" else f"m-3 {bottom - TOP - 7}l6 6m0-6l-6 6"
-        path = "".join(f"M{place} {TOP}{shape}" for place in places if place <= x.end)
-        drawn += f'<path class="{kind}" d="{path}"/>' if path else ""
-    return drawn
-
-
-def dashes(line: Line) -> str:
-    return DASHES[line.style % len(DASHES)]
-
-
-def markers(style: int, spots: Iterable[tuple[float, float]]) -> str:
-    shape = SHAPES[style % len(SHAPES)]
-    drawn = "".join(f"M{left:.1f} {top:.1f}{shape}" for left, top in spots)
-    return f'<path class="marker s{style % COLOURS}" d="{drawn}"/>'
-
-
-def swatch(line: Line, width: int = 30) -> str:
-    """A piece of a line, for legends."""
-    return (
-        f'<svg class="swatch" viewBox="0 0 {width} 12" aria-hidden="true">'
-        f'<polyline class="s{line.style % COLOURS}" points="0,6 {width},6"'
-        f' stroke-dasharray="{dashes(line)}"/>'
-        f"{markers(line.style, [(width / 2, 6)]) if line.marked else ''}</svg>"
-    )
-
-
-def width_of(label: str) -> float:
-    """Of a label, in a chart's units, in a wide typeface: a page can't know which one it gets."""
-    return sum(11.5 if c in "mwMW@%" or c > "\u2e80" else 7.4 for c in label)
+def swatch(line: Line) -> str:
+    """A short sample of a line, for legends."""
+    drawn = line.polyline("0,6 30,6") + (line.markers([(15, 6)]) if line.marked else "")
+    return f'<svg class="swatch" viewBox="0 0 30 12" aria-hidden="true">{drawn}</svg>'
 
 
 def end_labels(ends: list[tuple[tuple[float, float], Line]], right: float) -> str:
     """Labels at the ends of lines, moved apart; where there is no room for all, some."""
     ends = sorted(ends, key=lambda end: end[0][1])
-    room = int((HEIGHT - BOTTOM - TOP) // GAP)
+    room = (FLOOR - TOP) // GAP
     if len(ends) > room:
         ends = [ends[index * (len(ends) - 1) // (room - 1)] for index in range(room)]
-    tops: list[float] = []
-    for (_, top), _ in ends:
-        tops.append(max(top, tops[-1] + GAP if tops else top))
-    lowest = HEIGHT - BOTTOM
-    for index in reversed(range(len(tops))):
-        tops[index] = min(tops[index], lowest)
-        lowest = tops[index] - GAP
-    parts = []
-    for ((left, y), line), top in zip(ends, tops, strict=True):
+    parts, lowest = [], -math.inf
+    for below, ((left, y), line) in zip(reversed(range(len(ends))), ends, strict=True):
+        lowest = max(y, lowest + GAP)
+        top = min(lowest, FLOOR - below * GAP)  # leaves room for those below
         parts.append(f'<path class="leader" d="M{left:.1f} {y:.1f}L{right + 8:.1f} {top:.1f}"/>')
         parts.append(
             f'<text class="end t{line.style % COLOURS}" x="{right + 10:.1f}" y="{top + 4:.1f}">'
@@ -260,7 +224,7 @@ def end_labels(ends: list[tuple[tuple[float, float], Line]], right: float) -> st
 
 
 def whole_page(title: str, body: str) -> bytes:
-    """A page from its parts; its policy keeps it from asking for anything outside it."""
+    """A page; its policy forbids it to load anything."""
     shown = text(title)
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -273,26 +237,37 @@ def whole_page(title: str, body: str) -> bytes:
     ).encode("utf-8", "replace")
 
 
-def axis_switch() -> str:
-    """Radio buttons that choose the horizontal axis by CSS alone; charts must follow them."""
-    buttons = (
+def charts(figures: list[str], legend: str = "") -> str:
+    """Figures under radio buttons that choose their horizontal axis, by CSS alone."""
+    buttons = "".join(
         f'<input type="radio" name="axis" id="by-{axis}"{" checked" * (axis == AXES[0])}>'
         f'<label for="by-{axis}">{axis}</label>'
         for axis in AXES
     )
-    return f'<span class="against">Against</span>{"".join(buttons)}'
+    shown = "".join(figures) or "<p>There are no rows yet.</p>"
+    return f'<span class="against">Against</span>{buttons}{legend}<div class="charts">{shown}</div>'
 
 
-def table(head: Iterable[str], rows: Iterable[Iterable[str]], caption: str) -> str:
-    """A table of HTML cells, the first of a row its header, which scrolls where it is too wide."""
-    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+def details(summary: str, content: str, is_open: bool = False) -> str:
+    """Content that can be unfolded."""
+    return f"<details{' open' * is_open}><summary>{summary}</summary>{content}</details>"
+
+
+def table(rows: list[dict[str, str]], caption: str) -> str:
+    """A table that scrolls where it is too wide, of rows that map each column's title to a cell.
+
+    Titles and cells are HTML. A row's first cell is its header. No rows make no table.
+    """
+    if not rows:
+        return ""
+    head = "".join(f'<th scope="col">{title}</th>' for title in rows[0])
     body = []
-    for first, *rest in rows:
+    for first, *rest in (row.values() for row in rows):
         cells = "".join(f"<td>{cell}</td>" for cell in rest)
         body.append(f'<tr><th scope="row">{first}</th>{cells}</tr>')
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="{text(caption)}"><table>'
-        f"<thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
     )
 
 
@@ -344,7 +319,7 @@ details>pre{background:var(--card);padding:8px;margin:6px 0}
 label{margin-right:9px}.marks{display:block}}
 """ + "".join(f".s{i}{{stroke:var(--s{i})}}text.t{i}{{fill:var(--s{i})}}" for i in range(COLOURS))
 
-# Shows the values under the pointer, read off the curves themselves; what is printed is unfolded.
+# Shows the values under the pointer, read from the curves; unfolds everything before printing.
 SCRIPT = """
 "use strict";
 addEventListener("beforeprint", () => {
@@ -352,6 +327,7 @@ addEventListener("beforeprint", () => {
 });
 const round = v => !v ? "0" : Math.abs(v) < 1e-3 ? v.toExponential(2)
   : Math.abs(v) >= 1e4 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(4));
+const nearest = (list, far) => list.reduce((a, b) => far(b) < far(a) ? b : a);
 for (const svg of document.querySelectorAll(".charts figure > svg")) {
   const out = svg.parentNode.querySelector(".readout"), cursor = svg.querySelector(".cursor");
   const [, xHigh, left, right] = svg.dataset.x.split(" ").map(Number);
@@ -371,12 +347,11 @@ for (const svg of document.querySelectorAll(".charts figure > svg")) {
     const x = (event.clientX - box.left) * unit, y = (event.clientY - box.top) * unit;
     if (x < left || x > right + 4) return leave();
     let found = lines.map(({label, points}) => {
-      const near = points.reduce((a, b) => Math.abs(b[0] - x) < Math.abs(a[0] - x) ? b : a);
+      const near = nearest(points, p => Math.abs(p[0] - x));
       return {label, x: near[0], y: near[1]};
     });
-    const far = f => Math.hypot(f.x - x, f.y - y);
-    if (found.length > 8) found = [found.reduce((a, b) => far(b) < far(a) ? b : a)];
-    const at = found.reduce((a, b) => Math.abs(b.x - x) < Math.abs(a.x - x) ? b : a).x;
+    if (found.length > 8) found = [nearest(found, f => Math.hypot(f.x - x, f.y - y))];
+    const at = nearest(found, f => Math.abs(f.x - x)).x;
     cursor.setAttribute("d", `M${at} ${end}V${start}`);
     out.textContent = `${svg.dataset.unit} ${round((at - left) / (right - left) * xHigh)}: `
       + found.map(f => `${f.label} ${round(value(f.y))}`.trim()).join(", ");

@@ -1,41 +1,40 @@
-"""Raw sources to documents: text, CSV, TSV, JSON lines, Parquet, python-stdlib; no tokens.
+"""Raw sources to documents: text, CSV, TSV, JSON lines, Parquet and Python's standard library.
 
-The unit of work is a *part*, a pure function of the sources' names and sizes, so that any number
-of processes reads the same documents in the same order. Reading streams: memory is bounded by a
-batch and the largest document. What a document's text is, by `data.document`:
+The unit of work is a *part*, a pure function of the sources' names and sizes, so any number of
+processes reads the same documents in the same order. Reading streams: memory is bounded by a batch
+and the largest document. `data.document` says what a document is:
 
     row         the text column of one row
     file        the whole file
     line        a line without its newline
     blank_line  the lines between blank ones, without the last newline
-    {starts=…}  from a line that the regex matches (at its start) to the next one, newlines kept
+    {starts=…}  from a line whose beginning matches the regex to the next such line, with newlines
     {lines=N}   about N lines: one begins a document if the hash of its bytes is a multiple of N
 
-Whether a line begins a document depends on that line alone, so that any byte range can be cut off.
-Text stands as in the source, byte for byte, but for a byte order mark before it (and python-stdlib
-is read as Python reads it, CRLF a newline). For all rules but `row`, a table's rows are lines of
-one larger text, a newline added where a row lacks it. A null is an empty text; an empty text is a
-document, the caller may drop it.
+Whether a line begins a document depends on that line alone, so a file can be cut at any byte. Text
+is kept byte for byte, but a byte order mark before it is dropped, and python-stdlib is read as
+Python reads it (CRLF is a newline). For all rules but `row`, the rows of a table are lines of one
+larger text; a newline is added where a row lacks it. A null is an empty text, and an empty text is
+a document; the caller may drop it.
 
-Of instruction data a row is a conversation, its text the JSON of [[role, content], …]; `texts`
-gives its contents. A document that can't be read is bad: `data.on_error` says whether that stops
-the reading. A file that is cut short or damaged always does: it tells not how much is lost.
+In instruction data a row is a conversation, and its text is the JSON of [[role, content], …];
+`texts` gives the contents. `data.on_error` says whether a document that can't be read stops the
+reading. A file that is cut short or damaged always does, since nobody knows how much is lost.
+docs/adding-a-format.md adds a format.
 """
 
 from __future__ import annotations
 
 import csv
-import functools
-import hashlib
 import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
 import tokenize
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
 
@@ -43,24 +42,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from config import ConfigError, DataConfig, UserError
-from sources import COMPRESSIONS, Source, Survey, suffixes
+from corpus.sources import COMPRESSIONS, Source, Survey, suffixes
+from corpus.splits import text_hash
 
-BOM = b"\xef\xbb\xbf"  # some programs write it before UTF-8, and it is no part of the text
+BOM = b"\xef\xbb\xbf"  # some programs write it before UTF-8; it is not part of the text
 OTHER_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32"}
-OTHER_MARKS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # after the longer ones
-MIN_PART_BYTES, MAX_PARTS = 1_000_000, 1024  # the default part: small corpora still feed all cores
+OTHER_MARKS |= {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}  # which begin the longer ones
+MIN_PART_BYTES, MAX_PARTS = 1_000_000, 1024  # by default: small corpora, too, use all cores
 BATCH_BYTES = 4_000_000  # of a Parquet column, decoded at a time
-PACKED_BYTES = 1 << 16  # of a compressed file, at a time
-LONG_WINDOW = "too much memory"  # how libzstd says it, in pyarrow's words
+PACKED_BYTES = 1 << 16  # of a compressed file, read at a time
+LONG_WINDOW = "too much memory"  # what libzstd says of a long window, in pyarrow's words
 TABLE_LINE_FACTOR = 8  # JSON may take six bytes for one of text, and a line has other fields
-MESSAGES = (("role", "content"), ("from", "value"))  # what a message's fields are called
-ROLES = {"human": "user", "gpt": "assistant"}  # what roles are called where a template lacks them
-COUNTED: dict[str, tuple[int, int]] = {}  # of files: so many bytes hold so many lines
+PLAIN = ("text", "python")  # formats without rows
+BY_LINE = ("text", "jsonl")  # formats that can be cut at any byte
+MESSAGES = (("role", "content"), ("from", "value"))  # names of a message's fields
+ROLES = {"human": "user", "gpt": "assistant"}  # other names of roles
+COUNTED: dict[str, tuple[int, int]] = {}  # of a file: bytes from its start, and lines in them
 STRINGS = (pa.string(), pa.large_string(), pa.string_view(), pa.null())
 
 
 class Part(NamedTuple):
-    """A unit of work: sources, or pieces of them, of one split."""
+    """A unit of work: files, or pieces of files, of one split."""
 
     index: int
     split: str | None
@@ -72,7 +74,7 @@ class Part(NamedTuple):
 
 
 class Document(NamedTuple):
-    """A text and where it starts: a line or row from 1, counted from byte `start` of the file."""
+    """A text and where it starts: a line or row, where 1 is the one at byte `start` of the file."""
 
     text: str
     file: str
@@ -80,8 +82,8 @@ class Document(NamedTuple):
     start: int = 0
 
     def place(self) -> str:
-        """`file, row N` for messages, N counted from the file's beginning; N = 0: the file."""
-        return _place(self.file, self.row + _rows_before(self.file, self.start))
+        """`file, row N` for messages, N counted from the file's beginning."""
+        return f"{self.file}, row {self.row + _rows_before(self.file, self.start)}"
 
 
 class Bad(NamedTuple):
@@ -92,22 +94,22 @@ class Bad(NamedTuple):
     reason: str
 
     def message(self) -> str:
-        return f"{_place(self.file, self.row)}: {self.reason}"
+        return f"{self.file}{f', row {self.row}' if self.row else ''}: {self.reason}"
 
 
 class Unreadable(Exception):
-    """Why a row, or where it concerns all rows a file, can't be read."""
+    """Why a row can't be read, or, where all its rows are concerned, a file."""
 
 
 def plan(data: DataConfig, sources: list[Source] | None = None) -> list[Part]:
-    """The parts of the corpus, from its sources' names and sizes alone, in the order of reading.
+    """The parts of the corpus, in the order of reading: a pure function of names and sizes.
 
-    The sources are those of the configuration, which have been described already or are now.
+    Without `sources`, those of the configuration are surveyed.
 
     Raises:
-        UserError: as Survey; a rule that a format can't follow; a damaged Parquet file.
+        UserError: as Survey; a rule that does not fit a format; a damaged Parquet file.
     """
-    _boundary(data.document)
+    _boundary(data.document)  # raises ConfigError for what is no regex
     sources = Survey(data).sources if sources is None else sources
     target = data.part_bytes or max(MIN_PART_BYTES, sum(s.bytes for s in sources) // MAX_PARTS)
     parts: list[Part] = []
@@ -124,13 +126,13 @@ def plan(data: DataConfig, sources: list[Source] | None = None) -> list[Part]:
 def read(
     part: Part, data: DataConfig, skipped: Callable[[Bad], object] = lambda bad: None
 ) -> Iterator[Document]:
-    """The documents that start in the part, in order; with data.on_error = skip, but for bad ones.
+    """The documents that start in the part, in order; with data.on_error = skip, the good ones.
 
-    Those are not UTF-8 (unless data.errors is replace), above data.max_document_bytes, or rows
-    that break their format or lack what is to be read; each goes to `skipped`, once.
+    A bad document is not UTF-8 (unless data.errors is replace), above data.max_document_bytes, or a
+    row that breaks its format or lacks what is to be read. Each goes to `skipped` once.
 
     Raises:
-        UserError: names file and row: a file that is unreadable or damaged, no such column, a
+        UserError: names file and row: a file that is unreadable or damaged, a missing column, a
             column that is not text; with data.on_error = stop, a bad document.
     """
     for piece in part.pieces:
@@ -138,114 +140,27 @@ def read(
 
 
 def texts(document: Document, data: DataConfig) -> list[str]:
-    """The texts in a document: the contents of a conversation, else its text."""
+    """The texts in a document: the contents of a conversation, or the one text."""
     if data.format == "instruct":
         return [content for _, content in json.loads(document.text)]
     return [document.text]
 
 
-def split_of(text: str, data: DataConfig) -> str:
-    """train, val or test, by the hash of data.split_seed and the text; never by the training seed.
-
-    A split that has sources of its own takes nothing from the others.
-    """
-    return _split_at(_split_hash(text, data), data)
-
-
-class Splitter:
-    """Gives documents their splits.
-
-    Args:
-        moved: what `fill_splits` found: hashes of documents that go elsewhere than split_of says.
-
-    Attributes:
-        edges: the lowest and the highest hashes met that split_of sends to a split, two of each;
-            `fill_splits` needs no more.
-        counts: documents that were moved, by the split that they went to.
-    """
-
-    def __init__(self, data: DataConfig, moved: dict[int, str]):
-        self.data, self.moved = data, moved
-        self.edges: dict[str, list[int]] = {}
-        self.counts: Counter[str] = Counter()
-
-    def split(self, text: str) -> str:
-        digest = _split_hash(text, self.data)
-        split = _split_at(digest, self.data)
-        note_edge(self.edges, split, digest)
-        if digest in self.moved:
-            split = self.moved[digest]
-            self.counts[split] += 1
-        return split
-
-
-def note_edge(edges: dict[str, list[int]], split: str, digest: int) -> None:
-    """Adds a hash to a Splitter's edges, if it is one."""
-    known = edges.setdefault(split, [])
-    if digest not in known:
-        known.append(digest)
-        known.sort()
-        del known[2:-2]
-
-
-def fill_splits(edges: dict[str, list[int]], data: DataConfig) -> dict[int, str]:
-    """Which documents have to move so that no split is empty that the fractions ask for, by hash.
-
-    In the order of hashes come val, test and train. Where one is empty, the borders between them
-    move by as few documents as give each one: a pure function of the documents. Equal ones have one
-    hash, so they stay together.
-
-    Returns:
-        The new split of each that moves; nothing where there are fewer documents than splits.
-    """
-    names = asked_splits(data)
-    ordered = [(digest, name) for name in names for digest in edges.get(name, ())]
-    if len(ordered) < len(names):
-        return {}
-    moved, start, natural = {}, 0, 0
-    for place, name in enumerate(names, 1):
-        natural += len(edges.get(name, ()))
-        stop = min(max(natural, start + 1), len(ordered) - len(names) + place)
-        moved |= {digest: name for digest, old in ordered[start:stop] if old != name}
-        start = stop
-    return moved
-
-
-def asked_splits(data: DataConfig) -> list[str]:
-    """The splits of data.sources, in the order of their hashes."""
-    val, test = data.val_fraction > 0, data.test_fraction > 0
-    asked = {"val": val and not data.val_sources, "test": test and not data.test_sources}
-    return [*filter(asked.get, asked), "train"]
-
-
-def _split_hash(text: str, data: DataConfig) -> int:
-    return _hash(text, str(data.split_seed).encode())
-
-
-def _split_at(digest: int, data: DataConfig) -> str:
-    share = digest / 2**64
-    val = 0.0 if data.val_sources else data.val_fraction
-    test = 0.0 if data.test_sources else data.test_fraction
-    return "val" if share < val else "test" if share < val + test else "train"
-
-
 def _rule(format: str, data: DataConfig) -> str | dict:
     if data.format == "instruct":
         return "row"
-    automatic = "file" if format in ("text", "python") else "row"
+    automatic = "file" if format in PLAIN else "row"
     return automatic if data.document == "auto" else data.document
 
 
 def _cut(source: Source, target: int, data: DataConfig) -> Iterator[Source]:
-    """The pieces of a source: of about `target` bytes where its format can be cut, else one."""
+    """The pieces of a source: of about `target` bytes if its format can be cut, else the file."""
     rule = _rule(source.format, data)
-    if rule == "row" and source.format in ("text", "python"):
+    if rule == "row" and source.format in PLAIN:
         key = "format = instruct" if data.format == "instruct" else "document = row"
         raise ConfigError(f"data.{key} is for tables, but {source.path} is text")
-    whole = rule == "file" or source.format in ("csv", "tsv", "python") or suffixes(source.path)[1]
-    if whole or source.bytes <= target:
-        yield source
-    elif source.format == "parquet":
+    whole = rule == "file" or suffixes(source.path)[1] or source.bytes <= target
+    if source.format == "parquet" and not whole:
         with _open_parquet(source.path) as file:
             sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.num_row_groups)]
         start, size, scale = 0, 0, source.bytes / max(1, sum(sizes))
@@ -254,11 +169,13 @@ def _cut(source: Source, target: int, data: DataConfig) -> Iterator[Source]:
             if size >= target or stop == len(sizes):
                 yield source._replace(bytes=size, start=start, stop=stop)
                 start, size = stop, 0
-    else:
+    elif source.format in BY_LINE and not whole:
         count = -(-source.bytes // target)
         edges = [source.bytes * i // count for i in range(count + 1)]
         for start, stop in itertools.pairwise(edges):
             yield source._replace(bytes=stop - start, start=start, stop=stop)
+    else:
+        yield source
 
 
 class Blocks(io.RawIOBase):
@@ -271,10 +188,8 @@ class Blocks(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:
-        while not self.rest:
-            if (block := next(self.blocks, None)) is None:
-                return 0
-            self.rest = memoryview(block)
+        if not self.rest:
+            self.rest = memoryview(next(filter(None, self.blocks), b""))
         count = min(len(buffer), len(self.rest))
         buffer[:count], self.rest = self.rest[:count], self.rest[count:]
         return count
@@ -285,17 +200,18 @@ class Blocks(io.RawIOBase):
 
 
 class Reader:
-    """Reads one piece; `row` is where it stands, so that whatever goes wrong can be placed.
+    """Reads one piece: rows give units (rows or lines), and runs of units are documents.
 
-    Each format yields (position, row as it stands in the file); a position is in the unit of the
-    piece's start and stop. `convert` alone makes text of a row, or Bad.
+    The method for a format yields (position, row as it is in the file), where the position is of
+    the kind of the piece's start and stop. `convert` turns such a row into text. `self.row` is the
+    number of the current row, so that an error can be placed.
     """
 
     def __init__(self, piece: Source, data: DataConfig, skipped: Callable[[Bad], object]):
         self.piece, self.data, self.skipped, self.row = piece, data, skipped, 0
         self.rule, self.limit = _rule(piece.format, data), data.max_document_bytes
-        self.is_text, self.errors = piece.format in ("text", "python"), data.errors
-        self.origin = piece.start if piece.format in ("text", "jsonl") else 0  # rows count from it
+        self.is_text, self.errors = piece.format in PLAIN, data.errors
+        self.origin = piece.start if piece.format in BY_LINE else 0  # the byte of row 1
         self.key, self.columns = "text_column", [data.text_column]  # what is read of a table
         if data.format == "instruct" and data.columns:
             self.key, self.columns = "columns", list(data.columns.values())
@@ -315,7 +231,7 @@ class Reader:
                     self.leave_out(self.too_large(row))
                 else:
                     yield Document(text, self.piece.path, row, self.origin)
-        except UnicodeError as error:  # Python that is not what it says it is
+        except UnicodeError as error:  # Python in another encoding than it declares
             self.leave_out(self.not_utf8(error))
         except SyntaxError as error:
             self.leave_out(self.bad(f"can't be read as Python ({error})"))
@@ -325,11 +241,12 @@ class Reader:
             raise UserError(self.placed(self.bad(_damage(error))).message()) from None
 
     def groups(self) -> Iterator[tuple[int, list[str]]]:
-        """Runs of units, each from a boundary inside the piece to the next, which may lie beyond.
+        """The first row and the units of each run that begins in the piece.
 
-        What comes before a file's first boundary is a run of its first piece. Whether a unit is a
-        boundary depends on that unit alone, so neighbouring pieces agree on who owns a run. A bad
-        unit makes its run bad.
+        A run goes from one boundary to the next, which may lie beyond the piece; what comes before
+        a file's first boundary is a run of its first piece. Whether a unit is a boundary depends on
+        that unit alone, so neighbouring pieces agree on who owns a run. A bad unit makes its run
+        bad.
         """
         is_boundary = _boundary(self.rule)
         owned, good, first, units, size = self.piece.start == 0, True, 1, [], 0
@@ -346,7 +263,7 @@ class Reader:
                 if not bad:
                     units.append(unit)
                     size += len(unit)
-                    if size > self.limit + 2:  # characters, and a newline that may go
+                    if size > self.limit + 2:  # characters, with a newline that may be dropped
                         bad, unit = True, self.too_large(first)
                 if bad:
                     self.leave_out(unit)
@@ -359,9 +276,10 @@ class Reader:
     def units(self) -> Iterator[tuple[str | Bad, bool]]:
         """Rows for the rule `row`, else lines, each with whether it starts inside the piece."""
         formats = {"csv": self.csv_rows, "tsv": self.csv_rows, "parquet": self.parquet_rows}
+        rows = formats.get(self.piece.format, self.lines)
         stop = math.inf if self.piece.stop is None else self.piece.stop
         is_unit = self.is_text or self.rule == "row"
-        for position, row in formats.get(self.piece.format, self.lines)():
+        for position, row in rows():
             inside = position < stop
             unit = row if isinstance(row, Bad) else self.convert(row)
             if unit is None:
@@ -376,102 +294,90 @@ class Reader:
     def lines(self) -> Iterator[tuple[int, bytes | Bad]]:
         """Lines with their newlines, by the byte where they start; for `file`, a text is one."""
         limit = self.limit + 2 if self.is_text else TABLE_LINE_FACTOR * self.limit
+        start, stop = self.piece.start, self.piece.stop
         self.row = 1
         with self.open() as file:
             take = file.read if self.is_text and self.rule == "file" else file.readline
-
-            def skip_line(stop: float = math.inf) -> int:
-                """Reads to the end of the line, in blocks, or beyond `stop`; what position then."""
-                at = position
-                while at < stop and (block := take(BATCH_BYTES)):
-                    at += len(block)
-                    if block.endswith(b"\n"):
-                        break
-                return at
-
-            head = file.peek(4)  # of the file, whatever piece it is
-            if other := next((OTHER_MARKS[m] for m in OTHER_MARKS if head.startswith(m)), ""):
-                advice = f"convert it: iconv -f {other} -t UTF-8 IN > OUT"
-                raise Unreadable(f"{other}, not UTF-8; {advice}")
-            position = max(0, self.piece.start - 1)
-            if self.piece.start:  # the line that the byte before it belongs to is another piece's
+            head = file.peek(4)  # of the file, also for a later piece
+            if code := next((OTHER_MARKS[m] for m in OTHER_MARKS if head.startswith(m)), ""):
+                raise Unreadable(
+                    f"{code}, not UTF-8; convert it: iconv -f {code} -t UTF-8 IN > OUT"
+                )
+            position = max(0, start - 1)
+            if start:  # the line that the byte before it belongs to is another piece's
                 file.seek(position)
-                position = skip_line(self.piece.stop)
-                if position >= self.piece.stop:
+                position += _skip_line(take, stop - position)
+                if position >= stop:
                     return
             while line := take(limit + 1 + (0 if position else len(BOM))):
-                start, position = position, position + len(line)
-                line = line if start else line.removeprefix(BOM)
-                yield start, line if len(line) <= limit else self.too_large(self.row)
+                at, position = position, position + len(line)
+                line = line if at else line.removeprefix(BOM)
+                yield at, line if len(line) <= limit else self.too_large(self.row)
                 if len(line) > limit and not line.endswith(b"\n"):
-                    position = skip_line()
+                    position += _skip_line(take)
 
     def csv_rows(self) -> Iterator[tuple[int, list[bytes] | Bad]]:
         """Records below a header of names, numbered from 1; quoted newlines are kept.
 
         A record that breaks the rules is its first line: one open quote can't swallow the rest.
-        TSV is CSV with tabs. Most of it knows no quotes, so a field may begin with a quote that is
-        never closed: one that goes over a tab and a newline breaks the rules, too.
+        TSV is CSV with tabs. Most TSV knows no quotes, so a field may begin with a quote that is
+        never closed: a quoted field with both a tab and a newline breaks the rules, too.
         """
-        kind, tab = self.piece.format.upper(), "\t" if self.piece.format == "tsv" else None
+        kind, delimiter = ("TSV", "\t") if self.piece.format == "tsv" else ("CSV", ",")
         csv.field_size_limit(TABLE_LINE_FACTOR * self.limit)
-        source = self.lines()
-        record: list[str] = []  # the lines of the record that is being read
-        again: list[str] = []  # lines to read a second time, from the last on
+        source = (line for _, line in self.lines())
+        header: list[str] = []
+        record: list[bytes | Bad] = []  # the lines of the record that is being read
+        again: list[bytes | Bad] = []  # lines to read a second time, from the last on
 
         def lines() -> Iterator[str]:
-            while again:
-                record.append(again.pop())
-                yield record[-1]
-            for _, line in source:
+            while line := again.pop() if again else next(source, None):
+                record.append(line)
                 if isinstance(line, Bad):
                     raise Unreadable(line.reason)
-                record.append(line.decode("latin-1"))  # a character a byte, whatever they mean
-                yield record[-1]
+                yield line.decode("latin-1")  # a character per byte, whatever the bytes mean
 
-        def records() -> Iterator[list[str]]:
-            for values in csv.reader(lines(), strict=True, delimiter=tab or ","):
-                if tab and any(tab in value and "\n" in value for value in values):
-                    raise csv.Error("a quote is open over a tab and the end of a line")
-                yield values
-
-        rows = records()
-        try:
-            names = next(filter(None, rows), None)
-        except csv.Error as error:
-            raise Unreadable(f"the header is not {kind} ({error})") from None
-        if names is None:
-            raise Unreadable(f"empty: a {kind} file starts with a header of column names")
-        header = [name.encode("latin-1").decode("utf-8", "replace") for name in names]
-        self.check_columns(header)
-        indices = [header.index(column) for column in self.columns]
-        self.row = 1
+        records = None
         while True:
             record.clear()
             try:
-                values = next(rows, None)
+                records = records or csv.reader(lines(), strict=True, delimiter=delimiter)
+                fields = next(records, None)
+                if kind == "TSV" and any("\t" in field and "\n" in field for field in fields or ()):
+                    raise csv.Error("a quote is open over a tab and the end of a line")
             except (csv.Error, Unreadable) as error:
+                against_rules = isinstance(error, csv.Error)  # or a line above the limit
+                reason = f"not {kind} ({error})" if against_rules else str(error)
+                if not header:
+                    raise Unreadable("the header is " * against_rules + reason) from None
                 again += reversed(record[1:])
-                rows = records()
-                reason = f"not {kind} ({error})" if isinstance(error, csv.Error) else str(error)
+                records = None
                 yield 0, self.bad(reason)
                 continue
-            if values is None:
-                return
-            if len(values) == len(header):
-                yield 0, [values[index].encode("latin-1") for index in indices]
-            elif values:  # an empty line is no record
-                yield 0, self.bad(f"has {len(values)} fields, the header {len(header)}")
+            if fields is None:
+                break
+            if not fields:  # an empty line
+                continue
+            if not header:
+                header = [name.encode("latin-1").decode("utf-8", "replace") for name in fields]
+                self.check_columns(header)
+                indices = [header.index(column) for column in self.columns]
+            elif len(fields) == len(header):
+                yield 0, [fields[index].encode("latin-1") for index in indices]
+            else:
+                yield 0, self.bad(f"has {len(fields)} fields, the header {len(header)}")
+        if not header:
+            raise Unreadable(f"empty: a {kind} file starts with a header of column names")
 
     def parquet_rows(self) -> Iterator[tuple[int, tuple[object, ...]]]:
-        """Rows from the piece's first row group on, a batch at a time."""
+        """Rows by their row group, from the piece's first one on, read a batch at a time."""
         with _open_parquet(self.piece.path) as file:
             schema = file.schema_arrow
             self.check_columns(schema.names)
             kinds = {name: _parquet_type(schema.field(name), self.key) for name in self.columns}
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             self.row = 1 + sum(group.num_rows for group in groups[: self.piece.start])
-            stop = self.piece.stop if self.rule in ("row", "line") else None  # what may cross it
+            stop = self.piece.stop if self.rule in ("row", "line") else None  # others may cross it
             for i, group in [*enumerate(groups)][self.piece.start : stop]:
                 size = max(1, BATCH_BYTES * group.num_rows // max(1, group.total_byte_size))
                 for batch in file.iter_batches(size, [i], list(kinds), use_threads=False):
@@ -480,7 +386,7 @@ class Reader:
                         yield i, row
 
     def open(self) -> io.BufferedReader:
-        """The file's bytes, without compression; Python as UTF-8, whatever it is written in."""
+        """The file's bytes, decompressed; Python as UTF-8, whatever its encoding."""
         path = self.piece.path
         if self.piece.format == "python":
             with tokenize.open(path) as file:
@@ -500,15 +406,17 @@ class Reader:
         return file
 
     def check_columns(self, names: list[str]) -> None:
-        """Unreadable unless each column that is read is one of the names, once."""
+        """Raises Unreadable unless each column to read is among the names exactly once."""
         for column in self.columns:
             if (count := names.count(column)) != 1:
                 wrong = f"{count} columns {column!r}" if count else f"no column {column!r}"
                 known = ", ".join(names)
+                if self.key == "text_column" and {"messages", "conversations"} & set(names):
+                    known += "; or, for conversations, data.format = instruct"
                 raise Unreadable(f"{wrong}; set data.{self.key} to one of: {known}")
 
     def convert(self, row: bytes | Sequence[object]) -> str | Bad | None:
-        """The text of a line or of a row's columns; None for a blank line of JSON."""
+        """The text of a line or of a row's columns, or Bad; None for a blank line of JSON."""
         try:
             if self.is_text:
                 return row.decode("utf-8", self.errors)
@@ -531,7 +439,7 @@ class Reader:
             return self.bad(str(error))
 
     def leave_out(self, bad: Bad) -> None:
-        """Goes on without a bad document, if data.on_error allows that."""
+        """Skips a bad document, if data.on_error allows that."""
         bad = self.placed(bad)
         if self.data.on_error == "stop":
             raise UserError(bad.message())
@@ -554,22 +462,18 @@ class Reader:
         return Bad(self.piece.path, self.row, reason)
 
     def placed(self, bad: Bad) -> Bad:
-        """With its row counted from the file's beginning."""
-        return bad._replace(row=bad.row + self.rows_before)
-
-    @functools.cached_property
-    def rows_before(self) -> int:  # counted only now: a corpus without a mistake needs no count
-        return _rows_before(self.piece.path, self.origin)
+        """With its row counted from the file's beginning; a good corpus never needs that count."""
+        return bad._replace(row=bad.row + _rows_before(self.piece.path, self.origin))
 
 
 def _boundary(rule: str | dict) -> Callable[[str], bool]:
-    """Tells whether a unit begins a document, or for blank_line ends one."""
+    """A function that says whether a unit begins a document, or for blank_line ends one."""
     if rule == "blank_line":
         return lambda line: not line.strip()
     if isinstance(rule, str):
         return lambda unit: rule != "file"
     if lines := rule.get("lines"):
-        return lambda line: bool(line.strip()) and _hash(_without_newline(line)) % lines == 0
+        return lambda line: bool(line.strip()) and text_hash(_without_newline(line)) % lines == 0
     try:
         match = re.compile(rule["starts"]).match
     except re.error as error:
@@ -577,24 +481,15 @@ def _boundary(rule: str | dict) -> Callable[[str], bool]:
     return lambda line: match(_without_newline(line)) is not None
 
 
-def _hash(text: str, key: bytes = b"") -> int:
-    """64 bits."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, key=key).digest(), "big")
-
-
-def _place(file: str, row: int) -> str:
-    return f"{file}, row {row}" if row else file
-
-
 def _rows_before(path: str, start: int) -> int:
-    """The lines that begin before byte `start`, where a piece of the file starts.
+    """How many lines begin before byte `start`, where a piece of the file starts.
 
-    A process reads pieces in order, so it goes on from where it last counted: with bad rows in
-    every piece of a file, it is read once more, not once a piece.
+    A process reads pieces in order, so counting continues where it last stopped: with bad rows in
+    every piece of a file, the file is read once more, not once per piece.
     """
     if not start:
         return 0
-    at, rows = COUNTED.get(path, (0, 1))  # the one that the byte before `start` belongs to
+    at, rows = COUNTED.get(path, (0, 1))  # with the line that the byte before `start` belongs to
     if at >= start:
         at, rows = 0, 1
     with open(path, "rb") as lines:
@@ -619,7 +514,7 @@ def _conversation(row: Sequence[object], columns: list[str], data: DataConfig) -
 
 
 def _messages(value: object, data: DataConfig) -> Iterator[tuple[str, str]]:
-    """The roles and contents of a list of messages, which may be written as JSON."""
+    """The roles and contents of a list of messages, which may be JSON."""
     column = data.messages_column
     if isinstance(value, str | bytes):
         value = _parse(_text(value, column, data.errors) or "null")
@@ -642,7 +537,7 @@ def _messages(value: object, data: DataConfig) -> Iterator[tuple[str, str]]:
 
 
 def _text(value: object, name: str, errors: str) -> str:
-    """A value as text; Unreadable if it is none, UnicodeError where it is not Unicode."""
+    """A value as text; raises Unreadable if it is not text, UnicodeError if not Unicode."""
     if isinstance(value, bytes):
         return value.decode("utf-8", errors)
     if value is None:
@@ -656,7 +551,7 @@ def _text(value: object, name: str, errors: str) -> str:
 
 
 def _parquet_type(field: pa.Field, key: str) -> pa.DataType:
-    """The type as which a column is read: with bytes for text, since that may not be UTF-8."""
+    """The type as which a column is read; text is read as bytes, since it may not be UTF-8."""
 
     def is_text(kind: pa.DataType) -> bool:
         return (kind.value_type if pa.types.is_dictionary(kind) else kind) in STRINGS
@@ -697,11 +592,20 @@ def _without_newline(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r") if line.endswith("\n") else line
 
 
+def _skip_line(take: Callable[[int], bytes], most: float = math.inf) -> int:
+    """Reads the rest of a line in blocks, or at least `most` bytes; returns how many it read."""
+    count = 0
+    while count < most and (block := take(BATCH_BYTES)):
+        count += len(block)
+        if block.endswith(b"\n"):
+            break
+    return count
+
+
 def _unpack_xz(path: str) -> Generator[bytes, None, None]:
     """The content of an xz file, of one stream or several; OSError where it is cut or damaged.
 
-    Python's LZMAFile would take what is no stream for the end. NUL bytes may follow a stream, in
-    fours.
+    NUL bytes may follow a stream, in fours. (Python's LZMAFile would take any garbage for the end.)
     """
     try:
         import lzma
@@ -709,33 +613,27 @@ def _unpack_xz(path: str) -> Generator[bytes, None, None]:
         raise UserError(f"{path}: this Python was built without lzma; unpack it: xz -d") from None
     try:
         with open(path, "rb") as file:
-            stream, packed = lzma.LZMADecompressor(lzma.FORMAT_XZ), b""
             while True:
-                if stream.eof:
-                    packed, padding = stream.unused_data, 0
-                    while not (rest := packed.lstrip(b"\0")):
-                        padding += len(packed)
-                        if not (packed := file.read(PACKED_BYTES)):
-                            break
-                    padding += len(packed) - len(rest)
-                    if padding % 4:
-                        raise OSError(f"{padding} NUL bytes behind a stream, not a multiple of 4")
-                    if not (packed := rest):
-                        return
-                    stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-                elif stream.needs_input and not (packed := file.read(PACKED_BYTES)):
-                    raise OSError("Truncated compressed stream")
-                yield stream.decompress(packed, BATCH_BYTES)
-                packed = b""
+                stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+                while not stream.eof:
+                    packed = file.read(PACKED_BYTES) if stream.needs_input else b""
+                    if stream.needs_input and not packed:
+                        raise OSError("Truncated compressed stream")
+                    yield stream.decompress(packed, BATCH_BYTES)
+                file.seek(-len(stream.unused_data), os.SEEK_CUR)
+                while (word := file.read(4)) == bytes(4):
+                    pass
+                if word.startswith(b"\0"):
+                    raise OSError("NUL bytes behind a stream, not a multiple of 4")
+                if not word:
+                    return
+                file.seek(-len(word), os.SEEK_CUR)
     except lzma.LZMAError as error:
         raise OSError(f"xz decompress failed: {error}") from None
 
 
 def _unpack_zstd(path: str) -> Generator[bytes, None, None]:
-    """The content of a zstd file by the program zstd, which allows any window, as pyarrow does not.
-
-    OSError where it is cut or damaged.
-    """
+    """The content of a zstd file, by the program zstd, since pyarrow refuses a long window."""
     command, pipe = ["zstd", "-dcq", "--long=31"], subprocess.PIPE
     with (
         open(path, "rb") as file,

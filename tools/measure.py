@@ -1,7 +1,4 @@
-"""What bench.py measures with torch in a process of its own: training, sampling, checkpoint.
-
-Each benchmark is a contestant as bench.compare takes them. The parts of Rocket are the real ones.
-"""
+"""What bench.py measures with torch: training, sampling and checkpoints, by Rocket's own parts."""
 
 from __future__ import annotations
 
@@ -14,42 +11,50 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity
+from torch.utils.benchmark import Timer
 
-import generation
-from bench import Contestant, Json, Options, Times, load_module, whole_number, whole_numbers
 from checkpoint import Saver, find_resumable, load_optimizer, load_weights
 from config import Config, ConfigError, UserError, tables
-from dataset import rank_share
+from dataset import Batch, rank_share
 from distributed import World, init_distributed, replicate, shut_down
+from inference import generation
 from job import Votes
 from model import Llama, flops_per_token, parameter_count
-from rocket import Batch, build, initialise, open_datasets, train_step
-from run import check_inputs, device_peak, memory_gb
+from preflight import check_inputs
+from rocket import build, initialise, open_datasets, train_step
+from run import device_peak, memory_gb
 
-PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
+Contestant = Iterator[dict[str, Any]]  # see bench.py
+Options = dict[str, Any]
+
+
+class Times(NamedTuple):
+    """Seconds of completing a batch: to the first token of each row (None: unknown), of each later
+    token, and those spent once between them, such as on a CUDA graph."""
+
+    first: float | None
+    token: float
+    once: float = 0.0
+
+
 Generate = Callable[[list[list[int]], int], Times | None]
 
 
 def contestant(name: str, config: Config, options: Options, peer: str) -> Contestant:
-    """A benchmark among the processes that torchrun started, or in one.
-
-    Raises:
-        UserError: what stands in the way of it.
-    """
+    """A benchmark, in all processes that torchrun started or in one; UserError if it can't run."""
     world = init_distributed(config)
-    try:  # what works with sharded state is in another frame, gone before the group is
+    try:  # sharded state is in another frame, which is gone before the group is
         yield from BENCHMARKS[name](config, options, peer, world)
     finally:
         shut_down()
 
 
-def describe(world: World, parameters: int) -> Json:
+def describe(world: World, parameters: int) -> dict[str, Any]:
     device = "cpu" if world.device.type == "cpu" else torch.cuda.get_device_name(world.device)
     return {
         "parameters": parameters,
@@ -61,53 +66,48 @@ def describe(world: World, parameters: int) -> Json:
 
 def training(config: Config, options: Options, peer: str, world: World) -> Contestant:
     """Optimizer steps of rocket.py, or of a peer, over random tokens on the device."""
-    warm_up, count = whole_number(options, "warmup"), whole_number(options, "steps")
-    seq_len = config.data.seq_len
-    tokens = config.train.global_batch_size * seq_len
-    device = world.device
-    batches = random_batches(config, world)
-    trainer = load_module(PEERS).trainer if peer else rocket_trainer
-    step, parameters = trainer(peer, config, world, batches)
-    read, unread = (None, "") if peer else reader(config, world)
-    flops = flops_per_token(config.model, config.tokenizer.vocab_size, seq_len)
-    for _ in range(warm_up):
+    device, seq_len, batches = world.device, config.data.seq_len, random_batches(config, world)
+    about, reads = {}, None
+    if peer:
+        from peers import trainer
+
+        step, parameters = trainer(peer, config, world, batches)
+    else:
+        step = functools.partial(Trainer(config, world).step, batches)
+        parameters = parameter_count(config.model, config.tokenizer.vocab_size)
+        try:
+            reads = reading(config, world)
+            next(reads)  # opens the dataset
+        except UserError as error:
+            about["data"], reads = f"not measured, {error}", None
+    for _ in range(options["warmup"]):
         step()
     if options["trace"] != "PATH":
         profile = profiled(step, 3, device)
         if world.rank == 0:
             profile.export_chrome_trace(options["trace"])
-    yield describe(world, parameters) | ({"data": unread} if unread else {})
+    yield describe(world, parameters) | about
+    tokens = config.train.global_batch_size * seq_len
+    flops = tokens * flops_per_token(config.model, config.tokenizer.vocab_size, seq_len)
     while True:
-        seconds, parts = timed_steps(step, count, device)
-        memory, rate = memory_gb(device), tokens / seconds
-        peak = matmul_rate(device, world.dtype) * world.size
-        figures = {"training tokens/s": rate, "step ms": 1000 * seconds}
+        seconds, parts = timed_steps(step, options["steps"], device)
+        memory, peak = memory_gb(device), matmul_rate(device, world.dtype) * world.size
+        figures = {"training tokens/s": tokens / seconds, "step ms": 1000 * seconds}
         figures |= {f"{part} ms": 1000 * taken for part, taken in parts.items()}
         figures["communication ms"] = 1000 * communication(step, world)
-        if read:
-            figures["data ms"] = 1000 * read()
-        figures["memory GB"] = memory
-        figures["matmul GFLOP/s"] = peak / 1e9
-        figures["MFU %"] = 100 * flops * rate / peak
+        if reads:
+            figures["data ms"] = 1000 * next(reads)
+        figures |= {"memory GB": memory, "matmul GFLOP/s": peak / 1e9}
+        figures["MFU %"] = 100 * flops / seconds / peak
         if datasheet := device_peak(device):
-            figures["MFU, datasheet %"] = 100 * flops * rate / datasheet / world.size
+            figures["MFU, datasheet %"] = 100 * flops / seconds / datasheet / world.size
         yield figures
 
 
 def build_model(config: Config, world: World) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Model and optimizer as rocket.py builds them for a fresh run; no tokenizer is needed."""
-    config.train.init_from = ""
     inputs = SimpleNamespace(vocab_size=config.tokenizer.vocab_size)
     return build(config, inputs, None, None, world)
-
-
-def rocket_trainer(
-    _: str, config: Config, world: World, batches: list[Batch]
-) -> tuple[Callable[[], Any], int]:
-    """A step as rocket.py's loop makes it, and the number of parameters."""
-    trainer = Trainer(config, world)
-    count = parameter_count(config.model, config.tokenizer.vocab_size)
-    return lambda: trainer.step(batches), count
 
 
 class Trainer:
@@ -139,24 +139,23 @@ def random_batches(config: Config, world: World) -> list[Batch]:
     return [Batch(*batch) for batch in zip(tokens, targets, documents, strict=True)]
 
 
-def reader(config: Config, world: World) -> tuple[Callable[[], float] | None, str]:
-    """A function that reads a step's batches, in seconds, or why there is none."""
-    try:
-        inputs = world.once(lambda: check_inputs(Path(os.devnull), config, False))
-        data, _ = open_datasets(config, inputs)
-    except UserError as error:
-        return None, f"not measured, {error}"
-    steps = itertools.count()
-
-    def read() -> float:
+def reading(config: Config, world: World) -> Iterator[float]:
+    """Seconds that it takes to read each next step's batches; UserError without a dataset."""
+    inputs = world.once(lambda: check_inputs(Path(os.devnull), config, False))
+    (data, _), train = open_datasets(config, inputs), config.train
+    for step in itertools.count():
         start = time.perf_counter()
-        train = config.train
-        windows = data.step_windows(train.seed, next(steps), train.global_batch_size)
+        windows = data.step_windows(train.seed, step, train.global_batch_size)
         for share in rank_share(windows, train.micro_batch_size, world.rank, world.size):
             data.batch(share)
-        return time.perf_counter() - start
+        yield time.perf_counter() - start
 
-    return read, ""
+
+def now(device: torch.device) -> float:
+    """The time when the device has done what it was given, in seconds."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def mark(device: torch.device) -> Any:
@@ -173,15 +172,10 @@ def between(start: Any, end: Any) -> float:
     return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
-def wait_for(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def timed_steps(
     step: Callable[[], Any], count: int, device: torch.device
 ) -> tuple[float, dict[str, float]]:
-    """Mean seconds of a step and of its parts, told apart by where backward begins and ends."""
+    """Mean seconds of a step and of its parts, which calls of backward set apart."""
     marks: list[Any] = []
     backward = torch.Tensor.backward
 
@@ -190,35 +184,31 @@ def timed_steps(
         backward(*args, **kwargs)
         marks.append(mark(device))
 
-    parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
-    spans = []
+    steps = []
     torch.Tensor.backward = marked
     try:
-        wait_for(device)
-        start = time.perf_counter()
+        start = now(device)
         for _ in range(count):
             marks = [mark(device)]
             step()
-            spans.append([*marks, mark(device)])
-        wait_for(device)
-        seconds = time.perf_counter() - start
+            steps.append([*marks, mark(device)])
+        seconds = (now(device) - start) / count
     finally:
         torch.Tensor.backward = backward
-    for points in spans:
+    parts = dict.fromkeys(("forward", "backward", "optimizer"), 0.0)
+    for points in steps:
         *passes, rest = map(between, points, points[1:])
-        parts["forward"] += sum(passes[::2]) / count
-        parts["backward"] += sum(passes[1::2]) / count
-        parts["optimizer"] += rest / count
-    return seconds / count, parts
+        for name, taken in zip(parts, (sum(passes[::2]), sum(passes[1::2]), rest), strict=True):
+            parts[name] += taken / count
+    return seconds, parts
 
 
 def profiled(step: Callable[[], Any], count: int, device: torch.device) -> Any:
     """torch's profile of some steps."""
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with torch.profiler.profile(activities=kinds) as found:
+    with torch.profiler.profile() as found:  # of all devices that there are
         for _ in range(count):
             step()
-        wait_for(device)
+        now(device)
     return found
 
 
@@ -232,45 +222,37 @@ def communication(step: Callable[[], Any], world: World) -> float:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest square product: the most that this device does now.
-
-    Both layouts of a linear layer count, that of its output and that of its weights' gradient: on a
-    CPU that emulates bfloat16 they differ.
-    """
-    rates, times = [], 4
+    """FLOP/s of the fastest square product, in the layout of a linear layer's output or in that of
+    its weights' gradient, which differ on a CPU that emulates bfloat16."""
+    rates, threads = [], torch.get_num_threads()
     for size in (512, 1024, 2048, 4096, 8192, 16384):
         a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        for left, right in ((a, b.T), (a.T, b)):
-            left @ right
-            wait_for(device)
-            start = time.perf_counter()
-            for _ in range(times):
-                left @ right
-            wait_for(device)
-            seconds = time.perf_counter() - start
-            rates.append(times * 2 * size**3 / seconds)
-        if seconds > 0.2:  # large enough
+        for sides in ({"x": a, "y": b.T}, {"x": a.T, "y": b}):
+            seconds = Timer("x @ y", globals=sides, num_threads=threads).timeit(4).mean
+            rates.append(2 * size**3 / seconds)
+        if seconds > 0.05:  # large enough
             break
     return max(rates)
 
 
 def sampling(config: Config, options: Options, peer: str, world: World) -> Contestant:
     """Prefill and decode, greedy, of random prompts with random weights."""
-    sizes = whole_numbers(options, "batch")
-    length, new = whole_number(options, "prompt"), whole_number(options, "new")
+    sizes, length, new = (options[name] for name in ("batch", "prompt", "new"))
     config.model.max_seq_len = max(config.model.max_seq_len, length + new)
     if new < 3:
         raise ConfigError("--new: at least 3, the rate is that of the third and later tokens")
-    sampler = load_module(PEERS).sampler if peer else rocket_sampler
+    sampler = rocket_sampler
+    if peer:
+        from peers import sampler
     with sampler(peer, config, world) as (generate, parameters):
         ids = torch.randint(2, config.tokenizer.vocab_size, (max(sizes), length)).tolist()
-        sizes = [size for size in sizes if generate(ids[:size], new)]  # compiles
-        if not sizes:
-            raise ConfigError(f"--batch={options['batch']}: {peer} takes 1 alone")
+        taken = [size for size in sizes if generate(ids[:size], new)]  # compiles
+        if not taken:
+            raise ConfigError(f"--batch={','.join(map(str, sizes))}: {peer} takes 1 alone")
         yield describe(world, parameters)
         while True:
             figures = {}
-            for size in sizes:
+            for size in taken:
                 times = generate(ids[:size], new)
                 if times.first:
                     figures[f"prefill, batch {size} tokens/s"] = size * length / times.first
@@ -282,7 +264,7 @@ def sampling(config: Config, options: Options, peer: str, world: World) -> Conte
 
 @contextlib.contextmanager
 def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Generate, int]]:
-    """generation.generate, timed to its first token and from there on; the number of parameters."""
+    """generation.generate, timed to its first token and from it on; the number of parameters."""
     vocab_size = config.tokenizer.vocab_size
     compiled, on_cpu = config.train.compile == "on", world.device.type == "cpu"
 
@@ -299,8 +281,7 @@ def rocket_sampler(_: str, config: Config, world: World) -> Iterator[tuple[Gener
 
     def timed(prompts: list[list[int]], new: int) -> Times:
         model = built(on_cpu and compiled and len(prompts) == 1)
-        wait_for(world.device)
-        points = [time.perf_counter()]
+        points = [now(world.device)]
         for _ in generation.generate(model, prompts, generation.Settings(new, temperature=0.0)):
             points.append(time.perf_counter())
         assert len(points) == 1 + new
@@ -318,7 +299,7 @@ def checkpoint(config: Config, _: Options, __: str, world: World) -> Contestant:
     model, optimizer = build_model(config, world)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # now it has a state
+    optimizer.step()  # makes its state
     optimizer.zero_grad()
     count = parameter_count(config.model, config.tokenizer.vocab_size)
     with contextlib.ExitStack() as stack:
@@ -332,8 +313,8 @@ def checkpoint(config: Config, _: Options, __: str, world: World) -> Contestant:
             found = find_resumable(run, world)
             load_weights(model, found)
             load_optimizer(model, optimizer, found)
-            wait_for(world.device)
-            world.each(lambda: None)  # the last rank, too, is done with the files
+            now(world.device)
+            world.each(lambda: None)  # the last rank has read the files, too
             loaded = time.perf_counter()
             size = sum(file.stat().st_size for file in found.path.iterdir()) / 1e9
             yield {

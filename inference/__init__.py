@@ -1,0 +1,1 @@
+"""A trained model at work: what sample.py is made of."""

@@ -1,0 +1,1 @@
+"""Job scripts, and what decides whether a job comes back."""

@@ -1,0 +1,1 @@
+"""Programs around a run; nothing of training imports them."""
