@@ -591,6 +591,10 @@ def _config_file(name: str) -> Path:
 class Parser(argparse.ArgumentParser):
     """The command line of a program without CONFIG; raises UserError for a mistake."""
 
+    def __init__(self, **options: Any) -> None:
+        look = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=look, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 

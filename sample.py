@@ -29,12 +29,7 @@ MAX_TOKENS = 256  # without --max-tokens, or what the model's context leaves
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; UserError where it is wrong."""
-    parser = Parser(
-        prog="python sample.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python sample.py", description=__doc__)
     add, room = parser.add_argument, f"{MAX_TOKENS}, or what is left of model.max_seq_len"
     add("run", help="run directory, such as out/tiny, or Hugging Face directory")
     add("--prompt", help="text to continue")

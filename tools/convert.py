@@ -23,15 +23,10 @@ from corpus.locks import locked
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The command line; UserError where it is wrong."""
-    parser = Parser(
-        prog="python tools/convert.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python tools/convert.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, output in {"to-hf": "directory", "to-gguf": "file"}.items():
-        command = commands.add_parser(name, allow_abbrev=False, help=f"a run to a {output}")
+        command = commands.add_parser(name, help=f"a run to a {output}")
         command.add_argument("run", help="run directory or checkpoint")
         command.add_argument("output", metavar=output.upper(), help="to write")
         dtypes = ("float32", "float16", "bfloat16")
@@ -41,7 +36,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     size = "largest file in GB; as much memory is needed (2)"
     to_hf = commands.choices["to-hf"]
     to_hf.add_argument("--shard-gb", type=positive_number, default=2.0, help=size)
-    command = commands.add_parser("from-hf", allow_abbrev=False, help="a directory to a run")
+    command = commands.add_parser("from-hf", help="a directory to a run")
     command.add_argument("source", help="Hugging Face directory, or OWNER/NAME on the hub")
     command.add_argument("output", metavar="RUN", help="run directory to make")
     command.add_argument("--revision", help="on the hub: branch, tag or commit")

@@ -10,7 +10,6 @@ were lost and trained again appear once.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import secrets
@@ -44,11 +43,7 @@ FINISH_SECONDS = 30.0  # a server may take so long for the last rows
 
 
 def main(arguments: list[str]) -> None:
-    parser = Parser(
-        prog="python tools/track.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python tools/track.py", description=__doc__)
     parser.add_argument("run", help="run directory, such as out/tiny")
     parser.add_argument("--follow", action="store_true", help="continue until standard input ends")
     options = parser.parse_args(arguments)
