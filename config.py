@@ -178,6 +178,8 @@ class ModelConfig:
     norm_eps: float = fixed(1e-5, "epsilon of RMSNorm")
     tie_embeddings: bool = fixed(False, "one matrix for input and output embeddings")
     init_std: float = fixed(0.02, "standard deviation of the initial weights")
+    base_dim: int = fixed(0, "dim for which rates and init_std are right; 0: for this model's")
+    base_layers: int = fixed(0, "n_layers for which they are right; 0: for this model's")
 
 
 @dataclass
@@ -191,6 +193,9 @@ class TrainConfig:
     global_batch_size: int = fixed(32, "sequences per optimizer step, over all ranks", low=1)
     micro_batch_size: int = free(8, "most sequences per forward pass of one rank", low=1)
     init_from: str = fixed("", "run or checkpoint whose weights a new run starts from")
+    branch_from: str = fixed(
+        "", "run or checkpoint that a new run goes on from: weights, optimizer state and step"
+    )
     device: Literal["auto", "cpu", "cuda"] = free("auto", "auto: cuda if there is one")
     dtype: Literal["auto", "float32", "bfloat16"] = consent(
         "auto", "compute type (weights stay float32); auto: what the device does well"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ from fast import (
 )
 
 Rotary = tuple[Tensor, Tensor]  # see rotary_tables
+RESIDUAL = ("o_proj.weight", "down_proj.weight")  # the matrices that end a block's two branches
 
 
 class RMSNorm(nn.Module):
@@ -225,22 +226,58 @@ class Llama(nn.Module):
         return self.lm_head(x) if targets is None else self.lm_head(x, targets)
 
 
+class Transfer(NamedTuple):
+    """Factors of the initial deviation, the learning rate and the weight decay of a parameter."""
+
+    std: float = 1.0
+    lr: float = 1.0
+    decay: float = 1.0
+
+
+def transfer(name: str, config: ModelConfig, muon: bool) -> Transfer:
+    """How a parameter's settings differ from those of the base shape, so that a learning rate found
+    at model.base_dim and model.base_layers is right at dim and n_layers.
+
+    Width is by maximal update (arXiv 2203.03466): each matrix's update changes its output as much
+    as in the base model. An element of AdamW's update is about one, so its rate falls with the
+    width. Muon's update has the norm 0.2 sqrt(width), so its rate falls with the root (spectral
+    condition, arXiv 2310.17813). Depth is by CompleteP (arXiv 2505.01618), which divides what each
+    block adds by the number of blocks; here the matrices that end a block's branches absorb that.
+    lr * decay stays as it is, and so the number of steps over which weights are forgotten
+    (arXiv 2405.13698). The base shape itself has factors of one.
+    """
+    width = config.dim / (config.base_dim or config.dim)
+    depth = config.n_layers / (config.base_layers or config.n_layers)
+    if name == "lm_head.weight":
+        return Transfer(1 / width, 1 / width, width)
+    if name == "model.norm.weight" and config.tie_embeddings:
+        return Transfer(1 / width, 1 / width)  # in place of the head, which is the embedding
+    if not name.startswith("model.layers.") or name.endswith("norm.weight"):
+        return Transfer()
+    std, lr = width**-0.5, width**-0.5 if muon else 1 / width
+    if name.endswith(RESIDUAL):
+        std, lr = std / depth, lr / depth
+    return Transfer(std, lr, 1 / lr)
+
+
 def initial_weight(
     name: str, shape: torch.Size, config: ModelConfig, seed: int, device: torch.device
 ) -> Tensor:
     """The initial value of one parameter: normal with deviation init_std, residual projections at
-    init_std / sqrt(2 n_layers) (GPT-2's rule), norms at one.
+    init_std / sqrt(2 n_layers) (GPT-2's rule), norms at one; all times transfer(…).std, where
+    n_layers is then the base's.
 
     A pure function of seed and name, so any rank can make any parameter by itself, and weights are
     equal at every world size and strategy on the same kind of device.
     """
+    factor = transfer(name, config, muon=False).std
     if len(shape) == 1:
-        return torch.ones(shape, device=device)
+        return torch.full(shape, factor, device=device)
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-    std = config.init_std / math.sqrt(2 * config.n_layers) if residual else config.init_std
-    return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)
+    layers = config.base_layers or config.n_layers
+    std = config.init_std / math.sqrt(2 * layers) if name.endswith(RESIDUAL) else config.init_std
+    return torch.empty(shape, device=device).normal_(0.0, std * factor, generator=generator)
 
 
 def parameter_count(config: ModelConfig, vocab_size: int) -> int:

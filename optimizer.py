@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from config import OptimizerConfig
 from distributed import local_part, shard_dimension
+from model import transfer
 
 BATCH = 1 << 25  # elements of Muon's buffer; more if one matrix per rank needs more
 
@@ -27,24 +28,25 @@ def build_optimizer(
     Args:
         dtype: the type in which Muon orthogonalises.
     """
-    inner, outer = [], []
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        is_inner = name.startswith("model.layers.") and parameter.ndim == 2
-        (inner if is_inner and config.name == "muon" else outer).append(parameter)
-    groups = [
-        {"params": [p for p in outer if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in outer if p.ndim < 2], "weight_decay": 0.0},
-    ]
+        matrix = parameter.ndim >= 2
+        muon = config.name == "muon" and matrix and name.startswith("model.layers.")
+        _, lr, decay = transfer(name, model.config, muon)
+        groups[muon, lr, decay * config.weight_decay * matrix].append(parameter)
     options = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
         "fused": True,  # one kernel for all parameters; it knows found_inf
     }
-    if not inner:
-        return AdamW(groups, **options)
-    groups.append({"params": inner, "weight_decay": config.weight_decay})
-    return Muon(groups, config.momentum, dtype, **options)
+    parts = [
+        {"params": params, "muon": muon, "lr_factor": factor, "weight_decay": decay}
+        for (muon, factor, decay), params in groups.items()
+    ]
+    if config.name == "adamw":
+        return AdamW(parts, **options)
+    return Muon(parts, config.momentum, dtype, **options)
 
 
 class AdamW(torch.optim.AdamW):
@@ -62,7 +64,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class Muon(AdamW):
-    """Muon for the matrices of the last parameter group, AdamW for the other groups.
+    """Muon for the matrices of the groups with muon set, AdamW for the other groups.
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon) steps along the orthogonal matrix
     nearest to the momentum, here times 0.2 sqrt(max(rows, columns)): then elements move about as
@@ -89,23 +91,25 @@ class Muon(AdamW):
         super().__init__(groups, **options)
         self.momentum, self.dtype = momentum, dtype
         alike = defaultdict(list)
-        for matrix in self.param_groups[-1]["params"]:
-            alike[matrix.shape].append(matrix)
-        self.rounds: list[list[nn.Parameter]] = []
-        for matrices in alike.values():
+        for index, group in enumerate(self.param_groups):
+            for matrix in group["params"] if group["muon"] else []:
+                alike[index, matrix.shape].append(matrix)
+        self.rounds: list[tuple[int, list[nn.Parameter]]] = []  # index of their group, matrices
+        for (group, _), matrices in alike.items():
             ranks = _sharers(matrices[0])[1]
             buffer = matrices[0].numel() * (1 if isinstance(matrices[0], DTensor) else ranks)
             length = ranks * max(1, BATCH // buffer)
-            self.rounds += [matrices[i : i + length] for i in range(0, len(matrices), length)]
+            starts = range(0, len(matrices), length)
+            self.rounds += [(group, matrices[i : i + length]) for i in starts]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for matrices in self.rounds:
-            self._step_matrices(matrices)
+        for group, matrices in self.rounds:
+            self._step_matrices(matrices, self.param_groups[group])
         super().step()  # skips parameters without a gradient: the matrices
 
-    def _step_matrices(self, matrices: list[nn.Parameter]) -> None:
-        rate, decay = (self.param_groups[-1][name] for name in ("lr", "weight_decay"))
+    def _step_matrices(self, matrices: list[nn.Parameter], group: dict) -> None:
+        rate, decay = group["lr"], group["weight_decay"]
         updates = _orthogonalize_together(self._directions(matrices), matrices[0])
         scale = 0.2 * math.sqrt(max(matrices[0].shape))
         rows = [local_part(matrix)[0] for matrix in matrices]

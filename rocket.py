@@ -196,7 +196,7 @@ def train_step(
         taken = torch.stack((grad_norm, torch.ones_like(grad_norm)))
         norm_ema.lerp_(torch.where(skip > 0, norm_ema, taken), 1 - NORM_DECAY)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_factor"]
     # Mixed precision reports an overflow to fused optimizers by these attributes. With found_inf 1,
     # the optimizer changes nothing, not even its step counts, and the host need not know.
     optimizer.grad_scale, optimizer.found_inf = None, skip

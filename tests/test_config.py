@@ -175,7 +175,7 @@ MAY_IMPORT = {
     "tokenizer": "config",
     "distributed": "config",
     "dataset": "config distributed fast",
-    "optimizer": "config distributed",
+    "optimizer": "config distributed model",
     "checkpoint": "config distributed",
     "job": "checkpoint config dataset distributed slurm.attempts",
     "preflight": "checkpoint config dataset distributed tokenizer",
