@@ -227,37 +227,35 @@ class Llama(nn.Module):
 
 
 class Transfer(NamedTuple):
-    """Factors of the initial deviation, the learning rate and the weight decay of a parameter."""
+    """Factors of a parameter's initial deviation and of its learning rate."""
 
     std: float = 1.0
     lr: float = 1.0
-    decay: float = 1.0
 
 
 def transfer(name: str, config: ModelConfig, muon: bool) -> Transfer:
-    """How a parameter's settings differ from those of the base shape, so that a learning rate found
-    at model.base_dim and model.base_layers is right at dim and n_layers.
+    """How the settings of a parameter differ from those of the base shape, so that a learning rate
+    found at model.base_dim and model.base_layers is right at dim and n_layers. Ones without a base.
 
-    Width is by maximal update (arXiv 2203.03466): each matrix's update changes its output as much
-    as in the base model. An element of AdamW's update is about one, so its rate falls with the
-    width. Muon's update has the norm 0.2 sqrt(width), so its rate falls with the root (spectral
-    condition, arXiv 2310.17813). Depth is by CompleteP (arXiv 2505.01618), which divides what each
-    block adds by the number of blocks; here the matrices that end a block's branches absorb that.
-    lr * decay stays as it is, and so the number of steps over which weights are forgotten
-    (arXiv 2405.13698). The base shape itself has factors of one.
+    Width follows maximal update (arXiv 2203.03466): a step changes each matrix's output as much as
+    in the base model. Elements of AdamW's update are about one, so its rate falls with the width.
+    Muon's update has the spectral norm 0.2 sqrt(width), so its rate falls with the root (spectral
+    condition, arXiv 2310.17813). Depth follows CompleteP (arXiv 2505.01618), which divides what a
+    block adds by the number of blocks; here the matrices that end its two branches absorb that.
+
+    Weight decay is left alone: what a step takes from a weight, lr * weight_decay of it, has no
+    factor, so weights are forgotten over equally many steps (arXiv 2405.13698).
     """
     width = config.dim / (config.base_dim or config.dim)
     depth = config.n_layers / (config.base_layers or config.n_layers)
     if name == "lm_head.weight":
-        return Transfer(1 / width, 1 / width, width)
+        return Transfer(1 / width, 1 / width)
     if name == "model.norm.weight" and config.tie_embeddings:
         return Transfer(1 / width, 1 / width)  # in place of the head, which is the embedding
     if not name.startswith("model.layers.") or name.endswith("norm.weight"):
         return Transfer()
     std, lr = width**-0.5, width**-0.5 if muon else 1 / width
-    if name.endswith(RESIDUAL):
-        std, lr = std / depth, lr / depth
-    return Transfer(std, lr, 1 / lr)
+    return Transfer(std / depth, lr / depth) if name.endswith(RESIDUAL) else Transfer(std, lr)
 
 
 def initial_weight(

@@ -28,25 +28,30 @@ def build_optimizer(
     Args:
         dtype: the type in which Muon orthogonalises.
     """
-    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = defaultdict(list)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = defaultdict(list)
+    matrices: dict[nn.Parameter, float] = {}  # of Muon, and the factors of their rates
     for name, parameter in model.named_parameters():
-        matrix = parameter.ndim >= 2
-        muon = config.name == "muon" and matrix and name.startswith("model.layers.")
-        _, lr, decay = transfer(name, model.config, muon)
-        groups[muon, lr, decay * config.weight_decay * matrix].append(parameter)
+        is_matrix = parameter.ndim >= 2
+        muon = config.name == "muon" and is_matrix and name.startswith("model.layers.")
+        factor = transfer(name, model.config, muon).lr
+        if muon:
+            matrices[parameter] = factor
+        else:
+            groups[factor, is_matrix * config.weight_decay / factor].append(parameter)
+    parts = [
+        {"params": parameters, "lr_factor": factor, "weight_decay": decay}
+        for (factor, decay), parameters in groups.items()
+    ]
     options = {
         "lr": config.learning_rate,
         "betas": (config.beta1, config.beta2),
         "eps": config.eps,
         "fused": True,  # one kernel for all parameters; it knows found_inf
     }
-    parts = [
-        {"params": params, "muon": muon, "lr_factor": factor, "weight_decay": decay}
-        for (muon, factor, decay), params in groups.items()
-    ]
-    if config.name == "adamw":
+    if not matrices:
         return AdamW(parts, **options)
-    return Muon(parts, config.momentum, dtype, **options)
+    parts.append({"params": [*matrices], "lr_factor": 1.0, "weight_decay": config.weight_decay})
+    return Muon(parts, matrices, config.momentum, dtype, **options)
 
 
 class AdamW(torch.optim.AdamW):
@@ -64,7 +69,7 @@ class AdamW(torch.optim.AdamW):
 
 
 class Muon(AdamW):
-    """Muon for the matrices of the groups with muon set, AdamW for the other groups.
+    """Muon for the matrices of the last parameter group, AdamW for the other groups.
 
     Muon (Jordan et al., kellerjordan.github.io/posts/muon) steps along the orthogonal matrix
     nearest to the momentum, here times 0.2 sqrt(max(rows, columns)): then elements move about as
@@ -83,34 +88,42 @@ class Muon(AdamW):
 
     As with fused AdamW, a step with found_inf = 1 changes nothing, and the host does not wait for
     it. A step clears the gradients of the matrices.
+
+    Args:
+        factors: of each matrix's update, but not of its decay (see model.transfer). They are not
+            rates of groups, because matrices of one shape share a round whatever their factors.
     """
 
     def __init__(
-        self, groups: list[dict], momentum: float, dtype: torch.dtype, **options: object
+        self,
+        groups: list[dict],
+        factors: dict[nn.Parameter, float],
+        momentum: float,
+        dtype: torch.dtype,
+        **options: object,
     ) -> None:
         super().__init__(groups, **options)
-        self.momentum, self.dtype = momentum, dtype
+        self.factors, self.momentum, self.dtype = factors, momentum, dtype
         alike = defaultdict(list)
-        for index, group in enumerate(self.param_groups):
-            for matrix in group["params"] if group["muon"] else []:
-                alike[index, matrix.shape].append(matrix)
-        self.rounds: list[tuple[int, list[nn.Parameter]]] = []  # index of their group, matrices
-        for (group, _), matrices in alike.items():
+        for matrix in factors:
+            alike[matrix.shape].append(matrix)
+        self.rounds: list[list[nn.Parameter]] = []
+        for matrices in alike.values():
             ranks = _sharers(matrices[0])[1]
             buffer = matrices[0].numel() * (1 if isinstance(matrices[0], DTensor) else ranks)
             length = ranks * max(1, BATCH // buffer)
-            starts = range(0, len(matrices), length)
-            self.rounds += [(group, matrices[i : i + length]) for i in starts]
+            self.rounds += [matrices[i : i + length] for i in range(0, len(matrices), length)]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        for group, matrices in self.rounds:
-            self._step_matrices(matrices, self.param_groups[group])
+        for matrices in self.rounds:
+            self._step_matrices(matrices)
         super().step()  # skips parameters without a gradient: the matrices
 
-    def _step_matrices(self, matrices: list[nn.Parameter], group: dict) -> None:
-        rate, decay = group["lr"], group["weight_decay"]
+    def _step_matrices(self, matrices: list[nn.Parameter]) -> None:
+        rate, decay = (self.param_groups[-1][name] for name in ("lr", "weight_decay"))
         updates = _orthogonalize_together(self._directions(matrices), matrices[0])
+        torch._foreach_mul_(list(updates.unbind()), [self.factors[m] for m in matrices])
         scale = 0.2 * math.sqrt(max(matrices[0].shape))
         rows = [local_part(matrix)[0] for matrix in matrices]
         old = torch.stack(rows)

@@ -9,7 +9,7 @@ from torch import nn
 from training import assert_identical, losses, overrides, run_many
 
 from config import ModelConfig, OptimizerConfig
-from model import Llama
+from model import Llama, initial_weight
 from optimizer import build_optimizer, learning_rate, orthogonalize
 
 
@@ -71,6 +71,39 @@ def small_llama():
     torch.manual_seed(0)
     config = ModelConfig(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, ffn_dim=65, max_seq_len=16)
     return Llama(config, vocab_size=50)
+
+
+def moved(optimizer_name, dim, n_layers, base_dim, rate):
+    """Root mean square of what three steps change in the logits of a model, of random tokens."""
+    base = {"base_dim": base_dim, "base_layers": 2} if base_dim else {}
+    shape = ModelConfig(
+        dim=dim, n_layers=n_layers, n_heads=dim // 32, n_kv_heads=dim // 32, ffn_dim=3 * dim, **base
+    )
+    model = Llama(shape, vocab_size=64)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(initial_weight(name, p.shape, shape, 1, p.device))
+    config = OptimizerConfig(optimizer_name, learning_rate=rate)
+    optimizer = build_optimizer(model, config)
+    tokens = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
+    before = model(tokens).detach()
+    for _ in range(3):
+        model(tokens, tokens.roll(-1, 1)).div(tokens.numel()).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["lr_factor"]
+        optimizer.step()
+        optimizer.zero_grad()
+    return (model(tokens) - before).square().mean().sqrt().item()
+
+
+@pytest.mark.parametrize(("name", "rate"), [("adamw", 2e-3), ("muon", 8e-3)])
+def test_with_a_base_steps_change_wide_and_deep_models_as_much_as_small_ones(name, rate):
+    """The coordinate check of arXiv 2203.03466, at 8 times the width, and at 4 times the depth."""
+    small = moved(name, 64, 2, 64, rate)
+    assert moved(name, 64, 2, 0, rate) == small  # the base itself is as without a base
+    assert moved(name, 512, 2, 64, rate) == pytest.approx(small, rel=0.3)
+    assert moved(name, 64, 8, 64, rate) == pytest.approx(small, rel=0.3)
+    assert moved(name, 512, 2, 0, rate) > 1.5 * small
 
 
 def set_gradients(model):
