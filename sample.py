@@ -22,7 +22,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from config import Parser, UserError, errors_in_one_line, existing_path, read_rows, run_program
+from config import Parser, UserError, errors_in_one_line, existing_path, run_program
 
 MAX_TOKENS = 256  # without --max-tokens, or what the model's context leaves
 
@@ -100,15 +100,9 @@ if __name__ == "__main__":  # before torch, which takes seconds to import
     with errors_in_one_line():
         parse(sys.argv[1:])
 
-import json
-from pathlib import Path
-
-import torch
-
-from distributed import World, autocast
-from inference.evaluation import evaluate_choices, evaluate_split, evaluate_text
-from inference.generation import Settings, Source, load_model, open_source, take_any_shape
-from inference.sampler import Sampler, device_and_dtype
+from inference.evaluation import measure
+from inference.generation import Settings, open_source
+from inference.sampler import Sampler, read_prompts
 
 
 def main(arguments: list[str]) -> None:
@@ -119,12 +113,7 @@ def main(arguments: list[str]) -> None:
         source = open_source(existing_path(options.run), options.checkpoint)
     else:
         source = open_source(existing_path(options.checkpoint))
-    described = str(source.path)
-    if source.step is not None:
-        known = source.val_loss < math.inf
-        described += f": step {source.step}, "
-        described += f"validation loss {source.val_loss:.4f}" if known else "not evaluated"
-    print(described, file=sys.stderr)
+    print(source, file=sys.stderr)
     if measuring:
         measure(source, options)
         return
@@ -132,66 +121,10 @@ def main(arguments: list[str]) -> None:
     settings = Settings(options.max_tokens or MAX_TOKENS, *drawing, options.seed)
     rows = min(options.batch_size, len(prompts or [""]) * options.num_samples)
     sampler = Sampler(source, options, settings, rows)
-    if prompts is not None:
-        sampler.answer(prompts)
-        return
-    while True:
-        try:
-            print("> ", end="", file=sys.stderr, flush=True)  # standard output is for samples
-            sampler.converse(input(), options.max_tokens or MAX_TOKENS // 4)
-        except UserError as error:
-            print(error, file=sys.stderr)
-        except EOFError:
-            return
-
-
-def measure(source: Source, options: argparse.Namespace) -> None:
-    """Evaluates the model on a split, a text file or a file of choices, and prints the figures.
-
-    As in training, weights are float32 and products of the type that the device does well.
-    """
-    world = World(0, 1, 0, 1, *device_and_dtype(options))  # a lone rank
-    take_any_shape()
-    model = load_model(source, world.device, torch.float32)
-    with autocast(model, world):
-        if options.choices:
-            found = evaluate_choices(model, source.tokenizer, existing_path(options.choices))
-        elif options.evaluate in ("train", "val", "test"):
-            found = evaluate_split(model, source, options.evaluate, options.batch_size, world)
-        else:
-            path = existing_path(options.evaluate)
-            if not path.exists():
-                raise UserError(f"--evaluate={path}: No such file; or give train, val or test")
-            found = evaluate_text(model, source.tokenizer, path, options.batch_size)
-    if options.json:
-        print(json.dumps({"model": str(source.path), "step": source.step, **found._asdict()}))
+    if prompts is None:
+        sampler.ask()
     else:
-        print(found)
-
-
-def read_prompts(options: argparse.Namespace) -> list[str] | None:
-    """The prompts of the command line or its file; None to ask for them at a terminal."""
-    if options.prompt is not None:
-        return [options.prompt]
-    if options.prompt_file is None:
-        if sys.stdin.isatty():
-            return None
-        raise UserError("give --prompt or --prompt-file (a terminal would be asked for prompts)")
-    path = existing_path(options.prompt_file)
-    rows = read_rows(path)
-    if not rows:
-        raise UserError(f"{path}: holds no prompt")
-    return [json_prompt(path, *row) if path.suffix == ".jsonl" else row[1] for row in rows]
-
-
-def json_prompt(path: Path, row: int, line: str) -> str:
-    try:
-        prompt = json.loads(line)["prompt"]
-    except (ValueError, TypeError, KeyError, RecursionError):
-        prompt = None
-    if not isinstance(prompt, str):
-        raise UserError(f'{path}, row {row}: write {{"prompt": "text"}}')
-    return prompt
+        sampler.answer(prompts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The text that a tokenizer is trained on, its training, and the checks that it loses no text.
+"""Trains a tokenizer: the text it is trained on, the checks that it loses no text, and its file.
 
 Control pieces are added to a model file without the protobuf package: they are appended, since
 protobuf messages merge when their bytes are concatenated.
@@ -15,16 +15,19 @@ import math
 import os
 import random
 import re
+import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from tqdm import tqdm
 
-from config import Config, TokenizerConfig, UserError
+from config import Config, TokenizerConfig, UserError, write_atomically
 from corpus import readers, splits
+from corpus.locks import locked
 from corpus.sources import Survey
-from tokenizer import SPACE, load_model
+from tokenizer import SPACE, Tokenizer, load_model, printable
 
 # As Llama 2's tokenizer, but without a space before each text: exactly what was written is encoded.
 DEFAULTS = {
@@ -55,6 +58,94 @@ HARD_TEXTS = (
     "e\u0301 \U0001f469\u200d\U0001f680\U0001f1eb\U0001f1f7 \u0627\u0644\u0639\u0631 \u4e2d\u6587",
     "<s></s><unk><pad><|user|><0x41> 1234567890",
 )
+
+
+def check_existing(path: Path, config: TokenizerConfig) -> None:
+    """UserError where the tokenizer at `path` is not the one that the configuration describes."""
+    size, wanted, options = Tokenizer(path).vocab_size, config.vocab_size, config.options
+    trained = noted_options(path.read_bytes())
+    if size > wanted or (size < wanted and options.get("hard_vocab_limit", True)):
+        differs = f"has {size} pieces, tokenizer.vocab_size is {wanted}"
+    elif trained not in (None, options):
+        differs = f"was trained with {json.dumps(trained)}, [tokenizer] has {json.dumps(options)}"
+    else:
+        return
+    raise UserError(
+        f"{path} exists and {differs}: change that, choose another tokenizer.path, or use --force"
+    )
+
+
+def train_and_write(path: Path, config: Config, force: bool) -> None:
+    """Samples, trains, checks the round trip, and only then writes; prints the result."""
+    start = time.perf_counter()
+    training, held_out = sample_corpus(config)
+    if not training.size:
+        raise UserError(
+            "data.sources hold no training text (a single one may be held out: set"
+            " data.val_fraction = 0), or tokenizer.sample_bytes is too small"
+        )
+    size = config.tokenizer.vocab_size
+    print(f"training {size} pieces on {training.size / 1e6:.1f} MB", flush=True)
+    model = train(training.texts(), config.tokenizer)
+
+    processor = load_model(model, "the trained tokenizer")
+    judge = held_out if held_out.size else Sample(HELD_OUT_BYTES, training.texts())
+    texts = [text.decode() for text in judge.texts()]
+    check_encoded(processor, config.tokenizer)
+    check_round_trips(processor, texts)
+    rate = judge.size / max(1, sum(map(len, processor.encode(texts))))
+    if not write_model(path, model, force):
+        check_existing(path, config.tokenizer)
+        print(f"up to date: {path} (another process has trained it meanwhile)")
+        return
+    tokenizer = Tokenizer(path)
+    print(
+        f"{path}: {tokenizer.vocab_size} pieces, {rate:.2f} bytes per token on"
+        f" {'held-out' if held_out.size else 'training'} text, round trip exact,"
+        f" {time.perf_counter() - start:.0f} s\n"
+        f"control pieces, which no text gives: {' '.join(tokenizer.control_pieces())}"
+    )
+
+
+def add_pieces(path: Path, pieces: list[str], output: Path, force: bool) -> None:
+    """Writes the tokenizer at `path` with more control pieces to `output`.
+
+    Raises:
+        UserError: another file is at `output` and `force` is not set; see add_control_pieces.
+    """
+    size = Tokenizer(path).vocab_size
+    model = add_control_pieces(path.read_bytes(), pieces)
+    if output.exists() and output.read_bytes() == model:
+        print(f"up to date: {output}")
+    elif write_model(output, model, force):
+        print(f"{output}: {size} pieces and {Tokenizer(output).vocab_size - size} more")
+    else:
+        raise UserError(
+            f"{output} exists and would change: choose another --output, or use --force"
+        )
+
+
+def write_model(path: Path, model: bytes, replace: bool) -> bool:
+    """Writes the model, and beside it a .vocab to read: line i is piece i and its score.
+
+    Returns False if there is a model by now and `replace` is not set; UserError if the directory
+    can't be written.
+    """
+    processor = load_model(model, str(path))
+    rows = (
+        f"{printable(processor.id_to_piece(i))}\t{processor.get_score(i):g}\n"
+        for i in range(processor.vocab_size())
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with locked(path.with_name(f"{path.name}.lock"), lambda holder: None):
+            if path.exists() and not replace:
+                return False
+            write_atomically(path.with_suffix(".vocab"), "".join(rows).encode())
+            write_atomically(path, model)
+            return True
+    except OSError as error:
+        raise UserError(f"{path}: can't be written: {error.strerror}") from None
 
 
 class Sample:

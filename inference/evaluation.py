@@ -3,6 +3,7 @@ what a model writes meanwhile, the loss on any text, and multiple choice."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import UserError, read_rows, read_utf8, resolve_path
+from config import UserError, existing_path, read_rows, read_utf8, resolve_path
 from dataset import (
     Batch,
     Batches,
@@ -30,7 +31,7 @@ from job import Consensus
 from model import Llama
 from tokenizer import Tokenizer
 
-if TYPE_CHECKING:  # training evaluates, and needs nothing of sampling
+if TYPE_CHECKING:  # see measure
     from inference.generation import Source
 
 WRITTEN_TOKENS, WRITTEN_TEMPERATURE = 48, 0.8  # of the text that a model writes by itself
@@ -202,6 +203,33 @@ def continuation(
             return None
     ids = tokens[0].tolist()
     return ids[:length], ids[length:]
+
+
+def measure(source: Source, options: argparse.Namespace) -> None:
+    """Evaluates the model on a split, a text file or a file of choices, and prints the figures.
+
+    As in training, weights are float32 and products of the type that the device does well.
+    """
+    # here, since training evaluates too, and needs nothing of sampling
+    from inference.generation import device_and_dtype, load_model, take_any_shape
+
+    world = World(0, 1, 0, 1, *device_and_dtype(options))  # a lone rank
+    take_any_shape()
+    model = load_model(source, world.device, torch.float32)
+    with autocast(model, world):
+        if options.choices:
+            found = evaluate_choices(model, source.tokenizer, existing_path(options.choices))
+        elif options.evaluate in ("train", "val", "test"):
+            found = evaluate_split(model, source, options.evaluate, options.batch_size, world)
+        else:
+            path = existing_path(options.evaluate)
+            if not path.exists():
+                raise UserError(f"--evaluate={path}: No such file; or give train, val or test")
+            found = evaluate_text(model, source.tokenizer, path, options.batch_size)
+    if options.json:
+        print(json.dumps({"model": str(source.path), "step": source.step, **found._asdict()}))
+    else:
+        print(found)
 
 
 @torch.inference_mode()

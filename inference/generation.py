@@ -5,6 +5,7 @@ A sample depends on its prompt, the settings, the seed and its number, never on 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import Checkpoint, find_checkpoint
 from config import Config, ModelConfig, UserError
-from distributed import check_compiler
+from distributed import check_compiler, compute_dtype
 from fast import KVCache
 from inference.linear import RowLinear, can_pack, linears, pack
 from inference.pretrained import EMBEDDING, HEAD, Pretrained
@@ -44,6 +45,13 @@ class Source(NamedTuple):
     step: int | None = None
     val_loss: float = math.inf
     run_config: Config | None = None
+
+    def __str__(self) -> str:
+        if self.step is None:
+            return str(self.path)
+        known = self.val_loss < math.inf
+        loss = f"validation loss {self.val_loss:.4f}" if known else "not evaluated"
+        return f"{self.path}: step {self.step}, {loss}"
 
 
 def open_source(path: Path, which: str = "best") -> Source:
@@ -79,6 +87,15 @@ def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
             " the original back"
         )
     return tokenizer
+
+
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """The device and the type of weights; auto chooses as training does."""
+    has_cuda = torch.cuda.is_available()
+    if options.device == "cuda" and not has_cuda:
+        raise UserError("--device=cuda: this machine has no GPU that torch can use")
+    name = options.device if options.device != "auto" else "cuda" if has_cuda else "cpu"
+    return torch.device(name), compute_dtype(options.dtype, torch.device(name))
 
 
 def load_model(source: Source, device: torch.device, dtype: torch.dtype) -> Llama:

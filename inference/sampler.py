@@ -11,14 +11,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from config import UserError
-from distributed import compute_dtype
-from inference.generation import Settings, Source, drawable, fit_to_device, generate, load_model
+from config import UserError, existing_path, read_rows
+from inference.generation import (
+    Settings,
+    Source,
+    device_and_dtype,
+    drawable,
+    fit_to_device,
+    generate,
+    load_model,
+)
 from tokenizer import Template, Tokenizer
 
 
@@ -54,6 +61,18 @@ class Sampler:
         fit_to_device(self.model, rows == 1, options.compile)
         self.allowed = drawable(self.tokenizer, self.model.vocab_size).to(device)
         self.allowed[self.stop_ids] = True
+
+    def ask(self) -> None:
+        """Asks for prompts at a terminal and answers them, until its input ends."""
+        room = self.options.max_tokens or self.settings.max_tokens // 4
+        while True:
+            try:
+                print("> ", end="", file=sys.stderr, flush=True)  # standard output is for samples
+                self.converse(input(), room)
+            except UserError as error:
+                print(error, file=sys.stderr)
+            except EOFError:
+                return
 
     def converse(self, prompt: str, room: int) -> None:
         """Answers a prompt that was typed; a chat remembers both.
@@ -242,10 +261,26 @@ class Completion:
         return max((len(part) for part in begun if self.text.endswith(part)), default=0)
 
 
-def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """The device and the type of weights; auto chooses as training does."""
-    has_cuda = torch.cuda.is_available()
-    if options.device == "cuda" and not has_cuda:
-        raise UserError("--device=cuda: this machine has no GPU that torch can use")
-    name = options.device if options.device != "auto" else "cuda" if has_cuda else "cpu"
-    return torch.device(name), compute_dtype(options.dtype, torch.device(name))
+def read_prompts(options: argparse.Namespace) -> list[str] | None:
+    """The prompts of the command line or its file; None to ask for them at a terminal."""
+    if options.prompt is not None:
+        return [options.prompt]
+    if options.prompt_file is None:
+        if sys.stdin.isatty():
+            return None
+        raise UserError("give --prompt or --prompt-file (a terminal would be asked for prompts)")
+    path = existing_path(options.prompt_file)
+    rows = read_rows(path)
+    if not rows:
+        raise UserError(f"{path}: holds no prompt")
+    return [json_prompt(path, *row) if path.suffix == ".jsonl" else row[1] for row in rows]
+
+
+def json_prompt(path: Path, row: int, line: str) -> str:
+    try:
+        prompt = json.loads(line)["prompt"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        prompt = None
+    if not isinstance(prompt, str):
+        raise UserError(f'{path}, row {row}: write {{"prompt": "text"}}')
+    return prompt

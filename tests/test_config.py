@@ -189,22 +189,22 @@ MAY_IMPORT = {
     "corpus.inspection": "config dataset tokenizer",
     "corpus.build": "config corpus.locks corpus.packing corpus.readers corpus.sources corpus.hub"
     " corpus.splits corpus.inspection dataset tokenizer",
-    "corpus.vocabulary": "config corpus.readers corpus.sources corpus.splits tokenizer",
+    "corpus.vocabulary": "config corpus.locks corpus.readers corpus.sources corpus.splits"
+    " tokenizer",
     "inference.pretrained": "config tokenizer",
     "inference.linear": "",
     "inference.generation": "checkpoint config distributed inference.linear inference.pretrained"
     " fast model tokenizer",
     "inference.evaluation": "config dataset distributed inference.generation job fast model"
     " tokenizer",
-    "inference.sampler": "config distributed inference.generation tokenizer",
+    "inference.sampler": "config inference.generation tokenizer",
     "tools.memory": "config",
     "tools.page": "",
     "rocket": "checkpoint config dataset distributed fast inference.evaluation job model optimizer"
     " preflight run",
     "prepare": "config corpus.build corpus.hub corpus.inspection dataset tokenizer",
-    "train_tokenizer": "config corpus.hub corpus.locks corpus.vocabulary tokenizer",
-    "sample": "config distributed inference.evaluation inference.generation inference.sampler"
-    " tokenizer",
+    "train_tokenizer": "config corpus.hub corpus.vocabulary",
+    "sample": "config inference.evaluation inference.generation inference.sampler",
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 import prepare
 import train_tokenizer
 from config import ROOT, DataConfig, UserError
-from corpus import readers
+from corpus import readers, vocabulary
 from corpus.splits import Splitter
 from corpus.vocabulary import CHUNK, Sample, chunks
 from tokenizer import Tokenizer
@@ -255,7 +255,7 @@ def test_what_exists_is_never_overwritten_unasked(work):
 
 def test_what_another_process_wrote_meanwhile_stays(work, capsys, monkeypatch):
     """Two configurations that share a tokenizer train it at once: the first one there stays."""
-    train, path = train_tokenizer.train, work / "out" / "tokenizer.model"
+    train, path = vocabulary.train, work / "out" / "tokenizer.model"
 
     def overtaken(*arguments):
         model = train(*arguments)
@@ -263,7 +263,7 @@ def test_what_another_process_wrote_meanwhile_stays(work, capsys, monkeypatch):
         run(work)
         return model
 
-    monkeypatch.setattr(train_tokenizer, "train", overtaken)
+    monkeypatch.setattr(vocabulary, "train", overtaken)
     run(work, "--tokenizer.sample_bytes=20000")
     assert "(another process has trained it meanwhile)" in capsys.readouterr().out
     written = path.read_bytes()
@@ -272,7 +272,7 @@ def test_what_another_process_wrote_meanwhile_stays(work, capsys, monkeypatch):
     assert path.read_bytes() == written
     path.unlink()
 
-    monkeypatch.setattr(train_tokenizer, "train", overtaken)
+    monkeypatch.setattr(vocabulary, "train", overtaken)
     with pytest.raises(UserError, match=r"has 320 pieces, tokenizer\.vocab_size is 330"):
         run(work, "--tokenizer.vocab_size=330")
     assert path.read_bytes() == written
