@@ -178,8 +178,8 @@ class ModelConfig:
     norm_eps: float = fixed(1e-5, "epsilon of RMSNorm")
     tie_embeddings: bool = fixed(False, "one matrix for input and output embeddings")
     init_std: float = fixed(0.02, "standard deviation of the initial weights")
-    base_dim: int = fixed(0, "dim for which rates and init_std are right; 0: for this model's")
-    base_layers: int = fixed(0, "n_layers for which they are right; 0: for this model's")
+    base_dim: int = consent(0, "dim for which rates and init_std are right; 0: for this model's")
+    base_layers: int = consent(0, "n_layers for which they are right; 0: for this model's")
 
 
 @dataclass
