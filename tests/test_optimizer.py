@@ -73,12 +73,11 @@ def small_llama():
     return Llama(config, vocab_size=50)
 
 
-def moved(optimizer_name, dim, n_layers, base_dim, rate):
+def moved(optimizer_name, dim, n_layers, base_dim, rate, tied=False):
     """Root mean square of what three steps change in the logits of a model, of random tokens."""
     base = {"base_dim": base_dim, "base_layers": 2} if base_dim else {}
-    shape = ModelConfig(
-        dim=dim, n_layers=n_layers, n_heads=dim // 32, n_kv_heads=dim // 32, ffn_dim=3 * dim, **base
-    )
+    heads = {"n_heads": dim // 32, "n_kv_heads": dim // 32, "tie_embeddings": tied}
+    shape = ModelConfig(dim=dim, n_layers=n_layers, ffn_dim=3 * dim, **heads, **base)
     model = Llama(shape, vocab_size=64)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -104,6 +103,8 @@ def test_with_a_base_steps_change_wide_and_deep_models_as_much_as_small_ones(nam
     assert moved(name, 512, 2, 64, rate) == pytest.approx(small, rel=0.3)
     assert moved(name, 64, 8, 64, rate) == pytest.approx(small, rel=0.3)
     assert moved(name, 512, 2, 0, rate) > 1.5 * small
+    tied = moved(name, 64, 2, 64, rate, tied=True)
+    assert moved(name, 512, 2, 64, rate, tied=True) == pytest.approx(tied, rel=0.3)
 
 
 def set_gradients(model):
