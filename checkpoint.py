@@ -177,12 +177,13 @@ def find_checkpoint(path: Path, which: str = "last") -> Checkpoint:
 
 
 def find_resumable(run: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint that verifies and has the optimizer state; None if the run is new.
+    """The newest checkpoint that verifies and has the optimizer state; None if the run is new. Also
+    takes the path of one checkpoint.
 
     Rank 0 reads each manifest and sends it to the other ranks; all ranks share the hashing.
     AgreedError if there are checkpoints, but training can resume from none of them.
     """
-    paths = world.once(lambda: checkpoint_paths(run))
+    paths = world.once(lambda: [run] if (run / "manifest.json").exists() else checkpoint_paths(run))
     for path in paths:
         with _skipped_if_damaged(world.rank):
             checkpoint = world.once(lambda path=path: Checkpoint(path))

@@ -461,6 +461,10 @@ def _check_relations(config: Config) -> None:
             f"train.max_steps ({train.max_steps}) and train.epochs ({train.epochs}) both set the"
             " length of the run: give one"
         )
+    if train.init_from and train.branch_from:
+        raise ConfigError(
+            "train.init_from and train.branch_from both say where the run starts: give one"
+        )
     for name in ("momentum", "beta1", "beta2"):
         if (beta := getattr(config.optimizer, name)) >= 1:
             raise ConfigError(f"optimizer.{name} must be below 1, not {beta}")

@@ -245,6 +245,7 @@ class Mixture:
         self.tokens = sum(data.tokens for data in self.datasets)
         self.unused_tokens = sum(data.unused_tokens for data in self.datasets)
         self.seq_len = self.datasets[0].seq_len
+        self.offsets = [0] * len(self.names)  # in each dataset's order, see next_positions
 
     def step_windows(self, seed: int, step: int, batch_size: int) -> np.ndarray:
         """The windows (batch_size,) of a step, which has the slots from step · batch_size on. Each
@@ -254,14 +255,15 @@ class Mixture:
         order = np.empty_like(slots)
         for index in np.unique(which):
             mine = which == index
-            order[mine] = self.starts[index] + self.datasets[index].order(seed, positions[mine])
+            own = positions[mine] + self.offsets[index]
+            order[mine] = self.starts[index] + self.datasets[index].order(seed, own)
         return order
 
     def epochs(self, slots: int) -> dict[str, float]:
         """How many epochs of each dataset the first slots of a run make up."""
         counts = slot_counts(slots, self.weights)
-        each = zip(self.names, counts, self.datasets, strict=True)
-        return {name: count / data.windows for name, count, data in each}
+        each = zip(self.names, counts, self.offsets, self.datasets, strict=True)
+        return {name: (count + offset) / data.windows for name, count, offset, data in each}
 
     def evenly_spaced(self, count: int) -> list[np.ndarray]:
         """Evenly spaced windows of each dataset: its share of count, at least one; for 0, all."""
@@ -418,6 +420,18 @@ def slot_counts(slots: int, weights: list[int]) -> list[int]:
     half = len(weights) // 2
     left = slots * sum(weights[:half]) // sum(weights)
     return slot_counts(left, weights[:half]) + slot_counts(slots - left, weights[half:])
+
+
+def next_positions(data: DataConfig, slots: int, offsets: list[int]) -> dict[str, int]:
+    """How far in the order of each dataset, by real path, a run is after this many slots.
+
+    A branch that changes the mixture sets offsets (otherwise empty), so that each dataset is read
+    on from where the parent has left it, and its windows still come once per epoch.
+    """
+    weights = mixture_weights(data)
+    counts = slot_counts(slots, list(weights.values()))
+    each = zip(weights, counts, offsets or [0] * len(counts), strict=True)
+    return {os.path.realpath(resolve_path(name)): n + offset for name, n, offset in each}
 
 
 def permute(seed: int, epoch: int, positions: np.ndarray, size: int) -> np.ndarray:

@@ -51,6 +51,8 @@ from tokenizer import Tokenizer, configured_tokenizer
 CODE = Path(__file__).resolve().parent
 ROOMS = ("", "corpus", "inference", "slurm", "tools")  # folders of Rocket's Python files
 DIFF_LINES = 60  # printed at most
+BRANCH_OWN = ("train.out_dir:", "train.init_from:", "train.branch_from:")  # keys of each branch
+BRANCH_SETS = (*BRANCH_OWN, "data.document_mask:")  # refused on resume, but a branch may set them
 
 
 class Inputs(NamedTuple):
@@ -152,7 +154,7 @@ def _check_resumed(
         raise UserError(
             f"{directory}: the run was trained on another dataset or mixture than"
             f" {' and '.join(inputs.weights)} (of a mixture, order and weights count); set data.dir"
-            " or data.mixture to it, or start a new run with train.init_from"
+            " or data.mixture to it, or start a new run with train.branch_from"
         )
     started = directory / "config.toml"  # has also changes accepted since the checkpoint
     old = build_config(read_toml(started)) if started.exists() else checkpoint.config
@@ -171,8 +173,32 @@ def _check_resumed(
         print(f"accepted: {change}")
 
 
-def _check_code(directory: Path, accept_changes: bool) -> list[str]:
-    """Compares the code in use with the run's snapshot; prints a diff and returns what differs."""
+def check_branch(parent: Checkpoint, config: Config, inputs: Inputs) -> list[str]:
+    """What a branch changes: keys, data, code. ConfigError if it changes a key that it may not."""
+    found = changes(parent.config, config)
+    refused = [line for line in found["refused"] if not line.startswith(BRANCH_SETS)]
+    if parent.manifest["tokenizer_sha256"] != inputs.tokenizer_sha256:
+        refused.append(f"tokenizer.path: another tokenizer than {parent.path} was trained with")
+    if refused:
+        raise ConfigError(
+            f"train.branch_from: a branch can't change {'; '.join(refused)}; set it as in"
+            f" {parent.path}, or start from those weights alone with train.init_from"
+        )
+    lines = [line for line in chain(*found.values()) if not line.startswith(BRANCH_OWN)]
+    if (old := parent.manifest["dataset"]) != inputs.fingerprint:
+        lines.append(f"dataset: {old[:12]} -> {inputs.fingerprint[:12]}")
+        if config.train.epochs:
+            raise ConfigError(
+                "train.epochs counts passes over one dataset, and this branch changes it: give"
+                " train.max_steps, which counts from its parent's first step"
+            )
+    if code := _differing_code(parent.path.parent.parent)[0]:
+        lines.append(f"code: {', '.join(code)}")
+    return lines
+
+
+def _differing_code(directory: Path) -> tuple[list[str], list[str]]:
+    """Names of the files in use that differ from the run's snapshot, if it has one; the diff."""
     snapshot, changed, diff = directory / "code", [], []
     in_use = code_in_use() if snapshot.is_dir() else {}
     for name, text in in_use.items():
@@ -182,6 +208,12 @@ def _check_code(directory: Path, accept_changes: bool) -> list[str]:
             changed.append(name)
             lines = old.splitlines(), text.splitlines()
             diff += difflib.unified_diff(*lines, f"run/{name}", f"now/{name}", lineterm="")
+    return changed, diff
+
+
+def _check_code(directory: Path, accept_changes: bool) -> list[str]:
+    """Prints a diff if the code in use is not the run's snapshot; returns what differs."""
+    changed, diff = _differing_code(directory)
     if not changed:
         return []
     for line in diff[:DIFF_LINES]:
@@ -191,7 +223,7 @@ def _check_code(directory: Path, accept_changes: bool) -> list[str]:
     if not accept_changes:
         raise ConfigError(
             f"the code has changed since this run was started: {', '.join(changed)}; to go on with"
-            f" the new code add {ACCEPT_CHANGES}; the old one is in {snapshot}"
+            f" the new code add {ACCEPT_CHANGES}; the old one is in {directory / 'code'}"
         )
     print(f"accepted: other code in {', '.join(changed)}")
     return changed

@@ -68,8 +68,9 @@ def main(arguments: list[str]) -> None:
 def train(config: Config, accept_changes: bool, signals: Signals, world: World) -> None:
     """Trains the run in train.out_dir until it is finished, or until this job has to stop.
 
-    The run is resumed from its newest checkpoint, if there is one. Nothing is written before all
-    checks have passed. world.once runs a function on rank 0 and gives its result to all ranks.
+    The run is resumed from its newest checkpoint, if there is one; a new run may branch from one of
+    another run. Nothing is written before all checks have passed. world.once runs a function on
+    rank 0 and gives its result to all ranks.
     """
     directory = resolve_path(config.train.out_dir)
     end = world.once(lambda: job_end(config.train.max_hours))
@@ -282,8 +283,8 @@ def build(
         model.compile_parts()
     optimizer = build_optimizer(model, config.optimizer, world.dtype)
     if checkpoint:
-        load_weights(model, checkpoint)
-        load_optimizer(model, optimizer, checkpoint)
+        world.each(lambda: load_weights(model, checkpoint))
+        world.each(lambda: load_optimizer(model, optimizer, checkpoint))
     elif initial:
         world.each(lambda: load_weights(model, *initial))
     else:

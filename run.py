@@ -18,7 +18,7 @@ import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,11 +42,11 @@ from config import (
     tables,
     write_atomically,
 )
-from dataset import Batches, DataCheck, Mixture
+from dataset import Batches, DataCheck, Mixture, next_positions
 from distributed import AgreedError, Arrived, World, compiles, cudnn_version, explain_lost_rank
 from job import Consensus, RunLock, Signals, StopConditions
 from model import flops_per_token, parameter_count
-from preflight import CODE, InitialWeights, Inputs, code_files, writing
+from preflight import CODE, InitialWeights, Inputs, check_branch, code_files, writing
 from slurm import attempts
 
 REPORT_SECONDS = 300.0  # limit for tools/report.py; it reads a million rows in 11 s
@@ -109,6 +109,7 @@ class Progress:
     norms: list[float] = field(default_factory=lambda: [0.0, 0.0])  # norm_ema of rocket.should_skip
     save_seconds: float = 0.0  # duration of the longest save so far
     rows: dict[str, int] = field(default_factory=dict)  # number of rows by file
+    offsets: list[int] = field(default_factory=list)  # of the data, if a branch has changed them
 
     @property
     def position(self) -> tuple[int, float | None]:
@@ -130,7 +131,9 @@ class Run:
     As a context manager it records a failure in status.json, and releases the run at the end.
 
     Attributes:
-        saved: position of the newest checkpoint; from resume() on.
+        saved: position of the newest checkpoint, None for a branch without; from resume() on.
+        parent: the checkpoint of another run from which this job branches, if it does.
+        changed: what the branch changes, in lines.
         saver: saves checkpoints. It and the next two exist from start() on.
         agreed: what all ranks have agreed on: to stop, to save.
         check: compares the bytes of the dataset with its digests.
@@ -138,6 +141,7 @@ class Run:
 
     FILES = ("metrics.jsonl", "samples.jsonl", "bad_steps.jsonl", "jobs.jsonl")
     saver: Saver | None = None
+    parent: Checkpoint | None = None
     agreed: Consensus
     check: DataCheck
 
@@ -154,6 +158,7 @@ class Run:
         self.data, self.val_data = data, val_data
         self.world, self.enabled = world, world.rank == 0
         self.lock, self.progress = RunLock(directory), Progress()
+        self.changed: list[str] = []
         self.max_steps = run_length(config, data)
         self.tokens_per_step = config.train.global_batch_size * data.seq_len
         self.parameters = parameter_count(config.model, inputs.vocab_size)
@@ -215,24 +220,59 @@ class Run:
         return "stop_at_step" if 0 < train.stop_at_step <= step else ""
 
     def save_due(self) -> bool:
-        """Whether checkpoint.interval asks for a checkpoint of this step."""
-        return due(self.progress.step, self.config.checkpoint.interval)
+        """Whether checkpoint.interval asks for a checkpoint of this step. A branch saves at once,
+        because its parent may remove the one that it comes from."""
+        return not self.saved or due(self.progress.step, self.config.checkpoint.interval)
 
     # ---- start
 
     def resume(self) -> Checkpoint | None:
-        """The newest checkpoint that verifies; the run takes over its progress. None for a new run.
+        """The newest checkpoint that verifies; the run takes over its progress. For a new run it is
+        that of train.branch_from, or None.
 
         Raises:
-            AgreedError: another job trains the run, or the run has checkpoints but none verifies.
+            AgreedError: another job trains the run, there are checkpoints but none verifies, or the
+                branch can't be trained.
         """
         self.world.once(self.lock.check)
         self.seen = self.world.once(lambda: checkpoint_paths(self.directory))
         checkpoint = find_resumable(self.directory, self.world)
         if checkpoint:
             self.progress = Progress(**checkpoint.state)
-        self.resumed_at = self.saved = self.progress.position
+        elif self.config.train.branch_from:
+            checkpoint = self.parent = self._branch()
+        if self.progress.offsets:
+            self.data.offsets = self.progress.offsets
+        self.resumed_at = self.progress.position
+        self.saved = None if self.parent else self.resumed_at
         return checkpoint
+
+    def _branch(self) -> Checkpoint:
+        """The checkpoint that train.branch_from names; the run takes over its progress. If the data
+        change, it forgets validation losses, because they can't be compared."""
+        config, once = self.config, self.world.once
+        path = once(lambda: resolve_path(config.train.branch_from).resolve())
+        parent = find_resumable(path, self.world)
+        if not parent:
+            raise AgreedError(f"train.branch_from: {path}: no run or checkpoint")
+        self.changed = once(lambda: check_branch(parent, config, self.inputs))
+        self.progress = progress = Progress(**parent.state)
+        known, other = parent.config.data, parent.manifest["dataset"] != self.inputs.fingerprint
+        if other:
+            slots = progress.step * config.train.global_batch_size
+            before = once(lambda: next_positions(known, slots, progress.offsets))
+            now = next_positions(config.data, slots, [])
+            progress.offsets = [before.get(path, 0) - position for path, position in now.items()]
+        if other or known.document_mask != config.data.document_mask:
+            progress.best_val_losses, progress.evaluations_since_best = [], 0
+            progress.val_loss, progress.rows = None, {}
+        if ends := "max_steps" if progress.step >= self.max_steps else self.over():
+            key = {"max_steps": "max_steps or epochs", "early_stop": "patience"}.get(ends, ends)
+            raise AgreedError(
+                f"train.branch_from: at step {progress.step} of {parent.path} this branch would be"
+                f" {ENDS[ends]}: raise train.{key}; steps count from the parent's first"
+            )
+        return parent
 
     def open(self) -> None:
         """On rank 0: locks the run, removes leftovers, counts the attempt, writes status.json.
@@ -296,6 +336,8 @@ class Run:
         evaluated = self.progress.val_loss is not None
         for name in self.FILES:
             path, saved = self.directory / name, rows.get(name, 0)
+            if self.parent:
+                copy_rows(self.parent, path)
             # the row of a job stays, even if its steps are lost
             last = math.inf if name == "jobs.jsonl" else step
             rows[name] = cut_rows(path, last, evaluated)
@@ -378,7 +420,10 @@ class Run:
                 f" step ({fillers / slots:.0%} of the work) don't count"
             )
         if checkpoint:
-            self.say(f"resuming from step {checkpoint.step}: {checkpoint.path}")
+            how = "branching" if self.parent else "resuming"
+            self.say(f"{how} from step {checkpoint.step}: {checkpoint.path}")
+        for change in self.changed:
+            self.say(f"changed: {change}")
         if initial:
             self.say(f"weights of step {initial.checkpoint.step} from {initial.checkpoint.path}")
         if initial and initial.known and (new := self.inputs.vocab_size - initial.known):
@@ -511,7 +556,7 @@ class Run:
             for board in self.boards.values():
                 board.flush()
         with self.agreed.conditions.timed("save"):
-            if step == self.saved[0]:
+            if self.saved and step == self.saved[0]:
                 self.saver.amend(step, asdict(progress))
             else:
                 self.saver.save(step, {**self.origin, "state": asdict(progress)})
@@ -535,6 +580,8 @@ class Run:
             "commit": self.origin["commit"],
             "versions": self.origin["versions"],
         }
+        if self.parent:
+            row |= {"branched_from": str(self.parent.path), "changed": self.changed}
         self.row(row, "jobs.jsonl")
 
     def _place(self, step: int) -> dict[str, Any]:
@@ -657,6 +704,15 @@ def skip_reason(loss: float, grad_norm: float) -> str:
 def finite(number: float) -> float | None:
     """The number, or None if it is infinite or NaN, which JSON can't express."""
     return number if math.isfinite(number) else None
+
+
+def copy_rows(parent: Checkpoint, path: Path) -> None:
+    """Replaces a file by the rows of it that the parent's run had when it saved the checkpoint."""
+    source, rows = parent.path.parent.parent / path.name, [b""]
+    if source.exists():
+        with open(source, "rb") as file:
+            rows = list(islice(file, parent.state["rows"].get(path.name, 0)))
+    write_atomically(path, b"".join(rows))
 
 
 def cut_rows(path: Path, step: float, evaluated: bool) -> int:

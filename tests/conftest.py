@@ -44,21 +44,11 @@ def tiny_tokenizer(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def dataset(tiny_tokenizer, tmp_path_factory) -> Path:
     """What prepare.py made of a few modules: about 150,000 tokens, a fifth for validation."""
-    from training import ENVIRONMENT
+    from training import prepared
 
-    directory = tmp_path_factory.mktemp("dataset")
-    source = Path(sysconfig.get_paths()["stdlib"]) / "json"
-    more = Path(sysconfig.get_paths()["stdlib"]) / "email"
-    arguments = [
-        f'--data.sources=["{source}", "{more}"]',
-        "--data.val_fraction=0.2",
-        f"--data.dir={directory}",
-        f"--tokenizer.path={tiny_tokenizer}",
-        "--tokenizer.vocab_size=600",
-    ]
-    program = [sys.executable, str(ROOT / "prepare.py"), *arguments]
-    subprocess.run(program, check=True, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
-    return directory
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    sources = [str(stdlib / name) for name in ("json", "email")]
+    return prepared(tmp_path_factory.mktemp("dataset"), tiny_tokenizer, sources)
 
 
 @pytest.fixture
