@@ -253,6 +253,32 @@ def test_restarts_and_skipped_steps_are_marked(tmp_path):
     assert places[1] == pytest.approx((left + right) / 2, abs=1)
 
 
+def test_a_branch_is_marked(tmp_path):
+    """Its page says where it comes from and what it changes; in a comparison, too."""
+    trunk, path = make_run(tmp_path / "trunk"), make_run(tmp_path / "branch")
+    parent = str(trunk / "checkpoints" / "step_00000050")
+    changed = ["optimizer.schedule: constant -> wsd", HOSTILE]
+    branch = job_row(50, branched_from=parent, changed=changed)
+    later = [job_row(50), job_row(80)]  # the first stopped before its first step
+    write_rows(path / "jobs.jsonl", [job_row(0), branch, *later])
+    shown = page_of(path)
+    figures = len(shown.charts("steps"))
+    for kind, places in (("branch", 1), ("restart", 2)):
+        marks = [p["d"] for p in shown.all("path") if p.get("class") == kind]
+        assert len(marks) == 3 * figures
+        assert {d.count("M") for d in marks} == {places}
+    assert "Branch of trunk at step 50: optimizer.schedule: constant -> wsd ;" in shown.text
+    assert HOSTILE in shown.text
+    assert "┃ branch" in shown.text
+    compared = report.comparison([read(trunk), read(path)])
+    assert "branch of trunk at step 50" in Page(compared).text
+
+    for parent, changed in (([{}], "x"), (1, [None])):
+        strange = job_row(50, branched_from=parent, changed=changed)
+        write_rows(path / "jobs.jsonl", [job_row(0), strange])
+        assert "Branch of" in page_of(path).text
+
+
 def test_hours_are_named_after_the_device(tmp_path):
     on_gpu, on_cpu = make_run(tmp_path / "gpu"), make_run(tmp_path / "cpu")
     write_rows(on_cpu / "jobs.jsonl", [job_row(0, device="cpu")])

@@ -28,7 +28,7 @@ SHAPES = (  # of markers; 6 dashes and 7 shapes make 42 kinds of lines
 COLOURS = 8
 AXES = ("steps", "tokens", "hours")
 Point = tuple[float, float, float, float]  # the position on each axis, and the value
-Marks = dict[str, list[Point]] | None  # where a "restart" or a "skipped" step was
+Marks = dict[str, list[Point]] | None  # where a "restart", a "branch" or a "skipped" step was
 
 
 def short(value: float | None, digits: int = 4) -> str:
@@ -171,7 +171,7 @@ def chart(title: str, summary: str, lines: list[Line], marks: Marks, axis: int, 
     parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">{unit}</text>')
     for kind, points in (marks or {}).items():  # one path per kind
         places = sorted({round(x(point[axis] * factor)) for point in points})
-        shape = f"V{FLOOR}" if kind == "restart" else f"m-3 {FLOOR - TOP - 7}l6 6m0-6l-6 6"
+        shape = f"m-3 {FLOOR - TOP - 7}l6 6m0-6l-6 6" if kind == "skipped" else f"V{FLOOR}"
         path = "".join(f"M{place} {TOP}{shape}" for place in places if place <= x.end)
         parts.append(f'<path class="{kind}" d="{path}"/>' if path else "")
     ends = []
@@ -291,7 +291,7 @@ small{font-size:.7em;margin-left:.4em}
 time{white-space:nowrap}h3{font-size:1em;margin:1.2em 0 .3em}
 .against{margin-right:8px}input{margin:0 4px 0 0}label{margin-right:14px}
 .marks span{margin-right:14px;white-space:nowrap}i{font-style:normal;font-weight:bold}
-i.restart{color:var(--s3)}i.skipped,.warning{color:var(--warn)}
+i.restart{color:var(--s3)}i.branch{color:var(--s2)}i.skipped,.warning{color:var(--warn)}
 .charts{display:grid;gap:14px 26px;margin-top:12px}
 .charts{grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr))}
 figure{margin:0;min-width:0;break-inside:avoid}figcaption b{color:var(--fg);margin-right:.3em}
@@ -305,6 +305,7 @@ polyline{fill:none;stroke-width:1.4;stroke-linejoin:round}
 .grid{stroke:var(--line);fill:none}.leader{stroke:var(--soft);stroke-width:.5;fill:none}
 .marker{fill:var(--bg);stroke-width:1.3}.cursor{stroke:var(--soft);fill:none}
 path.restart{stroke:var(--s3);stroke-width:1.2;stroke-dasharray:2 3;fill:none}
+path.branch{stroke:var(--s2);stroke-width:1.6;fill:none}
 path.skipped{stroke:var(--warn);stroke-width:1.6;fill:none}
 .swatch{width:30px;height:12px;vertical-align:-1px;margin-right:5px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9em;width:100%}

@@ -109,6 +109,7 @@ class Run:
     status: Json = field(default_factory=dict)
     jobs: list[Json] = field(default_factory=list)  # in order, without those whose steps were lost
     job: Json = field(default_factory=dict)  # the last one
+    branches: list[Json] = field(default_factory=list)  # the jobs that began one, in order
     started: int = 0  # jobs, with those whose steps were lost
     step: float = 0
     tokens: float = 0
@@ -130,14 +131,19 @@ class Run:
         return sum(used) if self.jobs else None
 
     def marks(self) -> dict[str, list[Point]]:
-        """Positions on each axis of restarts and of skipped steps."""
+        """Positions on each axis of restarts, branches and skipped steps."""
         known = self.curves["learning_rate"].points()  # every row of training has one
         steps, skipped = [point[0] for point in known], []
         for step, *_ in self.skipped.points() if known else ():
             hours = known[min(bisect_left(steps, step), len(steps) - 1)][2]
             skipped.append((step, step * self.tokens / (self.step or 1), hours, 0.0))
-        restarts = [(job["step"], job["tokens"], job["hours"], 0.0) for job in self.jobs[1:]]
-        return {"restart": restarts, "skipped": skipped}
+        restarts = [job for job in self.jobs[1:] if job not in self.branches]
+        found = {"restart": restarts, "branch": self.branches}
+        starts = {
+            kind: [(job["step"], job["tokens"], job["hours"], 0.0) for job in jobs]
+            for kind, jobs in found.items()
+        }
+        return starts | {"skipped": skipped}
 
     def rows(self, file: str, *required: str) -> Iterator[Json]:
         """The rows of a file whose step and other required values are numbers from 0 on.
@@ -198,6 +204,7 @@ def read_files(run: Run) -> None:
     for row in run.rows("jobs.jsonl", "tokens", "hours", "ranks"):
         run.job, run.started = row, run.started + 1
         run.jobs = [job for job in run.jobs if job["step"] < row["step"]] + [row]
+        run.branches += [row] if row.get("branched_from") else []
     for row in run.rows("bad_steps.jsonl"):
         reason = str(row.get("reason") or row.get("skipped") or "skipped")
         run.reasons[reason] += 1
@@ -237,6 +244,13 @@ def name_runs(runs: list[Run]) -> None:
                 break
 
 
+def branch_of(job: Json) -> str:
+    """Where a branch comes from, such as trunk at step 800, as HTML."""
+    path = Path(str(job["branched_from"]))
+    run = path.parents[1] if path.parent.name == "checkpoints" else path
+    return f"{text(run.name, 100)} at step {job['step']:,.0f}"
+
+
 def state(run: Run) -> str:
     """The state of a run in words."""
     reason = run.status.get("reason")
@@ -268,9 +282,16 @@ def report(run: Run) -> bytes:
         "Code commit": code(str(job.get("commit") or "–")[:12]),
     }
     cards = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
-    legend = '<span><i class="restart">┆</i> restart</span>' if marks["restart"] else ""
-    if marks["skipped"]:
-        legend += '<span><i class="skipped">✕</i> skipped step</span>'
+    signs = {
+        "restart": ("┆", "restart"),
+        "branch": ("┃", "branch"),
+        "skipped": ("✕", "skipped step"),
+    }
+    legend = "".join(
+        f'<span><i class="{kind}">{sign}</i> {name}</span>'
+        for kind, (sign, name) in signs.items()
+        if marks[kind]
+    )
     figures = []
     for panel in PANELS:
         lines = [
@@ -282,6 +303,10 @@ def report(run: Run) -> bytes:
     body = f"<dl>{cards}</dl>{charts}{samples_part(run)}{jobs_part(run)}{config_part(run)}"
     known = f"{run.path}, {run.status.get('state', 'state unknown')}"
     heading = f"<h1>{text(run.name)}</h1><p>{text(known)} {date(run.status.get('time', ''))}</p>"
+    for branch in run.branches:
+        lines = branch.get("changed")
+        changes = [code(str(line)) for line in lines] if isinstance(lines, list) else []
+        heading += f"<p>Branch of {branch_of(branch)}: {'; '.join(changes) or 'no changes'}</p>"
     return page_about([run], f"{run.name}: report", heading, body)
 
 
@@ -429,8 +454,11 @@ def comparison(runs: list[Run]) -> bytes:
         loss = short(run.best.get("val_loss"))
         if run.best and run.best["val_loss"] == lowest:
             loss = f"<b>{loss}</b> ★"
+        name = f"{index + 1} {page.swatch(lines[-1])}{text(run.name)}"
+        if run.branches:
+            name += f"<small>branch of {branch_of(run.branches[-1])}</small>"
         row = {
-            "run": f"{index + 1} {page.swatch(lines[-1])}{text(run.name)}",
+            "run": name,
             "best validation loss": loss,
             "bits per byte": short(number(run.best.get("val_bits_per_byte"))),
             "tokens": short(run.tokens),
