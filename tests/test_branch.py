@@ -204,7 +204,6 @@ def test_what_a_branch_may_not_change(run, trunk, tmp_path):
     branch = {"train__branch_from": trunk, "train__max_steps": 60}
     refused = {
         "can't change model.dim: 32 -> 64; set it as in": {"model__dim": 64},
-        "model.base_dim: 0 -> 16; set it as in": {"model__base_dim": 16},
         "train.seed: 1337 -> 1; set it as in": {"train__seed": 1},
         "data.seq_len: 32 -> 16; train.global_batch_size: 10 -> 5; set": {
             "data__seq_len": 16,
