@@ -2,7 +2,8 @@
 
 Each does Rocket's work in its own way: the shape of CONFIG, its own model, optimizer and loss. The
 code of nanogpt and llama2.c comes from a clone, `nanogpt:PATH` and `llama2.c:PATH`; transformers is
-a package. `:compile` behind a trainer compiles its model.
+a package. `:compile` behind a trainer compiles its model. In time-to-loss, whole programs are
+compared: the train.py of a clone, with options that may follow PATH.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import pickle
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -22,10 +25,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from config import Config, UserError, available_cores
+from config import Config, UserError, available_cores, read_json, resolve_path
+from fast import IGNORE
 from tools.measure import Times
 
 Generate = Callable[[list[list[int]], int], Times | None]
@@ -43,7 +48,8 @@ def load_module(path: Path) -> ModuleType:
 
 def clone_file(peer: str, name: str) -> Path:
     """A file of the clone that `NAME:PATH` names; UserError if it is not there."""
-    path = Path(peer.removesuffix(":compile").partition(":")[2]).expanduser() / name
+    clone = peer.split(maxsplit=1)[0].removesuffix(":compile").partition(":")[2]
+    path = Path(clone).expanduser().resolve() / name
     if not path.is_file():
         raise UserError(f"--peer={peer}: {path} is not there; write NAME:PATH of a clone")
     return path
@@ -268,3 +274,83 @@ def write_pieces(path: Path, vocab_size: int) -> None:
 
 
 SAMPLERS = {"llama2.c": run_c, "transformers": transformers_sampler}
+
+
+def lay_out(peer: str, config: Config, folder: Path) -> None:
+    """What a peer's train.py reads from the folder that it runs in: its own configurator.py, and
+    the tokens of CONFIG's dataset.
+
+    nanoGPT reads a split as one file. llama2.c reads the first of its files as the validation
+    split, and the others in random order, each cut into windows that it shuffles.
+    """
+    (folder / "configurator.py").symlink_to(clone_file(peer, "configurator.py"))
+    vocab_size = config.tokenizer.vocab_size
+    nano = peer.startswith("nanogpt")
+    data = folder / "data" / ("corpus" if nano else f"tok{vocab_size}")
+    data.mkdir(parents=True)
+    directory = resolve_path(config.data.dir)
+    splits = read_json(directory / "manifest.json")["splits"]
+    for index, split in enumerate(("val", "train")):
+        if split not in splits:
+            raise UserError(f"{directory}: no {split} split; set data.val_fraction")
+        shards = [directory / shard["file"] for shard in splits[split]["shards"]]
+        tokens = np.concatenate([np.fromfile(path, "<u2") for path in shards])
+        tokens.tofile(data / (f"{split}.bin" if nano else f"data{index:02}.bin"))
+    (data / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))  # nanoGPT's
+
+
+def train_command(peer: str, config: Config, rate: float, steps: int, warmup: int) -> list[str]:
+    """Arguments of a peer's train.py for a run that ends its schedule, saves and exits.
+
+    It evaluates one batch of each split before the first step, and again when it saves. Its code
+    takes one more step before it exits.
+    """
+    clone, *given = shlex.split(peer)
+    shape, seq_len, train = config.model, config.data.seq_len, config.train
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    options: dict[str, Any] = {
+        "out_dir": "out",
+        "device": device,
+        "compile": device == "cuda" or clone.endswith(":compile"),
+        "dtype": "bfloat16" if device == "cuda" else "float32",  # on a CPU both ignore it
+        "batch_size": train.micro_batch_size,
+        "gradient_accumulation_steps": -(-train.global_batch_size // train.micro_batch_size),
+        "learning_rate": float(rate),
+        "warmup_iters": warmup,
+        "max_iters": steps,
+        "eval_interval": steps,
+        "eval_iters": 1,
+        "log_interval": steps - 1,  # so it prints the first step and the last
+        "always_save_checkpoint": True,
+    }
+    if clone.startswith("nanogpt"):
+        options |= {"dataset": "corpus", "block_size": seq_len, "n_layer": shape.n_layers}
+        options |= {"n_head": shape.n_heads, "n_embd": shape.dim}
+        options |= {"lr_decay_iters": steps, "min_lr": rate / 10, "beta2": 0.99}
+    else:
+        options |= {"vocab_source": "custom", "vocab_size": config.tokenizer.vocab_size}
+        options |= {"max_seq_len": seq_len, "n_layers": shape.n_layers, "dim": shape.dim}
+        options |= {"n_heads": shape.n_heads, "n_kv_heads": shape.n_kv_heads or shape.n_heads}
+        # It takes no width of the feed-forward: 8/3 dim, rounded up to a multiple, here of ffn_dim.
+        options["multiple_of"] = shape.ffn_dim
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [str(clone_file(clone, "train.py")), *flags, *given]
+
+
+def trained_peer(peer: str, folder: Path, world: Any) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """The model that train.py saved in folder, and its loss over a batch, summed, in nats."""
+    code = load_module(clone_file(peer, "model.py"))
+    saved = torch.load(folder / "out" / "ckpt.pt", map_location=world.device)
+    nano = peer.startswith("nanogpt")
+    shape = saved["model_args"]
+    model = code.GPT(code.GPTConfig(**shape)) if nano else code.Transformer(code.ModelArgs(**shape))
+    weights = {name.removeprefix("_orig_mod."): w for name, w in saved["model"].items()}
+    model.load_state_dict(weights)
+    model.to(world.device).eval()
+
+    def nats(tokens: Tensor, targets: Tensor, _: Tensor | None) -> Tensor:
+        trained = targets != IGNORE
+        answers = model(tokens, targets.where(trained, -1))  # which both ignore
+        return (answers[1] if nano else model.last_loss) * trained.sum()
+
+    return model, nats

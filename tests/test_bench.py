@@ -6,11 +6,17 @@ asserts. Peers that are cloned are not tried here, those that are packages are.
 """
 
 import json
+import pickle
 import subprocess
+import sysconfig
 
 import pytest
 from conftest import ROOT
+from peers import lay_out, train_command
 from training import ENVIRONMENT, launcher, overrides
+
+from config import UserError, load_config
+from tools.race import WITHIN, next_length
 
 SMALL = (
     "--model.dim=64 --model.n_layers=2 --model.n_heads=4 --model.ffn_dim=192"
@@ -138,6 +144,76 @@ def test_checkpoint_measures_saving_and_loading(tmp_path):
         assert own[f"{what} s"] * own[f"{what} GB/s"] == pytest.approx(own["size GB"])
 
 
+def test_time_to_loss_trains_from_raw_text_until_the_target(tmp_path):
+    """A real race: Rocket reaches the target, nanoGPT's recipe at a useless rate doesn't."""
+    stdlib = sysconfig.get_paths()["stdlib"]
+    path, model = tmp_path / "figures.json", SMALL[:4]
+    options = [f'--data.sources=["{stdlib}/json", "{stdlib}/email"]', "--data.val_fraction=0.2"]
+    options += ["--tokenizer.vocab_size=600", "--data.seq_len=32", "--train.global_batch_size=4"]
+    options += ["--train.max_steps=100", "--train.eval_sequences=30", "--log.report=false"]
+    race = ["--target=5", "--first=30", "--limit=1", "--repeats=1", "--rates=nanogpt:1e-9"]
+    about, medians, said = measured(
+        path, "time-to-loss", *model, *options, *race, "--peer=nanogpt --optimizer.beta2=0.9"
+    )
+    own, other = medians["rocket"], medians["nanogpt --optimizer.beta2=0.9"]
+    assert about["rocket"]["steps"] == 30
+    assert own["loss bits/byte"] <= 5 < other["loss bits/byte"]
+    assert own["tokens k"] == pytest.approx(30 * 4 * 32 / 1000)
+    parts = own["start s"] + own["steps s"] + own["end s"]
+    assert own["run s"] == pytest.approx(parts)
+    assert own["from raw text s"] > own["run s"] > own["start s"] > 0
+    assert own["steps s"] == pytest.approx(own["token µs"] * own["tokens k"] / 1000)
+    assert list(other) == ["loss bits/byte"]
+    assert "not reached" in about["nanogpt --optimizer.beta2=0.9"]
+    assert "raise --limit" in said
+
+
+def test_lengths_are_guessed_from_the_runs_before():
+    """On a real curve the search ends within a few runs, at a run that just reaches the target."""
+
+    def loss(steps):
+        return 1.2 + 8 * steps**-0.33
+
+    for target in (1.8, 2.0, 2.5):
+        runs = {300: loss(300)}
+        while steps := next_length(runs, target, longest=10_000):
+            runs[steps] = loss(steps)
+        assert len(runs) <= 5
+        assert target - WITHIN <= loss(min(s for s in runs if runs[s] <= target)) <= target
+    assert next_length({300: 3.0}, 2.0, longest=300) is None
+    assert next_length({300: 3.0}, 2.0, longest=400) == 400
+    assert next_length({300: 3.0, 400: 2.9}, 2.0, longest=400) is None
+    assert 300 < next_length({300: 2.1, 600: 2.2}, 2.0, longest=9_999) <= 2_400  # noise
+
+
+def test_peers_read_the_same_tokens(dataset, tiny_tokenizer, tmp_path):
+    run = overrides(dataset, tiny_tokenizer, tmp_path)
+    config, _ = load_config(run, usage="")
+    (clone := tmp_path / "clone").mkdir()
+    for name in ("configurator.py", "train.py"):
+        (clone / name).write_text("")
+    splits = {}
+    for split in ("train", "val"):
+        shards = sorted(dataset.glob(f"{split}-*.bin"))
+        splits[split] = b"".join(path.read_bytes() for path in shards)
+    for name, files in (
+        ("nanogpt", ["corpus/val.bin", "corpus/train.bin"]),
+        ("llama2.c", ["tok600/data00.bin", "tok600/data01.bin"]),
+    ):
+        (folder := tmp_path / name).mkdir()
+        peer = f"{name}:{clone} --beta2=0.9"
+        lay_out(peer, config, folder)
+        assert [(folder / "data" / f).read_bytes() for f in files] == [*splits.values()][::-1]
+        command = train_command(peer, config, 2e-3, 50, 5)
+        assert command[0] == str(clone / "train.py")
+        assert command[-1] == "--beta2=0.9"
+        assert {"--learning_rate=0.002", "--max_iters=50", "--warmup_iters=5"} <= set(command)
+    meta = pickle.loads((tmp_path / "nanogpt/data/corpus/meta.pkl").read_bytes())
+    assert meta == {"vocab_size": 600}
+    with pytest.raises(UserError, match="is not there"):
+        lay_out(f"nanogpt:{tmp_path}/none", config, tmp_path)
+
+
 @pytest.mark.long
 def test_a_peer_that_is_not_there_is_one_line(tmp_path):
     result = bench("training", *SMALL, f"--peer=nanogpt:{tmp_path}")
@@ -154,7 +230,7 @@ def test_startup_launches_the_program(dataset, tiny_tokenizer, tmp_path):
     assert not (tmp_path / "checkpoints").exists()  # it ran elsewhere
 
 
-NAMES = "training, sampling, startup, checkpoint, tokenizing"
+NAMES = "training, sampling, startup, checkpoint, tokenizing, time-to-loss"
 
 
 @pytest.mark.parametrize(
@@ -172,6 +248,15 @@ NAMES = "training, sampling, startup, checkpoint, tokenizing"
         (["tokenizing", "--repeats=2,3"], "--repeats: one whole number above 0, not '2,3'"),
         (["tokenizing", "--json"], "unknown option --json"),
         (["tokenizing", "--data.format=instruct"], "data.format = text"),
+        (["time-to-loss"], "--target: a number above 0, not 'BITS'"),
+        (["time-to-loss", "--target=2", "--rates=nanogpt:1e-3"], "no contestant is 'nanogpt'"),
+        (["time-to-loss", "--target=2", "--peer=transformers"], "--peer=nanogpt or llama2.c"),
+        (
+            ["time-to-loss", "--target=2", "--peer=nanogpt", "--peer=nanogpt"],
+            "are called 'nanogpt'",
+        ),
+        (["time-to-loss", "--target=2", "--peer=nanogpt:none"], "none/train.py is not there"),
+        (["time-to-loss", "--target=2", "--train.epochs=1", "--train.max_steps=0"], "max_steps"),
     ],
 )
 def test_a_wrong_argument_is_one_line(arguments, said):

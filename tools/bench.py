@@ -7,6 +7,7 @@ sampling    prefill and decode of sample.py with random weights, greedy, at each
 startup     --help beyond the bare interpreter, and launch to the first training row (prepared data)
 checkpoint  saving and loading in a temporary directory: seconds and GB/s
 tokenizing  the corpus of CONFIG with its tokenizer: MB of text (UTF-8) per second, by processes
+time-to-loss  whole runs on the corpus of CONFIG: seconds until --target, from launch to exit
 
 Contestants run in turns, since a machine's speed drifts: only ratios within a turn count. Each
 figure is printed as its median, lowest and highest, and as its ratio to the first contestant's,
@@ -23,11 +24,20 @@ process so far: resident on a CPU, allocated on a GPU.
 tokenizing: `ceiling` is running processes that only encode texts in their memory, `prepare` the
 program from start to end, `tokenizes` the rate that it prints; `datasets.map` the same by the
 package datasets, if it is installed, with ids as lists, or arrays of uint16 (`lean`).
+
+time-to-loss: a tokenizer and a dataset are made from the raw text, for all. Each contestant sweeps
+its learning rates at --first steps, then finds its shortest run, schedule and all, that ends at
+--target or less, over train.eval_sequences windows of the validation split, in float32.
+`--peer=nanogpt` is nanoGPT's recipe in Rocket's code, `--peer=nanogpt:CLONE` its own train.py,
+which takes further options, such as '--peer=nanogpt:CLONE --beta2=0.95'; so is llama2.c. --repeats
+times what each has found, again. `start` ends before the first step; `end` saves and exits.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 import multiprocessing
 import os
@@ -53,12 +63,12 @@ from config import (
     ConfigError,
     UserError,
     available_cores,
-    dump_toml,
     load_config,
     run_program,
 )
 from corpus import hub, readers
 from tokenizer import Tokenizer, configured_tokenizer
+from tools.race import RECIPES, WARM_UP, launch, race, running
 
 FLAGS = {
     "--repeats=5": "turns",
@@ -75,6 +85,11 @@ FLAGS = {
     "--new=128": "sampling: tokens of each completion",
     "--workers=1,2": "tokenizing: numbers of processes",
     "--copies=1": "tokenizing: repeat a short corpus this many times, as JSON lines",
+    "--target=BITS": "time-to-loss: the validation loss to reach, in bits per byte",
+    "--first=300": "time-to-loss: steps of the runs that sweep learning rates",
+    "--limit=90": "time-to-loss: seconds of the longest run to try",
+    "--rates=LABEL:RATE/RATE": "time-to-loss: rates to sweep, by contestants, with commas between;"
+    " the default is the rate of CONFIG, and 1e-3/2e-3/4e-3 for peers; one is taken as it is",
     "--json=PATH": "where to write the figures, too",
 }
 # Both tie the embeddings, as the peers do, and have 8 dim² parameters per layer in the
@@ -91,7 +106,7 @@ SHAPES = {
     " --model.ffn_dim=2048 --tokenizer.vocab_size=32000 --data.seq_len=512"
     " --train.global_batch_size=8 --train.micro_batch_size=8",
 }
-BENCHMARKS = ("training", "sampling", "startup", "checkpoint", "tokenizing")
+BENCHMARKS = ("training", "sampling", "startup", "checkpoint", "tokenizing", "time-to-loss")
 RATIOS = (
     ("prepare", "ceiling"),
     ("tokenizes", "ceiling"),
@@ -116,7 +131,8 @@ def main(arguments: list[str]) -> None:
     machine |= {"python": platform.python_version()}
     machine |= {p: version(p) for p in ("numpy", "sentencepiece", "pyarrow", "datasets", "torch")}
     say(f"{listed(machine)}; {options['repeats']} turns")
-    found = compare(name, config, options, arguments[1:])
+    compared = functools.partial(compare, name) if name != "time-to-loss" else race_all
+    found = compared(config, options, arguments[1:])
     if options["json"] != "PATH" and is_first_rank():
         content = {"benchmark": name, "arguments": arguments[1:], "machine": machine, **found}
         try:
@@ -233,11 +249,53 @@ def compare(name: str, config: Config, options: Options, arguments: list[str]) -
             about[label] = next(one)
             say(f"{label}: {listed(about[label])}")
         turns = [[next(one) for _, one in contestants] for _ in range(options["repeats"])]
-    rows, width = [], max(len(label) for label, _ in contestants)
-    for i, (label, _) in enumerate(contestants):
+    return {"contestants": about, "rows": report_all([label for label, _ in contestants], turns)}
+
+
+def report_all(labels: list[str], turns: list[list[Figures]]) -> list[Json]:
+    """Reports each contestant's figures of all turns; the ratios are to those of the first."""
+    rows, width = [], max(map(len, labels))
+    for i, label in enumerate(labels):
         found, base = ([turn[which] for turn in turns] for which in (i, 0))
         rows += report(f"{label:<{width}}", found, base if i else None)
-    return {"contestants": about, "rows": rows}
+    return rows
+
+
+def race_all(config: Config, options: Options, arguments: list[str]) -> Json:
+    """Runs time-to-loss with CONFIG, each --versus, and each peer's recipe or train.py.
+
+    Raises:
+        UserError: contestants that this benchmark can't have; the error of one of them.
+    """
+    given = [a for a in arguments if a.startswith(("--versus=", "--checkout=", "--peer="))]
+    if "RANK" in os.environ:
+        raise ConfigError("contestants of time-to-loss are single processes; leave out torchrun")
+    own, rivals = [a for a in arguments if a not in given], [("rocket", config, "")]
+    for argument in given:
+        kind, _, value = argument.partition("=")
+        first, *more = shlex.split(value)
+        if kind == "--versus":
+            rivals.append((value, read_arguments(["time-to-loss", *own, first, *more])[1], ""))
+            continue
+        name = first.partition(":")[0]
+        if kind == "--checkout" or name not in RECIPES:
+            raise ConfigError(
+                f"{argument}: time-to-loss takes --peer={' or '.join(RECIPES)}[:CLONE]"
+            )
+        label = re.sub(r":\S*?(:compile)?(?=\s|$)", r"\1", value, count=1)
+        if first == name:
+            warm_up = f"--optimizer.warmup_steps={round(WARM_UP[name] * config.train.max_steps)}"
+            more = [*own, *RECIPES[name].split(), warm_up, *more]
+            rivals.append((label, read_arguments(["time-to-loss", *more])[1], ""))
+        else:
+            rivals.append((label, copy.deepcopy(config), value))
+    labels = [label for label, _, _ in rivals]
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ConfigError(f"two contestants are called {twice[0]!r}; leave one out")
+    about, turns = race(rivals, options)
+    for label, what in about.items():
+        say(f"{label}: {listed(what)}")
+    return {"contestants": about, "rows": report_all(list(about), turns)}
 
 
 def contestant(name: str, config: Config, options: Options, peer: str) -> Contestant:
@@ -272,20 +330,6 @@ def remote(label: str, arguments: list[str], *, peer: str = "", checkout: str = 
                 process.stdin.write(b"\n")
 
 
-@contextlib.contextmanager
-def running(label: str, command: list[str], **options: Any) -> Iterator[subprocess.Popen]:
-    """Python in a process whose output is read; UserError with its last line where it fails."""
-    options |= {"args": [sys.executable, *command], "stdout": subprocess.PIPE}
-    with tempfile.TemporaryFile() as errors:
-        with subprocess.Popen(stderr=errors, **options) as process:
-            yield process
-        if process.returncode:
-            errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines() or ["it was killed"]
-            message = said[-1].removeprefix(f"{Path(command[0]).name}: error: ")
-            raise UserError(f"{label}: {message}")
-
-
 def work(peer: str, name: str, config: Config, options: Options) -> None:
     """The process of a contestant: a line for its parent at the beginning and for each turn."""
     answers = sys.stdout
@@ -294,17 +338,6 @@ def work(peer: str, name: str, config: Config, options: Options) -> None:
             print(json.dumps(figures), file=answers, flush=True)
             if not sys.stdin.readline():
                 return
-
-
-def launch(program: str, config: Config, scratch: str, *flags: str) -> list[tuple[float, str]]:
-    """Runs a program on a configuration: what it printed, each line with the seconds since launch,
-    and its end as an empty line."""
-    path = Path(scratch, "config.toml")
-    path.write_text(dump_toml(config), encoding="utf-8")
-    command, start = [str(ROOT / program), str(path), *flags], time.perf_counter()
-    with running(program, command, text=True, encoding="utf-8") as process:
-        lines = [(time.perf_counter() - start, line) for line in process.stdout]
-    return [*lines, (time.perf_counter() - start, "")]
 
 
 def startup(config: Config, _: Options) -> Contestant:

@@ -1,8 +1,10 @@
-"""What bench.py measures with torch: training, sampling and checkpoints, by Rocket's own parts."""
+"""What bench.py measures with torch: training, sampling, checkpoints, and the loss of what was
+trained, by Rocket's own parts."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import itertools
 import os
@@ -20,9 +22,9 @@ from torch.utils.benchmark import Timer
 
 from checkpoint import Saver, find_resumable, load_optimizer, load_weights
 from config import Config, ConfigError, UserError, tables
-from dataset import Batch, rank_share
+from dataset import Batch, Batches, rank_share
 from distributed import World, init_distributed, replicate, shut_down
-from inference import generation
+from inference import evaluation, generation
 from job import Votes
 from model import Llama, flops_per_token, parameter_count
 from preflight import check_inputs
@@ -324,6 +326,46 @@ def checkpoint(config: Config, _: Options, __: str, world: World) -> Contestant:
                 "load s": loaded - saved,
                 "load GB/s": size / (loaded - saved),
             }
+
+
+@contextlib.contextmanager
+def judge(config: Config) -> Iterator[Callable[[Callable], tuple[float, int]]]:
+    """Evaluates trained models alike: in float32, over train.eval_sequences windows of CONFIG's
+    validation split. The function that it yields takes one that loads a model (trained_rocket), and
+    returns bits per byte and the number of parameters.
+
+    Raises:
+        UserError: the dataset is not there, or has no validation split.
+    """
+    config = copy.deepcopy(config)
+    config.train.dtype = "float32"
+    config.train.global_batch_size = config.train.micro_batch_size = 32  # faster than training's
+    world = init_distributed(config)
+    try:
+        inputs = check_inputs(Path(os.devnull), config, False)
+        _, data = open_datasets(config, inputs)
+        if not data:
+            raise UserError(f"{config.data.dir}: no val split; set data.val_fraction")
+        with Batches(data, config, inputs.bos_id, world) as batches:
+
+            @torch.no_grad()
+            def judged(load: Callable) -> tuple[float, int]:
+                model, nats = load(world)
+                windows = data.evenly_spaced(config.train.eval_sequences)
+                parts = [batches.of_windows(data, part) for part in windows]
+                scores, _ = evaluation.score(nats, data, parts, inputs.byte_lengths, world, "val")
+                return scores.bits_per_byte, sum(p.numel() for p in model.parameters())
+
+            yield judged
+    finally:
+        shut_down()
+
+
+def trained_rocket(config: Config, world: World) -> tuple[nn.Module, nn.Module]:
+    """The model of a run in train.out_dir, which is also its loss over a batch, summed, in nats."""
+    model, _ = build_model(config, world)
+    load_weights(model, find_resumable(Path(config.train.out_dir), world))
+    return model, model
 
 
 BENCHMARKS = {"training": training, "sampling": sampling, "checkpoint": checkpoint}
