@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import math
 import os
 import pickle
 import re
@@ -308,13 +309,14 @@ def train_command(peer: str, config: Config, rate: float, steps: int, warmup: in
     clone, *given = shlex.split(peer)
     shape, seq_len, train = config.model, config.data.seq_len, config.train
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = math.gcd(train.global_batch_size, train.micro_batch_size)
     options: dict[str, Any] = {
         "out_dir": "out",
         "device": device,
         "compile": device == "cuda" or clone.endswith(":compile"),
         "dtype": "bfloat16" if device == "cuda" else "float32",  # on a CPU both ignore it
-        "batch_size": train.micro_batch_size,
-        "gradient_accumulation_steps": -(-train.global_batch_size // train.micro_batch_size),
+        "batch_size": batch,
+        "gradient_accumulation_steps": train.global_batch_size // batch,
         "learning_rate": float(rate),
         "warmup_iters": warmup,
         "max_iters": steps,

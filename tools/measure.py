@@ -7,6 +7,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -354,7 +355,9 @@ def judge(config: Config) -> Iterator[Callable[[Callable], tuple[float, int]]]:
                 windows = data.evenly_spaced(config.train.eval_sequences)
                 parts = [batches.of_windows(data, part) for part in windows]
                 scores, _ = evaluation.score(nats, data, parts, inputs.byte_lengths, world, "val")
-                return scores.bits_per_byte, sum(p.numel() for p in model.parameters())
+                bits = scores.bits_per_byte
+                count = sum(p.numel() for p in model.parameters())
+                return bits if math.isfinite(bits) else math.inf, count  # it has diverged
 
             yield judged
     finally:

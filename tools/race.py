@@ -96,18 +96,11 @@ def race(rivals: Rivals, options: dict[str, Any]) -> tuple[dict[str, dict], list
             racers = [racer(*rival, rates, judge, scratch) for rival in rivals]
             found = search_in_turns(racers, target, options["first"], options["limit"])
             turns = [found]
-            for _ in range(options["repeats"] - 1):  # of those that have reached it
-                again = zip(racers, found, strict=True)
-                turns.append(
-                    [one.train(*run[:2]) if run.bits <= target else run for one, run in again]
-                )
+            for _ in range(options["repeats"] - 1):
+                turns.append([again(*one, target) for one in zip(racers, found, strict=True)])
     tokens = config.data.seq_len * config.train.global_batch_size
     for one, run in zip(racers, found, strict=True):
-        about[one.label] = {
-            "parameters": f"{run.parameters:,}",
-            "rate": run.rate,
-            "steps": run.steps,
-        }
+        about[one.label] = {"parameters": run.parameters, "rate": run.rate, "steps": run.steps}
         if run.bits > target:
             about[one.label]["not reached"] = f"{run.bits:.4f} bits per byte; raise --limit"
     return about, [[figures(run, target, tokens, shared) for run in turn] for turn in turns]
@@ -206,6 +199,11 @@ def split(marks: list[tuple[int, float]]) -> tuple[float, float]:
     return begun - first * step, step
 
 
+def again(racer: Racer, run: Trained, target: float) -> Trained:
+    """The same run once more, if it reached the target."""
+    return racer.train(run.rate, run.steps) if run.bits <= target else run
+
+
 def search_in_turns(racers: list[Racer], target: float, first: int, limit: int) -> list[Trained]:
     """Each one's shortest run that reaches the target, or its best; they take turns, since a
     machine's speed drifts."""
@@ -230,6 +228,9 @@ def search(racer: Racer, target: float, first: int, limit: int) -> Iterator[Trai
         print(f"{what}: {found.bits:.4f} bits per byte, {found.total:.1f} s", flush=True)
         return found
 
+    def rank(one: Trained) -> tuple[bool, float]:
+        return one.bits > target, one.bits if one.bits > target else one.steps
+
     best = sweep(functools.partial(run, steps=first), racer.rates)
     runs = {first: best.bits}
     longest = max(first, int((limit - best.start) / best.step))
@@ -237,11 +238,7 @@ def search(racer: Racer, target: float, first: int, limit: int) -> Iterator[Trai
     while steps := next_length(runs, target, longest):
         found = run(best.rate, steps)
         runs[steps] = found.bits
-        reached = found.bits <= target
-        if (reached and (best.bits > target or steps < best.steps)) or (
-            best.bits > target and found.bits < best.bits
-        ):
-            best = found
+        best = min(best, found, key=rank)
         yield best
 
 
