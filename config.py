@@ -342,7 +342,7 @@ def load_config(
         if argument in flags or argument.startswith(valued):
             given.append(argument)
         elif argument.startswith("--") and "." in argument.partition("=")[0]:
-            _override(values, argument)
+            override(values, argument)
         elif argument.startswith("-"):
             raise ConfigError(
                 f"unknown option {argument}{_nearest(argument, flags)}; keys: --section.key=value"
@@ -371,12 +371,12 @@ def build_config(values: dict[str, Any]) -> Config:
         if not isinstance(table, dict):
             raise ConfigError(f"{section} is a table: write [{section}] and its keys below")
         for name, value in table.items():
-            _set(config, section, name, value)
+            set_key(config, section, name, value)
     _check_relations(config)
     return config
 
 
-def _set(config: Config, section: str, name: str, value: Any) -> None:
+def set_key(config: Config, section: str, name: str, value: Any) -> None:
     """Sets a key, integers widened to float; ConfigError on an unknown key or a wrong value."""
     path, keys, target = f"{section}.{name}", KEYS[section], getattr(config, section)
     options = SENTENCEPIECE_OPTIONS if section == "tokenizer" else []
@@ -411,7 +411,7 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
-def _override(values: dict[str, Any], argument: str) -> None:
+def override(values: dict[str, Any], argument: str) -> None:
     """Sets `--section.key=value` in the tables: TOML syntax, or bare text for a string."""
     path, equals, text = argument[2:].partition("=")
     if not equals:
@@ -528,15 +528,15 @@ def dump_toml(config: Config) -> str:
     """The whole configuration as the text of a TOML file."""
     lines = []
     for section, table in tables(config).items():
-        lines += [f"[{section}]", *(f"{name} = {_toml_value(v)}" for name, v in table.items()), ""]
+        lines += [f"[{section}]", *(f"{name} = {toml_value(v)}" for name, v in table.items()), ""]
     return "\n".join(lines)
 
 
-def _toml_value(value: Any) -> str:
+def toml_value(value: Any) -> str:
     if isinstance(value, list):
-        return f"[{', '.join(map(_toml_value, value))}]"
+        return f"[{', '.join(map(toml_value, value))}]"
     if isinstance(value, dict):
-        pairs = (f"{_toml_value(k)} = {_toml_value(v)}" for k, v in value.items())
+        pairs = (f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items())
         return f"{{{', '.join(pairs)}}}"
     # JSON writes strings, numbers and booleans as TOML does, DEL excepted.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
@@ -717,7 +717,7 @@ def describe(section: str) -> Iterator[tuple[str, str, str, str]]:
         meaning = key.metadata["help"]
         if typing.get_origin(key.type) is Literal:
             meaning += f"; one of {', '.join(typing.get_args(key.type))}"
-        yield name, _toml_value(getattr(defaults, name)), meaning, key.metadata["resume"]
+        yield name, toml_value(getattr(defaults, name)), meaning, key.metadata["resume"]
 
 
 def markdown_table() -> str:

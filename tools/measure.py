@@ -206,6 +206,15 @@ def timed_steps(
     return seconds, parts
 
 
+def median_parts(trainer: Trainer, batches: list[Batch], device: torch.device) -> dict[str, float]:
+    """Seconds of the parts of a step, as timed_steps gives them: the median of five warm steps,
+    since others may use the machine."""
+    for _ in range(2):
+        trainer.step(batches)
+    found = [timed_steps(lambda: trainer.step(batches), 1, device)[1] for _ in range(5)]
+    return {part: sorted(one[part] for one in found)[2] for part in found[0]}
+
+
 def profiled(step: Callable[[], Any], count: int, device: torch.device) -> Any:
     """torch's profile of some steps."""
     with torch.profiler.profile() as found:  # of all devices that there are

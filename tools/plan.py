@@ -1,9 +1,12 @@
 """Plans a training before there is a job: what fits on the GPUs, how long it takes, what it costs.
 
     python tools/plan.py CONFIG --gpus=64 --gpu=h100 [--mfu=0.4] [--section.key=value …]
+    python tools/plan.py --hours=24 --gpus=8 --gpu=h100 --data=data/mine [--write=config/mine.toml]
 
-Needs no GPU and no dataset. It recommends a strategy, what to recompute and a micro-batch for the
-global batch of CONFIG, and says why. How good its figures are: docs/planning.md.
+With a budget of hours in place of CONFIG, it chooses the whole configuration and writes it with the
+reasons (dial.py). With CONFIG, it needs no GPU and no dataset: it recommends a strategy, what to
+recompute and a micro-batch for the global batch of CONFIG, and says why. How good its figures are:
+docs/planning.md.
 """
 
 from __future__ import annotations
@@ -57,6 +60,11 @@ FLAGS = {
     "--mfu=0.4": "share of these TFLOP/s that training reaches when it recomputes nothing;"
     " published runs: 0.39 to 0.46 (H100)",
     "--json": "the figures as JSON",
+    "--hours=24": "a budget of hours in place of CONFIG: chooses the configuration",
+    "--gpu-hours=192": "the same budget for all GPUs together",
+    "--data=DIR": "with a budget: the prepared dataset",
+    "--fit=FILE": "with a budget: the scaling law that ladder.py fitted to this text",
+    "--write=FILE": "with a budget: where the configuration goes, such as config/mine.toml",
 }
 # Published for H100: llm-foundry 0.40 to 0.46 (7B, 13B), torchtitan 0.39 (8B); docs/planning.md.
 DEFAULT_MFU = 0.4
@@ -298,7 +306,16 @@ def read_nodes(given: dict[str, Any]) -> tuple[int, int]:
 
 
 def main(arguments: list[str]) -> None:
+    if (
+        any(a.startswith(("--hours=", "--gpu-hours=")) for a in arguments)
+        and "--help" not in arguments
+    ):
+        from tools import dial  # which imports this file
+
+        return dial.main(arguments)
     config, flags = load_config(arguments, usage=str(__doc__), flags=FLAGS)
+    if budget := [a for a in flags if a.startswith(("--data=", "--fit=", "--write="))]:
+        raise ConfigError(f"{budget[0]} goes with a budget: give --hours or --gpu-hours")
     cluster = read_cluster(flags)
     steps, epochs = run_steps(config)
     found = options(config, cluster)
@@ -512,15 +529,20 @@ def launch(cluster: Cluster, facts: Facts, arguments: list[str]) -> str:
     overrides = [a for a in arguments if a.startswith("--") and "." in a.partition("=")[0]]
     kept = [a for a in overrides if a[2:].partition("=")[0] not in chosen]
     tail = " ".join([shlex.join((config, *kept)), *(f"--{k}={v}" for k, v in chosen.items())])
+    return start(cluster, facts["hours"], tail)
+
+
+def start(cluster: Cluster, hours: float | None, tail: str) -> str:
+    """The command that starts rocket.py with these arguments, on this cluster."""
     if cluster.name == "cpu":
         return f"torchrun --standalone --nproc_per_node={cluster.gpus} rocket.py {tail}"
     # a run that takes longer than a job comes back by itself (docs/jobs.md)
-    hours = min(24, math.ceil(1.2 * (facts["hours"] or 24) + 0.5))
+    limit = min(24, math.ceil(1.2 * (hours or 24) + 0.5))
     # sbatch itself does not read the site's account and partition (slurm/site.example.sh)
     return (
         "(script=train; [ ! -f slurm/site.sh ] || . slurm/site.sh;"
         f" sbatch --nodes={cluster.nodes} --gpus-per-node={cluster.per_node}"
-        f" --time={hours}:00:00 slurm/train.sh {tail})"
+        f" --time={limit}:00:00 slurm/train.sh {tail})"
     )
 
 
