@@ -71,20 +71,20 @@ class Recipe(NamedTuple):
     """A learning rate, and the run for which it is the best."""
 
     rate: float
+    base_dim: int  # and BASE_LAYERS layers: where it is right; it transfers (model.transfer)
     batch_tokens: float  # per step
     tokens: float  # of the run
     source: str
 
 
-# Swept at model.base_dim = 64 and base_layers = 2; AdamW's is an estimate (docs/experiments.md).
-BASE_DIM, BASE_LAYERS = 64, 2
+BASE_LAYERS = 2
 RECIPES = {
-    "muon": Recipe(7e-3, 512, 256_000, "docs/experiments.md"),
-    "adamw": Recipe(3e-3, 512, 256_000, "an estimate: not swept"),
+    "muon": Recipe(1.3e-2, 32, 512, 256_000, "docs/experiments.md"),
+    "adamw": Recipe(3.8e-2, 8, 512, 256_000, "docs/experiments.md"),
 }
-# The best rate grows with the root of the batch (arXiv 2205.10287), here only up to BATCH_LIMIT
-# times the recipe's, and falls with the steps.
-BATCH_EXPONENT, BATCH_LIMIT, STEPS_EXPONENT = 0.5, 4.0, -0.3
+# How the best rate grows with the batch at equal steps, measured up to BATCH_LIMIT times the
+# recipe's, and falls with the steps at an equal batch (docs/experiments.md).
+BATCH_EXPONENT, BATCH_LIMIT, STEPS_EXPONENT = 0.26, 4.0, -0.27
 # The batch above which data parallelism brings less grows with about the root of the tokens,
 # whatever the model's size (arXiv 2410.21676, 2505.13738).
 TOKENS_EXPONENT = 0.5
@@ -160,8 +160,9 @@ class Task:
         name = self.fixed.get("optimizer.name", swept)
         if not self.fit or name != swept:
             return RECIPES[name]
-        rate, tokens = self.base["optimizer.learning_rate"], max(self.base["tokens"])
-        return Recipe(rate, self.base["batch_tokens"], tokens, "the ladder's")
+        rate, base_dim = self.base["optimizer.learning_rate"], self.base["model.base_dim"]
+        run = self.base["batch_tokens"], max(self.base["tokens"])
+        return Recipe(rate, base_dim, *run, "the ladder's")
 
     @property
     def fixed_length(self) -> bool:
@@ -223,7 +224,7 @@ def model_choices(task: Task, dim: int, seq_len: int) -> Choices:
     proposed: dict[str, tuple[Any, str]] = {k: (shape[k], reason) for k, reason in reasons.items()}
     proposed["max_seq_len"] = seq_len, "as data.seq_len"
     proposed["tie_embeddings"] = False, "two matrices, as in the recipe that was swept"
-    proposed["base_dim"] = BASE_DIM, "where the rate was swept; it transfers (model.transfer)"
+    proposed["base_dim"] = task.recipe.base_dim, "where the rate is right (model.transfer)"
     proposed["base_layers"] = BASE_LAYERS, "its depth"
     return settled(task, "model", proposed)
 
