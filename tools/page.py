@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 WIDTH, HEIGHT, LEFT, TOP, BOTTOM, GAP = 440, 250, 50, 10, 36, 13  # of a chart, in its own units
 FLOOR = HEIGHT - BOTTOM
+WIDE = 800  # of a chart that has a row to itself
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "14 4", "5 2 1 2 1 2")
 SHAPES = (  # of markers; 6 dashes and 7 shapes make 42 kinds of lines
     "m-3 0a3 3 0 1 0 6 0a3 3 0 1 0-6 0",
@@ -193,6 +194,36 @@ def chart(title: str, summary: str, lines: list[Line], marks: Marks, axis: int, 
         f' data-x="0 {x.high:.6g} {LEFT} {right:.1f}"'
         f' data-y="{y.low:.6g} {y.high:.6g} {y.start} {y.end} {int(y.log)}">'
         f'<title>{text(named)}</title>{"".join(parts)}<path class="cursor"/></svg>'
+    )
+
+
+def log_figure(title: str, unit: str, x_unit: str, lines: list[Line]) -> str:
+    """A chart against a logarithmic axis, labelled at the lines' ends; points are (x, value)."""
+    lines = [line for line in lines if line.points]
+    places = [point[0] for line in lines for point in line.points]
+    y = value_scale([point[1] for line in lines for point in line.points], False)
+    right = WIDE - 12 - max(8 * len(line.label) for line in lines)
+    x = Scale(min(places) / 1.1, max(places) * 1.1, LEFT, right, True)
+    parts = []
+    for value in ticks(y.low, y.high, y.log):
+        parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{right:.0f}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 5}" y="{y(value) + 4:.1f}">{short(value)}</text>')
+    for value in ticks(x.low, x.high, True):
+        parts.append(f'<path class="grid" d="M{x(value):.1f} {FLOOR}v4"/>')
+        parts.append(f'<text class="x" x="{x(value):.1f}" y="{HEIGHT - 19}">{value:.0e}</text>')
+    parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">{x_unit}</text>')
+    ends = []
+    for line in lines:
+        spots = [(x(place), y(value)) for place, value in line.points]
+        drawn = " ".join(f"{left:.1f},{top:.1f}" for left, top in spots)
+        parts.append(line.polyline(drawn, "", f"<title>{text(line.label)}</title>"))
+        parts.append(line.markers(spots) if line.marked else "")
+        ends.append((spots[-1], line))
+    parts.append(end_labels(ends, right))
+    return (
+        f"<figure><figcaption><b>{text(title)}</b> {text(unit)}, log axis</figcaption>"
+        f'<svg viewBox="0 0 {WIDE} {HEIGHT}" role="img" aria-label="{text(title)}">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 

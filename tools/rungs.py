@@ -1,0 +1,494 @@
+"""The small runs of a ladder: which there are, how long they take, and how they are trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+import queue
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+from config import (
+    ROOT,
+    Config,
+    UserError,
+    available_cores,
+    build_config,
+    dump_toml,
+    read_json,
+    resolve_path,
+    tables,
+    write_atomically,
+)
+from slurm.attempts import is_alive
+from tools import law
+from tools.memory import flops_per_token
+
+DECAY = 0.2  # of each length; 2405.18392 finds it as good as a cosine
+MAX_EPOCHS = 4  # up to here, repeated text is almost as good as new text (2305.16264)
+# The largest size gets this many tokens per parameter or more, so that it is worth its size.
+TOKENS_PER_PARAMETER = 0.5
+SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
+# Of the shortest length. Earlier, sizes hardly differ, and size and length do not add up as the law
+# has it (docs/scaling-law.md).
+MIN_STEPS = 800
+SPAN = 8  # of the largest width over the smallest: a wide ladder predicts best
+MARGIN = 0.9  # of the ladder's share is planned: measured speeds vary
+MEASURED_STEPS = 60
+Json = dict[str, Any]
+
+
+class Speed(NamedTuple):
+    """Seconds that a run takes on this machine while as many run as will: to start, and for a step
+    of given FLOPs."""
+
+    start: float
+    step: float  # of a step, at whatever size
+    flops: float  # per second, beyond that
+
+    def seconds(self, steps: float, flops: float) -> float:
+        """Of steps, each of so many FLOPs, without the start."""
+        return steps * (self.step + flops / self.flops)
+
+
+class Rung(NamedTuple):
+    name: str
+    width: int
+    steps: int
+    config: Config
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What is trained.
+
+    Attributes:
+        base: the configuration that all runs share.
+        intervals: steps between the trunk's checkpoints, by width. Branches leave at 1, 2, 4 …
+            intervals, so the lengths are 1.25, 2.5, 5 … intervals.
+    """
+
+    out: Path
+    base: Config
+    intervals: dict[int, int]
+    lengths: int
+    seeds: int
+    at_once: int
+    speed: Speed
+    hours: float
+    share: float
+
+    def chain(self, width: int, seed: int) -> list[Rung]:
+        """The runs of a size: the trunk, which is the longest length, and then its branches."""
+        interval, trunk = self.intervals[width], ""
+        found = []
+        for index in reversed(range(self.lengths)):
+            steps = 5 * interval * 2**index // 4
+            name = f"dim{width}-steps{steps}" + f"-seed{seed}" * (self.seeds > 1)
+            leaves = f"{trunk}/checkpoints/step_{interval * 2**index:08}" if trunk else ""
+            trunk = trunk or str(self.out / name)
+            changed = {
+                "train.max_steps": steps,
+                "train.seed": seed,
+                "train.out_dir": str(self.out / name),
+                "train.branch_from": leaves,
+                "checkpoint.interval": interval,
+                "checkpoint.keep_last": 1 if leaves else steps // interval,
+            }
+            config = changed_config(self.base, changed | family(width))
+            found.append(Rung(name, width, steps, config))
+        return found
+
+    def chains(self) -> list[list[Rung]]:
+        """All runs, the dearest size first."""
+        seeds = range(self.base.train.seed, self.base.train.seed + self.seeds)
+        every = (self.chain(width, seed) for seed in seeds for width in self.intervals)
+        return sorted(every, key=self.seconds, reverse=True)
+
+    def seconds(self, chain: list[Rung]) -> float:
+        """Predicted time of a size: its starts, its steps, its evaluations."""
+        trunk = chain[0]
+        flops = step_flops(trunk.config)
+        steps = trunk.steps + DECAY * sum(rung.steps for rung in chain[1:])
+        evaluated = evaluated_tokens(trunk.config) / 3 / batch_tokens(trunk.config)
+        steps += evaluated * len(chain)  # a forward pass is a third of the work
+        return self.speed.start * len(chain) + self.speed.seconds(steps, flops)
+
+    def total(self) -> float:
+        """Predicted seconds until all is trained: each of at_once workers takes the next size."""
+        workers = [0.0] * self.at_once
+        for chain in self.chains():
+            workers[workers.index(min(workers))] += self.seconds(chain)
+        return max(workers)
+
+
+# ---- configurations
+
+
+def changed_config(config: Config, values: Json) -> Config:
+    """A configuration with other values, by section.key."""
+    new = tables(config)
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        new[section][name] = value
+    return build_config(new)
+
+
+def family(width: int) -> Json:
+    """The keys of a member of the family of shapes."""
+    return {f"model.{name}": value for name, value in law.shape(width).items()}
+
+
+def base_config(config: Config, warmup: int) -> Config:
+    """What all rungs share. CONFIG's learning rate is taken as right for CONFIG's shape, unless it
+    names another base."""
+    model = config.model
+    base = {
+        "model.base_dim": model.base_dim or model.dim,
+        "model.base_layers": model.base_layers or model.n_layers,
+        "optimizer.schedule": "wsd",
+        "optimizer.decay_fraction": DECAY,
+        "optimizer.warmup_steps": warmup,
+        "train.max_steps": 0,
+        "train.epochs": 0.0,
+        "train.stop_at_step": 0,
+        "train.init_from": "",
+        "train.eval_interval": 0,
+        "train.sample_prompts": 0,
+        "train.patience": 0,
+        "checkpoint.keep_best": 0,
+        "log.report": False,
+    }
+    return changed_config(config, base)
+
+
+def batch_tokens(config: Config) -> int:
+    return config.train.global_batch_size * config.data.seq_len
+
+
+def step_flops(config: Config) -> float:
+    return batch_tokens(config) * flops_per_token(config)
+
+
+def vocabulary(config: Config) -> int:
+    return config.tokenizer.vocab_size
+
+
+def split_tokens(config: Config, split: str) -> int:
+    """Tokens of a split of the prepared datasets.
+
+    Raises:
+        UserError: one is not prepared, or none of them has this split.
+    """
+    found = 0
+    for name in config.data.mixture or [config.data.dir]:
+        path = resolve_path(name) / "manifest.json"
+        if not (manifest := read_json(path)):
+            raise UserError(f"{path}: no prepared dataset; run prepare.py")
+        shards = manifest["splits"].get(split, {}).get("shards", [])
+        found += sum(shard["tokens"] for shard in shards)
+    if not found:
+        raise UserError(f"{config.data.dir} has no {split} split; see data.val_fraction")
+    return found
+
+
+def evaluated_tokens(config: Config) -> int:
+    """Tokens of the validation split that an evaluation reads."""
+    asked = config.train.eval_sequences * config.data.seq_len
+    return min(asked or math.inf, split_tokens(config, "val"))
+
+
+# ---- the plan
+
+
+def devices() -> int:
+    """GPUs that this process sees; 0 without a driver."""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    except OSError:
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return len(visible.split(",")) if visible else listed.stdout.count("GPU ")
+
+
+def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
+    """Plans a ladder that takes less than its share of the hours.
+
+    Raises:
+        UserError: no hours are given, or they are too few.
+    """
+    if "hours" not in options:
+        raise UserError("give --hours: what this machine has for the ladder and the large run")
+    share, sizes = options.get("share", 0.25), options.get("sizes")
+    count = options.get("seeds", 1) * len(sizes or range(SIZES))
+    at_once = min(count, options.get("at-once") or devices() or available_cores())
+    speed = Speed(60.0, 0.0, options.get("flops", 0.0))  # a start in a job, with compilation
+    if not speed.flops:
+        ends = sizes or (64, max(128, config.model.dim // 64 * 64))
+        speed = measure(config, (ends[0], ends[-1]), at_once)
+    empty = Ladder(
+        out=out,
+        base=config,
+        intervals={},
+        lengths=options.get("lengths", 3),
+        seeds=options.get("seeds", 1),
+        at_once=at_once,
+        speed=speed,
+        hours=options["hours"],
+        share=share,
+    )
+    if sizes:
+        ladder = fill(empty, sizes)
+    else:
+        tried = (fill(empty, widths) for widths in families())
+        ladder = next(reversed([*itertools.takewhile(is_worth, tried)]), None)
+    if not ladder:
+        raise UserError(
+            f"--hours={empty.hours:g} × --share={share:g} are too few for"
+            f" {len(sizes or range(MIN_SIZES))} sizes of {MIN_STEPS} steps and more: give more of"
+            " either"
+        )
+    return ladder
+
+
+def fill(ladder: Ladder, widths: list[int]) -> Ladder | None:
+    """The ladder with these widths, as long as its time allows, each size for an equal part of it.
+    None if a run would be too short.
+
+    So small models are trained on more tokens than large ones: they say what length does, as far
+    as the large run's own length, at a small price.
+    """
+    config, lengths = ladder.base, ladder.lengths
+    waves = math.ceil(ladder.seeds * len(widths) / ladder.at_once)
+    seconds = MARGIN * 3600 * ladder.hours * ladder.share / waves
+    longest = MAX_EPOCHS * split_tokens(config, "train") / batch_tokens(config)  # in steps
+    # trunk, and steps of all, in intervals: lengths are 5/4 2^j, and a branch trains DECAY of its
+    trunk = 5 / 4 * 2 ** (lengths - 1)
+    whole = trunk + DECAY * (trunk - 5 / 4)
+    intervals = {}
+    for width in widths:
+        sized = changed_config(config, family(width))
+        step = ladder.speed.seconds(1, step_flops(sized))
+        evaluation = evaluated_tokens(sized) / batch_tokens(sized) / 3 * step  # forward only
+        steps = (seconds - lengths * (ladder.speed.start + evaluation)) / step / whole
+        intervals[width] = max(0, int(min(steps, longest / trunk)) // 4 * 4)
+    shortest = 5 * min(intervals.values()) // 4
+    if shortest < MIN_STEPS:
+        return None
+    base = base_config(config, shortest // 10)
+    return dataclasses.replace(ladder, base=base, intervals=intervals)
+
+
+def measure(config: Config, widths: tuple[int, int], at_once: int) -> Speed:
+    """Trains a few steps of two sizes, at the same time if the ladder will."""
+    print(f"measures {MEASURED_STEPS} steps of dim {widths[0]} and {widths[1]}", flush=True)
+    with TemporaryDirectory() as folder:
+        rungs = []
+        for width in widths:
+            values = {
+                "train.max_steps": MEASURED_STEPS,
+                "train.out_dir": f"{folder}/{width}",
+                "train.eval_sequences": config.train.global_batch_size,
+                "train.log_interval": MEASURED_STEPS // 3,
+            }
+            sized = changed_config(base_config(config, 1), values | family(width))
+            rungs.append(Rung(str(width), width, MEASURED_STEPS, sized))
+        write_configs(Path(folder), [rungs])
+        started, found = time.monotonic(), []
+        for name, error in Workers(Path(folder), min(2, at_once)).train([[r] for r in rungs]):
+            if error:
+                raise UserError(f"a run of dim {name} could not be measured: {error}")
+            found.append(time.monotonic() - started)
+        steps = []
+        for rung in rungs:
+            rows = [row for row in read_rows(Path(folder) / rung.name) if "loss" in row]
+            steps.append(batch_tokens(config) / rows[-1]["tokens_per_second"])
+    flops = [step_flops(rung.config) for rung in rungs]
+    rate = max(1.0, flops[1] - flops[0]) / max(1e-9, steps[1] - steps[0])
+    fixed = max(0.0, steps[0] - flops[0] / rate)
+    start = min(found) - MEASURED_STEPS * min(steps)
+    return Speed(max(1.0, start), fixed, rate)
+
+
+def read_rows(directory: Path) -> list[Json]:
+    """The rows of a run's metrics that are whole."""
+    rows = []
+    try:
+        for line in (directory / "metrics.jsonl").read_text().splitlines():
+            rows.append(json.loads(line))
+    except (OSError, ValueError):
+        pass  # a row is being written, or none has been
+    return rows
+
+
+def families() -> Iterator[list[int]]:
+    """Sets of about SIZES widths, by their largest: from 1/SPAN of it in equal factors."""
+    for largest in law.WIDTHS:
+        smallest = max(law.WIDTHS[0], largest / SPAN)
+        steps = [(largest / smallest) ** (index / (SIZES - 1)) for index in range(SIZES)]
+        near = {min(law.WIDTHS, key=lambda w: abs(w - smallest * step)) for step in steps}
+        if len(near) >= MIN_SIZES:
+            yield sorted(near)
+
+
+def is_worth(ladder: Ladder | None) -> bool:
+    """Whether the largest size is trained on enough tokens."""
+    if not ladder:
+        return False
+    rung = ladder.chain(max(ladder.intervals), ladder.base.train.seed)[0]
+    tokens = rung.steps * batch_tokens(rung.config)
+    parameters = law.parameters(rung.config, vocabulary(rung.config))
+    return tokens >= TOKENS_PER_PARAMETER * parameters
+
+
+def write_configs(out: Path, chains: list[list[Rung]]) -> None:
+    """Writes NAME.toml for each run, which rocket.py takes as it is."""
+    for rung in itertools.chain(*chains):
+        write_atomically(out / f"{rung.name}.toml", dump_toml(rung.config).encode())
+
+
+def write_plan(ladder: Ladder, options: Json) -> None:
+    """Writes the runs' configurations, and OUT/plan.json, by which the command goes on."""
+    ladder.out.mkdir(parents=True, exist_ok=True)
+    write_configs(ladder.out, ladder.chains())
+    plan = {
+        name: getattr(ladder, name)
+        for name in ("intervals", "lengths", "seeds", "at_once", "speed", "hours", "share")
+    }
+    plan |= {"base": tables(ladder.base), "options": options}
+    write_atomically(ladder.out / "plan.json", (json.dumps(plan, indent=1) + "\n").encode())
+
+
+def read_plan(out: Path, config: Config, options: Json) -> Ladder | None:
+    """The ladder of a directory; None if there is none.
+
+    Raises:
+        UserError: it is damaged, or was planned with other settings than these.
+    """
+    path = out / "plan.json"
+    if (plan := read_json(path)) is None:
+        return None
+    try:
+        base = build_config(plan.pop("base"))
+        before = plan.pop("options")
+        plan["intervals"] = {int(width): steps for width, steps in plan["intervals"].items()}
+        ladder = Ladder(out=out, base=base, **plan | {"speed": Speed(*plan["speed"])})
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path}: damaged; delete it, or choose another --out") from None
+    ours = tables(base_config(config, base.optimizer.warmup_steps))
+    other = [
+        f"{section}.{name} = {value}"
+        for section, table in ours.items()
+        for name, value in table.items()
+        if value != tables(base)[section].get(name) and name not in (*law.shape(32), "out_dir")
+    ]
+    other += [f"--{k}={v}" for k, v in options.items() if k in before and before[k] != v]
+    if other:
+        raise UserError(f"{out} holds a ladder without {', '.join(other)}: choose another --out")
+    return ladder
+
+
+# ---- training
+
+
+class Workers:
+    """Runs of rocket.py, some at a time, each with its GPU or its share of the cores."""
+
+    def __init__(self, out: Path, at_once: int) -> None:
+        self.out, self.at_once = out, at_once
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(at_once):
+            self.slots.put(slot)
+        self.running: set[subprocess.Popen] = set()
+        self.stopping = False
+
+    def train(self, chains: list[list[Rung]]) -> Iterator[tuple[str, str]]:
+        """Trains the runs of each chain in order; yields name and error ("" if none) of each as it
+        ends. A chain ends at its first error. Interrupted, the runs save and stop."""
+        ended: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
+
+        def work(chain: list[Rung]) -> None:
+            slot, failed = self.slots.get(), ""
+            for rung in chain:
+                error = f"{failed} did not finish" if failed else self.one(rung, slot)
+                failed = failed or (rung.name if error and rung is chain[0] else "")
+                ended.put((rung.name, error))
+            self.slots.put(slot)
+
+        with ThreadPoolExecutor(self.at_once) as pool:
+            try:
+                for chain in chains:
+                    pool.submit(work, chain)
+                for _ in itertools.chain(*chains):
+                    yield ended.get()
+            finally:
+                self.stopping = True
+                for process in list(self.running):
+                    process.terminate()
+
+    def one(self, rung: Rung, slot: int) -> str:
+        """Trains a run, unless it is finished; returns its error."""
+        if self.stopping:
+            return "stopped"
+        if state(self.out / rung.name) == "finished":
+            return ""
+        path = self.out / f"{rung.name}.toml"
+        threads = max(1, available_cores() // self.at_once)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        if gpus := devices():
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+            environment["CUDA_VISIBLE_DEVICES"] = visible.split(",")[slot % gpus]
+        with open(self.out / f"{rung.name}.log", "ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(ROOT / "rocket.py"), str(path)],
+                env=environment, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+            self.running.add(process)
+            code = process.wait()
+            self.running.discard(process)
+        if code == 0:
+            return ""
+        said = (self.out / f"{rung.name}.log").read_text(errors="replace").splitlines()
+        errors = [line.partition("error: ")[2] for line in said if "error: " in line]
+        return errors[-1] if errors else f"exit code {code}; see {rung.name}.log in {self.out}"
+
+
+def state(directory: Path) -> str:
+    """What status.json says of a run: finished, failed, stopped …, or "not trained"."""
+    try:
+        status = read_json(directory / "status.json") or {}
+    except OSError:
+        return "not readable"
+    if status.get("state") == "running":
+        return "still being trained" if is_alive(directory) else "killed; the same command goes on"
+    if status.get("state") == "failed":
+        return f"failed at step {status.get('step')}: {status.get('reason')}"
+    return str(status.get("state", "not trained"))
+
+
+def train(ladder: Ladder) -> None:
+    """Trains what is not finished, and prints how far it is."""
+    chains, started = ladder.chains(), time.monotonic()
+    count = sum(map(len, chains))
+    workers = Workers(ladder.out, ladder.at_once)
+    for index, (name, error) in enumerate(workers.train(chains), 1):
+        loss = final_loss(ladder.out / name)
+        told = error or (f"validation loss {loss:.4f}" if loss else "no validation loss")
+        minutes = (time.monotonic() - started) / 60
+        print(f"[{index}/{count}, {minutes:.1f} min] {name}: {told}", flush=True)
+
+
+def final_loss(directory: Path) -> float | None:
+    """The validation loss at a run's end."""
+    rows = [row for row in read_rows(directory) if "val_loss" in row]
+    return rows[-1]["val_loss"] if rows and state(directory) == "finished" else None
