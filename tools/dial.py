@@ -80,7 +80,7 @@ class Recipe(NamedTuple):
 BASE_LAYERS = 2
 RECIPES = {
     "muon": Recipe(1.3e-2, 32, 512, 256_000, "docs/experiments.md"),
-    "adamw": Recipe(3.8e-2, 8, 512, 256_000, "docs/experiments.md"),
+    "adamw": Recipe(3.4e-2, 8, 512, 256_000, "docs/experiments.md"),
 }
 # How the best rate grows with the batch at equal steps, measured up to BATCH_LIMIT times the
 # recipe's, and falls with the steps at an equal batch (docs/experiments.md).
