@@ -60,6 +60,8 @@ def fit_file(path, **base):
         "optimizer.learning_rate": 5e-3,
         "optimizer.momentum": 0.9,
         "optimizer.schedule": "wsd",
+        "optimizer.warmup_steps": 40,
+        "train.global_batch_size": 8,
         "batch_tokens": 2048,
         "tokens": [1e6, 4e6],
     } | base
@@ -184,6 +186,8 @@ def test_a_fit_gives_law_settings_and_loss(corpora, tmp_path):
     config = {key: one["value"] for key, one in found["config"].items()}
     assert (config["model.base_dim"], config["model.base_layers"]) == (96, 3)
     assert (config["optimizer.schedule"], config["optimizer.momentum"]) == ("wsd", 0.9)
+    # batch and rate are not scaled: the law holds for those of the rungs
+    assert (config["train.global_batch_size"], config["optimizer.learning_rate"]) == (8, 5e-3)
     assert (config["data.seq_len"], config["model.max_seq_len"]) == (256, 256)
     low, high = found["loss_interval"]
     assert low < found["loss"] < high
@@ -226,13 +230,17 @@ def test_rate_and_batch_of_the_recipe_itself():
         (["--hours=1", "--data=DATA", "--model.dim=many"], "model.dim is a whole number"),
         (["--hours=1", "--data=DATA", "--model.dim=100"], "must divide by model.n_heads"),
         (["--hours=1", "--data=DATA", "--fit=nowhere.json"], "nowhere.json: no such file"),
+        (["--hours=1", "--data=DATA", "--fit=FIT", "--optimizer.name=adamw"], "another law"),
         (["--hours=1", "--data=DATA", "--write=nowhere/mine.toml"], "no such directory"),
         (["--hours=1", "--data=DATA", "--gpus=1", "--parallel.strategy=fsdp"], "more ranks"),
         (["--write=mine.toml"], "goes with a budget"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, corpora):
-    done = program(*(a.replace("DATA", corpora(1e12)) for a in arguments))
+def test_mistakes_are_one_line(arguments, message, corpora, tmp_path):
+    given = {"DATA": corpora(1e12), "FIT": str(fit_file(tmp_path / "fit.json"))}
+    for name, value in given.items():
+        arguments = [argument.replace(name, value) for argument in arguments]
+    done = program(*arguments)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.startswith("plan.py: error: ")

@@ -155,11 +155,9 @@ class Task:
 
     @property
     def recipe(self) -> Recipe:
-        """From which rate and batch follow: the ladder's, if it has the same optimizer."""
-        swept = self.base.get("optimizer.name", "muon")
-        name = self.fixed.get("optimizer.name", swept)
-        if not self.fit or name != swept:
-            return RECIPES[name]
+        """From which rate and batch follow: the ladder's, if there is one."""
+        if not self.fit:
+            return RECIPES[self.fixed.get("optimizer.name", "muon")]
         rate, base_dim = self.base["optimizer.learning_rate"], self.base["model.base_dim"]
         run = self.base["batch_tokens"], max(self.base["tokens"])
         return Recipe(rate, base_dim, *run, "the ladder's")
@@ -193,7 +191,6 @@ class Plan:
 # Keys that a planned run does not take from the ladder: they follow from its size, length and data.
 OWN_KEYS = """
     model.dim model.n_layers model.n_heads model.n_kv_heads model.ffn_dim data.dir data.mixture
-    train.global_batch_size optimizer.learning_rate optimizer.warmup_steps
 """.split()
 
 
@@ -216,7 +213,7 @@ def model_choices(task: Task, dim: int, seq_len: int) -> Choices:
     by = "the ladder's fit" if task.fit else "published constants (arXiv 2404.10102)"
     reasons = {
         "dim": f"the lowest loss for the hours, by {by}",
-        "n_layers": "a block per 64 of the width, as in the whole family (law.shape)",
+        "n_layers": "a block per 64 of the width, two at least, as in the whole family (law.shape)",
         "n_heads": f"heads of {dim // max(1, shape['n_heads'])}",
         "n_kv_heads": "fewer would save memory when sampling, not in training",
         "ffn_dim": "3 dim" if dim < 512 else "8/3 dim, up to a multiple of 256",
@@ -702,6 +699,11 @@ def read_task(arguments: list[str]) -> tuple[Task, dict[str, str]]:
     hours = plan.number(name, own[name]) / (1 if own["hours"] else cluster.gpus)
     choices, corpus, validation = read_dataset(fixed)
     fit = law.read_fit(existing_path(own["fit"])) if own["fit"] else None
+    if fit and (swept := fit.base["optimizer.name"]) != fixed.get("optimizer.name", swept):
+        raise ConfigError(
+            f"{own['fit']} is of runs with optimizer.name={swept}; another optimizer has another"
+            " law: train a ladder with it, or plan without --fit"
+        )
     name = Path(own["write"]).stem or Path(fixed.get("data.dir", "mixture")).name
     choices["train.out_dir"] = Choice(f"out/{name}", "the run's directory")
     choices |= {key: Choice(v, YOURS) for key, v in fixed.items() if key in choices}

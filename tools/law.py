@@ -69,12 +69,13 @@ def shape(dim: int) -> dict[str, int]:
     """The model keys of the member of the family of shapes that has this width.
 
     All sizes of a ladder, and the runs that it predicts, are of one family: a block per 64 of the
-    width, heads of 32 to 128.
+    width, but two at least, heads of 32 to 128. A single block can't learn what two can (to copy
+    what followed a token before), so it loses by another law.
     """
     head_dim = 32 if dim < 256 else 64 if dim <= 1024 else 128
     return {
         "dim": dim,
-        "n_layers": max(1, round(dim / 64)),
+        "n_layers": max(2, round(dim / 64)),
         "n_heads": dim // head_dim,
         "n_kv_heads": dim // head_dim,
         "ffn_dim": 3 * dim if dim < 512 else 256 * math.ceil(8 * dim / 3 / 256),

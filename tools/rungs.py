@@ -42,7 +42,7 @@ SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
 # Of the shortest length. Earlier, sizes hardly differ, and size and length do not add up as the law
 # has it (docs/scaling-law.md).
 MIN_STEPS = 800
-SPAN = 8  # of the largest width over the smallest: a wide ladder predicts best
+SPAN, NARROWEST = 8, 64  # largest width over the smallest: a wide ladder predicts best
 MARGIN = 0.9  # of the ladder's share is planned: measured speeds vary
 MEASURED_STEPS = 60
 Json = dict[str, Any]
@@ -334,7 +334,7 @@ def read_rows(directory: Path) -> list[Json]:
 def families() -> Iterator[list[int]]:
     """Sets of about SIZES widths, by their largest: from 1/SPAN of it in equal factors."""
     for largest in law.WIDTHS:
-        smallest = max(law.WIDTHS[0], largest / SPAN)
+        smallest = max(NARROWEST, largest / SPAN)
         steps = [(largest / smallest) ** (index / (SIZES - 1)) for index in range(SIZES)]
         near = {min(law.WIDTHS, key=lambda w: abs(w - smallest * step)) for step in steps}
         if len(near) >= MIN_SIZES:
