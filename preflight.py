@@ -248,11 +248,8 @@ def initial_weights(config: Config, inputs: Inputs) -> InitialWeights | None:
     if not config.train.init_from:
         return None
     checkpoint = find_checkpoint(resolve_path(config.train.init_from))
-    free = (
-        "model.max_seq_len",
-        "model.init_std",
-        "model.base_",
-    )  # they change no shape and no output
+    # They change no shape and no output.
+    free = ("model.max_seq_len", "model.init_std", "model.base_")
     for change in chain(*changes(checkpoint.config, config).values()):
         if change.startswith("model.") and not change.startswith(free):
             raise ConfigError(f"train.init_from: {checkpoint.path} has another model: {change}")
