@@ -243,7 +243,7 @@ def test_fit_page_and_predictions(config, tmp_path, monkeypatch):
     ladder.predict(tmp_path, fit, path)  # the same again is not written again
     (row,) = ladder.outcomes(tmp_path)
     assert row["before"]
-    assert not row["differs"]
+    assert [one.partition("=")[0] for one in row["differs"]] == ["model.n_layers"]
     assert "loss" not in row
     directory = Path(row["run"])
     directory.mkdir()
@@ -273,6 +273,8 @@ def test_what_a_run_does_unlike_the_rungs(config, tmp_path, monkeypatch):
         "optimizer.learning_rate=1.0 (rungs: 0.003)",
         "model.ffn_dim=64 (rungs: 288)",
     ]
+    (deeper,) = ladder.differences(fit, rungs.changed_config(plan.base, rungs.family(256)))
+    assert deeper.startswith("model.n_layers=4 (rungs: 2 at most")
 
 
 # ---- real runs

@@ -308,11 +308,15 @@ def predict(out: Path, fit: Fit, path: Path) -> None:
 def differences(fit: Fit, config: Config) -> list[str]:
     """What a run does unlike the rungs, so that the law may not hold for it."""
     expected = fit.base | family(config.model.dim)
-    return [
+    found = [
         f"{key}={get(config, key)} (rungs: {value})"
         for key, value in expected.items()
         if "." in key and get(config, key) != value
     ]
+    layers, deepest = config.model.n_layers, max(law.shape(r["dim"])["n_layers"] for r in fit.rungs)
+    if layers > deepest:
+        found.append(f"model.n_layers={layers} (rungs: {deepest} at most; docs/scaling-law.md)")
+    return found
 
 
 def read_predictions(out: Path) -> list[Json]:
