@@ -248,7 +248,9 @@ def test_fit_page_and_predictions(config, tmp_path, monkeypatch):
     directory = Path(row["run"])
     directory.mkdir()
     (directory / "status.json").write_text('{"state": "finished"}')
-    (directory / "metrics.jsonl").write_text(json.dumps({"step": 1, "val_loss": row["high"]}))
+    (directory / "metrics.jsonl").write_text(
+        json.dumps({"step": 1, "val_loss": row["high"]}) + "\n"
+    )
     (row,) = ladder.outcomes(tmp_path)
     assert row["held"]
     assert row["error"] < 0

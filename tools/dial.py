@@ -53,7 +53,7 @@ EVAL_SHARE = 0.05  # of the training time that they may take
 EVAL_TOKENS = (16_384, 131_072, 1 << 20)  # of an evaluation: at least, better, at most
 CHECKPOINT_SECONDS = 1800  # the work that a lost node may cost
 SAVE_SHARE = 0.01  # of the time that saving may take, by more work at risk
-# Seconds of what is not arithmetic. The CPU's are of two shared cores, the GPU's are estimates.
+# Seconds of what is not arithmetic: estimates.
 START = {"cpu": 12.0, "gpu": 120.0}  # imports, checks, and on a GPU compiling
 EVALUATION = {"cpu": 1.0, "gpu": 5.0}  # of each: samples, rows, the report's start
 # Bytes per second with fsync and digests: measured (docs/performance.md), and an estimate of what a

@@ -371,10 +371,9 @@ def between(low: float, loss: float, high: float) -> str:
     return f"{loss:.3f} ({low:.3f} to {high:.3f})"
 
 
-def fit_lines(fit: Fit, errors: list[float], bad: dict[str, str], best: list[Json]) -> list[str]:
+def fit_lines(fit: Fit, errors: list[float], best: list[Json]) -> list[str]:
     """The report as lines."""
-    lines = [f"left out: {name}: {why}" for name, why in bad.items()]
-    lines.append(f"L(N, D) = E + A / N^alpha + B / D^beta, of {len(fit.rungs)} rungs:")
+    lines = [f"L(N, D) = E + A / N^alpha + B / D^beta, of {len(fit.rungs)} rungs:"]
     for name in Law._fields:
         values = sorted(getattr(one, name) for one in fit.laws)
         cut = int((1 - law.CONFIDENCE) / 2 * len(values))
@@ -411,10 +410,8 @@ def outcome_line(row: Json) -> str:
     return told + "".join(f"\n  unlike the rungs: {one}" for one in row["differs"])
 
 
-def page(
-    fit: Fit, errors: list[float], bad: dict[str, str], best: list[Json], results: list[Json]
-) -> bytes:
-    """The page of a ladder."""
+def page_lines(fit: Fit, best: list[Json], results: list[Json]) -> list[Line]:
+    """The curves of the page: each size's rungs, the best runs, the predictions and outcomes."""
     lines = []
     for style, width in enumerate(sorted({rung["dim"] for rung in fit.rungs})):
         points = [(r["flops"], r["loss"]) for r in fit.rungs if r["dim"] == width]
@@ -427,6 +424,14 @@ def page(
         lines.append(Line(f"{name} predicted", len(lines), interval, marked=False))
         if "loss" in row:
             lines.append(Line(name, len(lines), [(row["flops"], row["loss"])], marked=True))
+    return lines
+
+
+def page(
+    fit: Fit, errors: list[float], bad: dict[str, str], best: list[Json], results: list[Json]
+) -> bytes:
+    """The page of a ladder."""
+    curves = page_lines(fit, best, results)
     facts = {name: short(value) for name, value in fit.law._asdict().items()}
     facts |= {"Rungs": str(len(fit.rungs)), "Noise of a run": f"{fit.noise:.2%}"}
     cards = "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in facts.items())
@@ -471,7 +476,7 @@ def page(
         f"<header><h1>Ladder</h1><p>{text(fit.dataset)}. L(N, D) = E + A / N<sup>α</sup> + B /"
         " D<sup>β</sup>, nats per token; N without the input embedding. Intervals hold a single"
         f" run in {law.CONFIDENCE:.0%} of cases.</p></header><dl>{cards}</dl>"
-        f"{log_figure('Validation loss against compute', 'nats per token', 'FLOPs', lines)}"
+        f"{log_figure('Validation loss against compute', 'nats per token', 'FLOPs', curves)}"
         f"<h2>Predictions</h2>{table(told, 'Predictions')}"
         f"<h2>Best run by compute</h2>{table(budgets, 'Best runs')}"
         f"<h2>Rungs</h2>{table(rungs, 'Rungs')}{table(left, 'Left out')}"
@@ -510,7 +515,7 @@ def main(arguments: list[str]) -> None:
     for path in filter(None, (large_run(ladder, fit), asked and existing_path(asked))):
         predict(out, fit, path)
     best, results = best_runs(ladder, fit), outcomes(out)
-    print(*fit_lines(fit, errors, {}, best), *map(outcome_line, results), sep="\n")
+    print(*fit_lines(fit, errors, best), *map(outcome_line, results), sep="\n")
     write_atomically(out / "ladder.html", page(fit, errors, bad, best, results))
     print(f"{out / 'fit.json'}, {out / 'ladder.html'}")
     if (out / "large.toml").exists() and not (out / "large").exists():

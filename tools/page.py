@@ -153,6 +153,20 @@ def figure(title: str, unit: str, lines: list[Line], from_zero: bool, marks: Mar
     )
 
 
+def axes(x: Scale, y: Scale, unit: str) -> list[str]:
+    """Grid and labels of two axes, as parts of an SVG."""
+    parts = []
+    for value in ticks(y.low, y.high, y.log):
+        parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{x.end:.0f}"/>')
+        parts.append(f'<text class="y" x="{LEFT - 5}" y="{y(value) + 4:.1f}">{short(value)}</text>')
+    for value in ticks(x.low, x.high, x.log):
+        label = f"{value:.0e}" if x.log else short(value)
+        parts.append(f'<path class="grid" d="M{x(value):.1f} {FLOOR}v4"/>')
+        parts.append(f'<text class="x" x="{x(value):.1f}" y="{HEIGHT - 19}">{label}</text>')
+    parts.append(f'<text class="x" x="{(LEFT + x.end) / 2:.0f}" y="{HEIGHT - 4}">{unit}</text>')
+    return parts
+
+
 def chart(title: str, summary: str, lines: list[Line], marks: Marks, axis: int, y: Scale) -> str:
     """Lines against one axis as an SVG."""
     right = WIDTH - 14.0
@@ -162,14 +176,7 @@ def chart(title: str, summary: str, lines: list[Line], marks: Marks, axis: int, 
     furthest = max(point[axis] for line in lines for point in line.points) or 1.0
     factor, unit = duration(furthest) if AXES[axis] == "hours" else (1, AXES[axis])
     x = Scale(0, furthest * factor, LEFT, right)
-    parts = []
-    for value in ticks(y.low, y.high, y.log):
-        parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{right:.0f}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 5}" y="{y(value) + 4:.1f}">{short(value)}</text>')
-    for value in ticks(x.low, x.high, False):
-        parts.append(f'<path class="grid" d="M{x(value):.1f} {FLOOR}v4"/>')
-        parts.append(f'<text class="x" x="{x(value):.1f}" y="{HEIGHT - 19}">{short(value)}</text>')
-    parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">{unit}</text>')
+    parts = axes(x, y, unit)
     for kind, points in (marks or {}).items():  # one path per kind
         places = sorted({round(x(point[axis] * factor)) for point in points})
         shape = f"m-3 {FLOOR - TOP - 7}l6 6m0-6l-6 6" if kind == "skipped" else f"V{FLOOR}"
@@ -204,14 +211,7 @@ def log_figure(title: str, unit: str, x_unit: str, lines: list[Line]) -> str:
     y = value_scale([point[1] for line in lines for point in line.points], False)
     right = WIDE - 12 - max(8 * len(line.label) for line in lines)
     x = Scale(min(places) / 1.1, max(places) * 1.1, LEFT, right, True)
-    parts = []
-    for value in ticks(y.low, y.high, y.log):
-        parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{right:.0f}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 5}" y="{y(value) + 4:.1f}">{short(value)}</text>')
-    for value in ticks(x.low, x.high, True):
-        parts.append(f'<path class="grid" d="M{x(value):.1f} {FLOOR}v4"/>')
-        parts.append(f'<text class="x" x="{x(value):.1f}" y="{HEIGHT - 19}">{value:.0e}</text>')
-    parts.append(f'<text class="x" x="{(LEFT + right) / 2:.0f}" y="{HEIGHT - 4}">{x_unit}</text>')
+    parts = axes(x, y, x_unit)
     ends = []
     for line in lines:
         spots = [(x(place), y(value)) for place, value in line.points]

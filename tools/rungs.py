@@ -321,14 +321,10 @@ def measure(config: Config, widths: tuple[int, int], at_once: int) -> Speed:
 
 
 def read_rows(directory: Path) -> list[Json]:
-    """The rows of a run's metrics that are whole."""
-    rows = []
-    try:
-        for line in (directory / "metrics.jsonl").read_text().splitlines():
-            rows.append(json.loads(line))
-    except (OSError, ValueError):
-        pass  # a row is being written, or none has been
-    return rows
+    """The rows of a run's metrics; the last one only if it is whole, since a run may be writing."""
+    path = directory / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
 def families() -> Iterator[list[int]]:
