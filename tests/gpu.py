@@ -49,11 +49,13 @@ SMALL = (
     "--model.dim=256 --model.n_layers=4 --model.n_heads=8 --model.n_kv_heads=2 --model.ffn_dim=768"
     " --model.max_seq_len=512 --model.tie_embeddings=false --data.seq_len=512"
     " --tokenizer.vocab_size=4003 --train.global_batch_size=8 --train.micro_batch_size=4"
+    " --model.base_dim=0 --model.base_layers=0"  # else the rate grows as the shape shrinks
 )
 TINY = (
     "--model.dim=64 --model.n_layers=2 --model.n_heads=4 --model.n_kv_heads=2 --model.ffn_dim=128"
     " --model.max_seq_len=64 --data.seq_len=64 --tokenizer.vocab_size=303"
     " --train.global_batch_size=4 --train.micro_batch_size=2 --train.device=cpu"
+    " --model.base_dim=0 --model.base_layers=0"
 )
 
 

@@ -22,6 +22,7 @@ WORDS = (
 )
 SMALL = """--data.seq_len=64 --model.dim=32 --model.n_layers=2 --model.n_heads=4
     --model.n_kv_heads=2 --model.ffn_dim=64 --model.max_seq_len=128
+    --model.base_dim=0 --model.base_layers=0
     --train.max_steps=12 --train.epochs=0
     --train.global_batch_size=8 --train.micro_batch_size=8 --train.eval_interval=6
     --train.dtype=float32 --optimizer.warmup_steps=2 --optimizer.learning_rate=3e-3
