@@ -84,7 +84,7 @@ def test_the_family_is_counted_as_the_model_is():
         build_config({"model": law.shape(width)})
     assert law.shape(128) == {
         "dim": 128,
-        "n_layers": 2,
+        "n_layers": 4,
         "n_heads": 4,
         "n_kv_heads": 4,
         "ffn_dim": 384,
@@ -243,7 +243,7 @@ def test_fit_page_and_predictions(config, tmp_path, monkeypatch):
     ladder.predict(tmp_path, fit, path)  # the same again is not written again
     (row,) = ladder.outcomes(tmp_path)
     assert row["before"]
-    assert [one.partition("=")[0] for one in row["differs"]] == ["model.n_layers"]
+    assert row["differs"] == []
     assert "loss" not in row
     directory = Path(row["run"])
     directory.mkdir()
@@ -268,15 +268,23 @@ def test_what_a_run_does_unlike_the_rungs(config, tmp_path, monkeypatch):
     plan = planned(config, tmp_path)
     pretend(plan)
     fit, _ = ladder.fit_ladder(plan, ladder.collect(plan)[0])
-    other = rungs.changed_config(
-        plan.base, rungs.family(96) | {"optimizer.learning_rate": 1.0, "model.ffn_dim": 64}
-    )
-    assert ladder.differences(fit, other) == [
+    steps = plan.chain(96, plan.base.train.seed)[0].steps
+
+    def differences(width, **values):
+        values = {key.replace("__", "."): value for key, value in values.items()}
+        family = rungs.family(width) | {"train.max_steps": steps}
+        return ladder.differences(fit, rungs.changed_config(plan.base, family | values))
+
+    assert differences(96) == []
+    assert differences(96, optimizer__learning_rate=1.0, model__ffn_dim=64) == [
         "optimizer.learning_rate=1.0 (rungs: 0.003)",
         "model.ffn_dim=64 (rungs: 288)",
+        "tokens per parameter: 2.16 (rungs: 0.559 to 1.13)",
     ]
-    (deeper,) = ladder.differences(fit, rungs.changed_config(plan.base, rungs.family(256)))
-    assert deeper.startswith("model.n_layers=4 (rungs: 2 at most")
+    assert differences(320) == [
+        "model.n_layers=5 (rungs: 4)",
+        "tokens per parameter: 0.0831 (rungs: 0.559 to 1.13)",
+    ]
 
 
 # ---- real runs

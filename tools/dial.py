@@ -179,6 +179,7 @@ class Plan:
     parameters: int  # the law's N
     tokens: int
     loss: float  # by the law
+    inside: bool  # with tokens per parameter for which the law holds
     times: dict[str, float]  # seconds by part
 
     @property
@@ -213,7 +214,7 @@ def model_choices(task: Task, dim: int, seq_len: int) -> Choices:
     by = "the ladder's fit" if task.fit else "published constants (arXiv 2404.10102)"
     reasons = {
         "dim": f"the lowest loss for the hours, by {by}",
-        "n_layers": "a block per 64 of the width, two at least, as in the whole family (law.shape)",
+        "n_layers": "a block per 64 of the width, four at least, as in the family (law.shape)",
         "n_heads": f"heads of {dim // max(1, shape['n_heads'])}",
         "n_kv_heads": "fewer would save memory when sampling, not in training",
         "ffn_dim": "3 dim" if dim < 512 else "8/3 dim, up to a multiple of 256",
@@ -425,6 +426,7 @@ def plan_of(task: Task, dim: int, tokens: float) -> Plan:
         parameters=parameters,
         tokens=tokens,
         loss=task.law.loss(parameters, tokens),
+        inside=not task.fit or law.is_inside(task.fit, parameters, tokens),
         times=times(task, config, option, steps),
     )
 
@@ -476,7 +478,7 @@ def search(task: Task, most: float = math.inf, largest: float = math.inf) -> lis
             continue
         if one is None or (steps_of(one) < LEAST_STEPS and not task.fixed_length):
             break  # larger ones take longer
-        if found and (one.parameters > largest or one.loss > 1.02 * best_of(found).loss):
+        if found and (one.parameters > largest or is_past(best_of(found), one)):
             break
         found.append(one)
         tokens = one.tokens
@@ -485,6 +487,11 @@ def search(task: Task, most: float = math.inf, largest: float = math.inf) -> lis
     if not found:
         raise UserError(too_little(task))
     return found
+
+
+def is_past(best: Plan, one: Plan) -> bool:
+    """Whether larger widths than this one are no better than the best so far."""
+    return best.inside and (not one.inside or one.loss > 1.02 * best.loss)
 
 
 def too_little(task: Task) -> str:
@@ -553,6 +560,12 @@ def decide(task: Task) -> Decision:
         limit, warning = "your values", f"{figure(left)} hours are left"
     if epochs > 1.01 * MOST_EPOCHS:
         warning += f"{'; ' * bool(warning)}above {MOST_EPOCHS} epochs repeats teach little"
+    if task.fit and not best.inside:
+        low, high = law.tokens_per_parameter(task.fit)
+        warning += (
+            f"{'; ' * bool(warning)}{figure(best.tokens / best.parameters)} tokens per parameter,"
+            f" but the rungs have {figure(low)} to {figure(high)}: the loss is less sure"
+        )
     return Decision(best, limit, warning)
 
 
@@ -580,7 +593,8 @@ def steady(task: Task, fitting: list[Plan]) -> Plan:
 
 
 def best_of(plans: list[Plan]) -> Plan:
-    return min(plans, key=lambda one: one.loss)
+    """The plan of the lowest loss, of those for which the law holds if there are any."""
+    return min(plans, key=lambda one: (not one.inside, one.loss))
 
 
 # ---- what is given: budget, dataset, speed

@@ -67,7 +67,7 @@ FLAGS = {
     "--hours=H": "hours that this machine has for the ladder and the large run together",
     "--share=0.25": "largest share of them that the ladder takes",
     "--sizes=32,64,128,192": "widths of the models; by default four that the hours are enough for",
-    "--lengths=3": "lengths of each size, each twice the one before",
+    "--lengths=3": "lengths of each size, as 2 : 3 : 4 …",
     "--seeds=1": "seeds of each size",
     "--out=out/ladder": "directory of the ladder",
     "--at-once=N": "runs at a time; by default one per GPU, or per core where there is none",
@@ -138,7 +138,7 @@ def collect(ladder: Ladder) -> tuple[list[Json], dict[str, str]]:
             if loss is None:
                 bad[rung.name] = "no validation loss" if found == "finished" else found
             elif not math.isfinite(loss) or loss >= least:
-                bad[rung.name] = f"diverged: {loss:.4f}, no better than half the length"
+                bad[rung.name] = f"diverged: {loss:.4f}, no better than a shorter length"
             else:
                 least = loss
                 tokens = rung.steps * batch_tokens(rung.config)
@@ -198,18 +198,22 @@ def get(config: Config, key: str) -> Any:
 
 
 def best_run(ladder: Ladder, fit: Fit, flops: float) -> tuple[Config, int] | None:
-    """The shape and the steps of the lowest predicted loss for so many FLOPs, up to MAX_EPOCHS."""
+    """The shape and the steps of the lowest predicted loss for so many FLOPs, up to MAX_EPOCHS.
+
+    Among runs with tokens per parameter as the rungs have them, if the text is enough for one.
+    """
     most = MAX_EPOCHS * split_tokens(ladder.base, "train") / batch_tokens(ladder.base)
     found = []
     for width in law.WIDTHS:
         config = changed_config(ladder.base, family(width))
         steps = int(min(most, flops / step_flops(config)))
         if steps > 10 * ladder.base.optimizer.warmup_steps:
-            found.append((predicted(fit, config, steps)[1], config, steps))
+            size = law.parameters(config, vocabulary(config))
+            outside = not law.is_inside(fit, size, steps * batch_tokens(config))
+            found.append((outside, predicted(fit, config, steps)[1], config, steps))
     if not found:
         return None
-    _, config, steps = min(found, key=lambda one: one[0])
-    return config, steps
+    return min(found, key=lambda one: one[:2])[2:]
 
 
 def predicted(fit: Fit, config: Config, steps: int) -> tuple[float, float, float]:
@@ -313,9 +317,16 @@ def differences(fit: Fit, config: Config) -> list[str]:
         for key, value in expected.items()
         if "." in key and get(config, key) != value
     ]
-    layers, deepest = config.model.n_layers, max(law.shape(r["dim"])["n_layers"] for r in fit.rungs)
-    if layers > deepest:
-        found.append(f"model.n_layers={layers} (rungs: {deepest} at most; docs/scaling-law.md)")
+    depths = {law.shape(rung["dim"])["n_layers"] for rung in fit.rungs}
+    if len(depths) == 1 and config.model.n_layers not in depths:
+        found.append(f"model.n_layers={config.model.n_layers} (rungs: {depths.pop()})")
+    size, tokens = (
+        law.parameters(config, vocabulary(config)),
+        config.train.max_steps * batch_tokens(config),
+    )
+    if not law.is_inside(fit, size, tokens):
+        low, high = law.tokens_per_parameter(fit)
+        found.append(f"tokens per parameter: {tokens / size:.3g} (rungs: {low:.3g} to {high:.3g})")
     return found
 
 

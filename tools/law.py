@@ -69,13 +69,13 @@ def shape(dim: int) -> dict[str, int]:
     """The model keys of the member of the family of shapes that has this width.
 
     All sizes of a ladder, and the runs that it predicts, are of one family: a block per 64 of the
-    width, but two at least, heads of 32 to 128. A single block can't learn what two can (to copy
-    what followed a token before), so it loses by another law.
+    width, but four at least, heads of 32 to 128. With fewer, width soon brings nothing more, and
+    the law of the narrow does not hold for the wide (docs/scaling-law.md).
     """
     head_dim = 32 if dim < 256 else 64 if dim <= 1024 else 128
     return {
         "dim": dim,
-        "n_layers": max(2, round(dim / 64)),
+        "n_layers": max(4, round(dim / 64)),
         "n_heads": dim // head_dim,
         "n_kv_heads": dim // head_dim,
         "ffn_dim": 3 * dim if dim < 512 else 256 * math.ceil(8 * dim / 3 / 256),
@@ -234,6 +234,19 @@ def interval(fit: Fit, parameters: float, tokens: float) -> tuple[float, float, 
     losses = sorted(law.loss(parameters, tokens) * factor for law in laws for factor in noise)
     cut = int(tail * len(losses))
     return losses[cut], fit.law.loss(parameters, tokens), losses[-1 - cut]
+
+
+def tokens_per_parameter(fit: Fit) -> tuple[float, float]:
+    """The least and the most that rungs were trained on."""
+    ratios = [rung["tokens"] / rung["parameters"] for rung in fit.rungs]
+    return min(ratios, default=0.0), max(ratios, default=math.inf)
+
+
+def is_inside(fit: Fit, parameters: float, tokens: float) -> bool:
+    """Whether a run has tokens per parameter as the rungs have them, or about so, since sizes come
+    in coarse steps. Outside, the law does not hold as well (docs/scaling-law.md)."""
+    low, high = tokens_per_parameter(fit)
+    return 0.9 * low <= tokens / parameters <= 1.1 * high
 
 
 def write_fit(path: Path, fit: Fit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import json
@@ -36,13 +37,12 @@ from tools.memory import flops_per_token
 
 DECAY = 0.2  # of each length; 2405.18392 finds it as good as a cosine
 MAX_EPOCHS = 4  # up to here, repeated text is almost as good as new text (2305.16264)
-# The largest size gets this many tokens per parameter or more, so that it is worth its size.
-TOKENS_PER_PARAMETER = 0.5
 SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
-# Of the shortest length. Earlier, sizes hardly differ, and size and length do not add up as the law
-# has it (docs/scaling-law.md).
-MIN_STEPS = 800
-SPAN, NARROWEST = 8, 64  # largest width over the smallest: a wide ladder predicts best
+# Of the longest length of a size: fewer, and the sizes hardly differ.
+TOKENS_PER_PARAMETER = 2
+# Of the shortest length of the smallest size. Earlier the warm-up counts.
+MIN_STEPS = 300
+SPAN, NARROWEST = 10, 32  # parameters of the largest size over the smallest: wide predicts best
 MARGIN = 0.9  # of the ladder's share is planned: measured speeds vary
 MEASURED_STEPS = 60
 Json = dict[str, Any]
@@ -74,8 +74,8 @@ class Ladder:
 
     Attributes:
         base: the configuration that all runs share.
-        intervals: steps between the trunk's checkpoints, by width. Branches leave at 1, 2, 4 …
-            intervals, so the lengths are 1.25, 2.5, 5 … intervals.
+        intervals: steps between the trunk's checkpoints, by width. Branches leave at 2, 3, 4 …
+            intervals, and decay over the last fifth of their lengths.
     """
 
     out: Path
@@ -92,10 +92,10 @@ class Ladder:
         """The runs of a size: the trunk, which is the longest length, and then its branches."""
         interval, trunk = self.intervals[width], ""
         found = []
-        for index in reversed(range(self.lengths)):
-            steps = 5 * interval * 2**index // 4
+        for leaves_at in reversed(range(2, self.lengths + 2)):
+            steps = 5 * interval * leaves_at // 4
             name = f"dim{width}-steps{steps}" + f"-seed{seed}" * (self.seeds > 1)
-            leaves = f"{trunk}/checkpoints/step_{interval * 2**index:08}" if trunk else ""
+            leaves = f"{trunk}/checkpoints/step_{interval * leaves_at:08}" if trunk else ""
             trunk = trunk or str(self.out / name)
             changed = {
                 "train.max_steps": steps,
@@ -250,7 +250,7 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
     if sizes:
         ladder = fill(empty, sizes)
     else:
-        tried = (fill(empty, widths) for widths in families())
+        tried = (fill(empty, widths) for widths in families(vocabulary(config)))
         ladder = next(reversed([*itertools.takewhile(is_worth, tried)]), None)
     if not ladder:
         raise UserError(
@@ -262,31 +262,29 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
 
 
 def fill(ladder: Ladder, widths: list[int]) -> Ladder | None:
-    """The ladder with these widths, as long as its time allows, each size for an equal part of it.
-    None if a run would be too short.
+    """The ladder with these widths, as long as its time allows. None if a run would be too short.
 
-    So small models are trained on more tokens than large ones: they say what length does, as far
-    as the large run's own length, at a small price.
+    Each size is trained on the same tokens per parameter, as the large run will be. The law adds
+    what size and length bring, but a large model gains more from the same text than a small one:
+    rungs of another ratio would tell of another corner (docs/scaling-law.md).
     """
-    config, lengths = ladder.base, ladder.lengths
-    waves = math.ceil(ladder.seeds * len(widths) / ladder.at_once)
-    seconds = MARGIN * 3600 * ladder.hours * ladder.share / waves
+    config = ladder.base
+    shapes = {width: changed_config(config, family(width)) for width in widths}
+    sizes = {w: law.parameters(shape, vocabulary(shape)) for w, shape in shapes.items()}
+    smallest, largest = min(sizes.values()), max(sizes.values())
+    trunk = 5 / 4 * (ladder.lengths + 1)  # in intervals
     longest = MAX_EPOCHS * split_tokens(config, "train") / batch_tokens(config)  # in steps
-    # trunk, and steps of all, in intervals: lengths are 5/4 2^j, and a branch trains DECAY of its
-    trunk = 5 / 4 * 2 ** (lengths - 1)
-    whole = trunk + DECAY * (trunk - 5 / 4)
-    intervals = {}
-    for width in widths:
-        sized = changed_config(config, family(width))
-        step = ladder.speed.seconds(1, step_flops(sized))
-        evaluation = evaluated_tokens(sized) / batch_tokens(sized) / 3 * step  # forward only
-        steps = (seconds - lengths * (ladder.speed.start + evaluation)) / step / whole
-        intervals[width] = max(0, int(min(steps, longest / trunk)) // 4 * 4)
-    shortest = 5 * min(intervals.values()) // 4
-    if shortest < MIN_STEPS:
-        return None
-    base = base_config(config, shortest // 10)
-    return dataclasses.replace(ladder, base=base, intervals=intervals)
+    seconds = MARGIN * 3600 * ladder.hours * ladder.share
+
+    def of(interval: int) -> Ladder:
+        """With an interval of so many times 4 steps for the smallest."""
+        intervals = {w: 4 * round(interval * size / smallest) for w, size in sizes.items()}
+        base = base_config(config, max(1, intervals[min(widths)] // 2))
+        return dataclasses.replace(ladder, base=base, intervals=intervals)
+
+    most = int(longest / trunk / 4 * smallest / largest)
+    found = bisect.bisect(range(1, most + 1), seconds, key=lambda interval: of(interval).total())
+    return of(found) if 10 * found >= MIN_STEPS else None
 
 
 def measure(config: Config, widths: tuple[int, int], at_once: int) -> Speed:
@@ -327,10 +325,15 @@ def read_rows(directory: Path) -> list[Json]:
     return [json.loads(line) for line in lines if line.endswith(b"\n")]
 
 
-def families() -> Iterator[list[int]]:
-    """Sets of about SIZES widths, by their largest: from 1/SPAN of it in equal factors."""
-    for largest in law.WIDTHS:
-        smallest = max(NARROWEST, largest / SPAN)
+def families(vocab_size: int) -> Iterator[list[int]]:
+    """Sets of about SIZES widths, by their largest: from 1/SPAN of its parameters."""
+    sizes = {
+        width: law.parameters(build_config({"model": law.shape(width)}), vocab_size)
+        for width in law.WIDTHS
+        if width >= NARROWEST
+    }
+    for largest in sizes:
+        smallest = next(width for width in sizes if SPAN * sizes[width] >= sizes[largest])
         steps = [(largest / smallest) ** (index / (SIZES - 1)) for index in range(SIZES)]
         near = {min(law.WIDTHS, key=lambda w: abs(w - smallest * step)) for step in steps}
         if len(near) >= MIN_SIZES:
@@ -338,7 +341,7 @@ def families() -> Iterator[list[int]]:
 
 
 def is_worth(ladder: Ladder | None) -> bool:
-    """Whether the largest size is trained on enough tokens."""
+    """Whether the sizes are trained on enough tokens."""
     if not ladder:
         return False
     rung = ladder.chain(max(ladder.intervals), ladder.base.train.seed)[0]
