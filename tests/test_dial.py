@@ -264,7 +264,7 @@ def test_a_plan_for_this_machine_trains(dataset, tiny_tokenizer, tmp_path):
     """The file of a stated speed is what rocket.py takes."""
     path = tmp_path / "mine.toml"
     done = program(
-        *("--hours=0.01", "--gpu=cpu", "--gpu-tflops=0.01", f"--data={dataset}"),
+        *("--hours=0.02", "--gpu=cpu", "--gpu-tflops=0.01", f"--data={dataset}"),
         *(f"--tokenizer.path={tiny_tokenizer}", f"--write={path}"),
         f"--train.out_dir={tmp_path / 'run'}",
     )
@@ -276,10 +276,10 @@ def test_a_plan_for_this_machine_trains(dataset, tiny_tokenizer, tmp_path):
 
 @pytest.mark.long
 def test_a_run_takes_the_hours_that_were_planned(dataset, tiny_tokenizer, tmp_path):
-    """Measured here, then trained here: within a factor of two of a minute."""
+    """Measured here, then trained here: within a factor of two of some minutes."""
     path = tmp_path / "mine.toml"
     done = program(
-        *("--hours=0.0167", "--gpu=cpu", f"--data={dataset}", f"--write={path}"),
+        *("--hours=0.04", "--gpu=cpu", f"--data={dataset}", f"--write={path}"),
         *(f"--tokenizer.path={tiny_tokenizer}", f"--train.out_dir={tmp_path / 'run'}", "--json"),
     )
     assert done.returncode == 0, done.stderr

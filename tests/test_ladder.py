@@ -283,7 +283,7 @@ def test_what_a_run_does_unlike_the_rungs(config, tmp_path, monkeypatch):
     ]
     assert differences(320) == [
         "model.n_layers=5 (rungs: 4)",
-        "tokens per parameter: 0.0831 (rungs: 0.559 to 1.13)",
+        "tokens per parameter: 0.0882 (rungs: 0.559 to 1.13)",
     ]
 
 
