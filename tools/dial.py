@@ -40,8 +40,7 @@ from tools import law, memory, plan
 from tools.memory import FP32, sizes
 from tools.plan import FITS, TIGHT, Cluster, Option, figure
 
-# The family of shapes, by width: a head divides each.
-DIMS = (*range(64, 256, 32), *range(256, 1024, 64), *range(1024, 8192 + 1, 128))
+DIMS = law.WIDTHS[1:]  # 64 and more
 MOST_EPOCHS = 4  # up to which repeated text is worth nearly as much as new text (arXiv 2305.16264)
 NOISY_BATCH = 65_536  # tokens; below it AdamW's second moment averages longer (docs/experiments.md)
 GRID = 1.25  # ratio of the budgets that are compared
@@ -425,7 +424,7 @@ def plan_of(task: Task, dim: int, tokens: float) -> Plan:
         fits=option.fit == FITS or (option.fit == TIGHT and "model.dim" in task.fixed),
         parameters=parameters,
         tokens=tokens,
-        loss=task.law.loss(parameters, tokens),
+        loss=task.law.loss(parameters, law.new_tokens(tokens, task.corpus)),
         inside=not task.fit or law.is_inside(task.fit, parameters, tokens),
         times=times(task, config, option, steps),
     )

@@ -169,7 +169,10 @@ def fit_ladder(ladder: Ladder, rungs: list[Json]) -> tuple[Fit, list[float]]:
             " lengths. Train those that are left out, or a ladder with more --sizes or --seeds in"
             " another --out"
         )
-    runs = [(rung["parameters"], rung["tokens"], rung["loss"]) for rung in rungs]
+    corpus = split_tokens(ladder.base, "train")
+    runs = [
+        (rung["parameters"], law.new_tokens(rung["tokens"], corpus), rung["loss"]) for rung in rungs
+    ]
     trunks = [(rung["dim"], rung["seed"]) for rung in rungs]
     best = law.fit_law(runs)
     noise = law.noise_of(runs, trunks, best)
@@ -179,9 +182,9 @@ def fit_ladder(ladder: Ladder, rungs: list[Json]) -> tuple[Fit, list[float]]:
     base["batch_tokens"] = batch_tokens(ladder.base)
     base["tokens"] = sorted({rung["tokens"] for rung in rungs})
     names = " and ".join(ladder.base.data.mixture or [ladder.base.data.dir])
-    dataset = f"{names}, {split_tokens(ladder.base, 'train'):,} training tokens"
+    dataset = f"{names}, {corpus:,} training tokens"
     laws = law.resample(runs, trunks, best, noise)
-    fit = Fit(best, laws, deviation, base, dataset, rungs)
+    fit = Fit(best, laws, deviation, base, dataset, corpus, rungs)
     return fit, law.leave_one_out(runs, best)
 
 
@@ -453,7 +456,7 @@ def page(
             "tokens": short(rung["tokens"]),
             "FLOPs": short(rung["flops"], 3),
             "loss": f"{rung['loss']:.4f}",
-            "fitted": f"{fit.law.loss(rung['parameters'], rung['tokens']):.4f}",
+            "fitted": f"{law.interval(fit, rung['parameters'], rung['tokens'])[1]:.4f}",
             "without it": f"{error:+.2%}",
         }
         for rung, error in zip(fit.rungs, errors, strict=True)

@@ -22,10 +22,10 @@ from config import Config, UserError, read_json, write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 1  # of the file of a fit
+VERSION = 2  # of the file of a fit
 CONFIDENCE = 0.95  # of intervals
 # Of the family of shapes: multiples of the head's width, see shape().
-WIDTHS = [*range(32, 256, 32), *range(256, 1024, 64), *range(1024, 8193, 128)]
+WIDTHS = [*range(32, 320, 32), *range(320, 1024, 64), *range(1024, 8193, 128)]
 RESAMPLES = 100
 STEPS = 300  # of L-BFGS
 Runs = Sequence[tuple[float, float, float]]  # parameters, tokens and loss of each
@@ -51,6 +51,17 @@ class Law(NamedTuple):
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
 
+REPEATS = 15.4  # the constant R* of 2305.16264
+
+
+def new_tokens(tokens: float, corpus: float) -> float:
+    """What tokens of a text of `corpus` tokens are worth in tokens of new text: repeats teach less
+    and less (2305.16264, equation 5)."""
+    if tokens <= corpus:
+        return tokens
+    return corpus * (1 + REPEATS * (1 - math.exp((1 - tokens / corpus) / REPEATS)))
+
+
 # Of Hoffmann's runs (MassiveText, 32,000 pieces), in the refit of 2404.10102.
 PUBLISHED = Law(E=1.8172, A=482.01, alpha=0.3478, B=2085.43, beta=0.3658)
 
@@ -69,10 +80,10 @@ def shape(dim: int) -> dict[str, int]:
     """The model keys of the member of the family of shapes that has this width.
 
     All sizes of a ladder, and the runs that it predicts, are of one family: a block per 64 of the
-    width, but four at least, heads of 32 to 128. With fewer, width soon brings nothing more, and
-    the law of the narrow does not hold for the wide (docs/scaling-law.md).
+    width, but four at least, heads of 32 to 128. So below dim 320 all have the same depth, and
+    small ladders don't mix depths.
     """
-    head_dim = 32 if dim < 256 else 64 if dim <= 1024 else 128
+    head_dim = 32 if dim < 320 else 64 if dim <= 1024 else 128
     return {
         "dim": dim,
         "n_layers": max(4, round(dim / 64)),
@@ -212,6 +223,7 @@ class Fit(NamedTuple):
         base: what a planned run takes over, by section.key; and, beside keys of the configuration,
             batch_tokens (tokens per step) and tokens (the lengths of the rungs).
         dataset: what was trained on, in words.
+        corpus: its tokens.
         rungs: the runs: name, dim, parameters, tokens, flops, loss.
     """
 
@@ -220,6 +232,7 @@ class Fit(NamedTuple):
     noise: float
     base: dict[str, Any]
     dataset: str
+    corpus: float
     rungs: list[dict[str, Any]] = []  # noqa: RUF012 - nobody changes it
 
 
@@ -231,6 +244,7 @@ def interval(fit: Fit, parameters: float, tokens: float) -> tuple[float, float, 
     normal, tail = NormalDist(), (1 - CONFIDENCE) / 2
     noise = [math.exp(fit.noise * normal.inv_cdf((i + 0.5) / 20)) for i in range(20)]
     laws = fit.laws or [fit.law]
+    tokens = new_tokens(tokens, fit.corpus)
     losses = sorted(law.loss(parameters, tokens) * factor for law in laws for factor in noise)
     cut = int(tail * len(losses))
     return losses[cut], fit.law.loss(parameters, tokens), losses[-1 - cut]
@@ -273,6 +287,7 @@ def read_fit(path: Path) -> Fit:
         law = Law(**{name: float(value) for name, value in content["law"].items()})
         laws = [Law(*map(float, values)) for values in content["laws"]]
         noise, base, dataset = float(content["noise"]), dict(content["base"]), content["dataset"]
-        return Fit(law, laws, noise, base, dataset, list(content["rungs"]))
+        corpus, rungs = float(content["corpus"]), list(content["rungs"])
+        return Fit(law, laws, noise, base, dataset, corpus, rungs)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: damaged; run ladder.py again, which writes it anew") from None

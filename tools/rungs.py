@@ -40,9 +40,9 @@ MAX_EPOCHS = 4  # up to here, repeated text is almost as good as new text (2305.
 SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
 # Of the longest length of a size: fewer, and the sizes hardly differ.
 TOKENS_PER_PARAMETER = 2
-# Of the shortest length of the smallest size. Earlier the warm-up counts.
-MIN_STEPS = 300
-SPAN, NARROWEST = 10, 32  # parameters of the largest size over the smallest: wide predicts best
+# Of the shortest length. Earlier the law does not hold (docs/scaling-law.md).
+MIN_STEPS = 1000
+SPAN = 10  # parameters of the largest size over the smallest: a wide ladder predicts best
 MARGIN = 0.9  # of the ladder's share is planned: measured speeds vary
 MEASURED_STEPS = 60
 Json = dict[str, Any]
@@ -74,13 +74,14 @@ class Ladder:
 
     Attributes:
         base: the configuration that all runs share.
-        intervals: steps between the trunk's checkpoints, by width. Branches leave at 2, 3, 4 …
-            intervals, and decay over the last fifth of their lengths.
+        interval: steps between a trunk's checkpoints. Branches leave at 2, 3, 4 … intervals, and
+            decay over the last fifth of their lengths.
     """
 
     out: Path
     base: Config
-    intervals: dict[int, int]
+    widths: list[int]
+    interval: int
     lengths: int
     seeds: int
     at_once: int
@@ -90,8 +91,7 @@ class Ladder:
 
     def chain(self, width: int, seed: int) -> list[Rung]:
         """The runs of a size: the trunk, which is the longest length, and then its branches."""
-        interval, trunk = self.intervals[width], ""
-        found = []
+        interval, trunk, found = self.interval, "", []
         for leaves_at in reversed(range(2, self.lengths + 2)):
             steps = 5 * interval * leaves_at // 4
             name = f"dim{width}-steps{steps}" + f"-seed{seed}" * (self.seeds > 1)
@@ -112,7 +112,7 @@ class Ladder:
     def chains(self) -> list[list[Rung]]:
         """All runs, the dearest size first."""
         seeds = range(self.base.train.seed, self.base.train.seed + self.seeds)
-        every = (self.chain(width, seed) for seed in seeds for width in self.intervals)
+        every = (self.chain(width, seed) for seed in seeds for width in self.widths)
         return sorted(every, key=self.seconds, reverse=True)
 
     def seconds(self, chain: list[Rung]) -> float:
@@ -239,7 +239,8 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
     empty = Ladder(
         out=out,
         base=config,
-        intervals={},
+        widths=sizes or [],
+        interval=0,
         lengths=options.get("lengths", 3),
         seeds=options.get("seeds", 1),
         at_once=at_once,
@@ -248,9 +249,12 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
         share=share,
     )
     if sizes:
-        ladder = fill(empty, sizes)
+        ladder = fill(empty)
     else:
-        tried = (fill(empty, widths) for widths in families(vocabulary(config)))
+        tried = (
+            fill(dataclasses.replace(empty, widths=widths))
+            for widths in families(vocabulary(config))
+        )
         ladder = next(reversed([*itertools.takewhile(is_worth, tried)]), None)
     if not ladder:
         raise UserError(
@@ -261,28 +265,32 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
     return ladder
 
 
-def fill(ladder: Ladder, widths: list[int]) -> Ladder | None:
-    """The ladder with these widths, as long as its time allows. None if a run would be too short.
+def fill(ladder: Ladder) -> Ladder | None:
+    """The ladder with lengths as long as its time allows. None if that is too little.
 
-    Each size is trained on the same tokens per parameter, as the large run will be. The law adds
-    what size and length bring, but a large model gains more from the same text than a small one:
-    rungs of another ratio would tell of another corner (docs/scaling-law.md).
+    A grid: all sizes have the same lengths. So what size brings is seen at equal length, and what
+    length brings at equal size.
+
+    Raises:
+        UserError: the text is too little.
     """
     config = ladder.base
-    shapes = {width: changed_config(config, family(width)) for width in widths}
-    sizes = {w: law.parameters(shape, vocabulary(shape)) for w, shape in shapes.items()}
-    smallest, largest = min(sizes.values()), max(sizes.values())
     trunk = 5 / 4 * (ladder.lengths + 1)  # in intervals
     longest = MAX_EPOCHS * split_tokens(config, "train") / batch_tokens(config)  # in steps
     seconds = MARGIN * 3600 * ladder.hours * ladder.share
 
     def of(interval: int) -> Ladder:
-        """With an interval of so many times 4 steps for the smallest."""
-        intervals = {w: 4 * round(interval * size / smallest) for w, size in sizes.items()}
-        base = base_config(config, max(1, intervals[min(widths)] // 2))
-        return dataclasses.replace(ladder, base=base, intervals=intervals)
+        """With intervals of so many times 4 steps: the shortest length is 10 times as many."""
+        base = base_config(config, warmup=interval)
+        return dataclasses.replace(ladder, base=base, interval=4 * interval)
 
-    most = int(longest / trunk / 4 * smallest / largest)
+    most = int(longest / trunk / 4)
+    if 10 * most < MIN_STEPS:
+        raise UserError(
+            f"{config.data.dir}: {MAX_EPOCHS} epochs of the text are {longest:,.0f} steps, too few"
+            f" for lengths from {MIN_STEPS:,} steps on: take more text, or a smaller"
+            " train.global_batch_size"
+        )
     found = bisect.bisect(range(1, most + 1), seconds, key=lambda interval: of(interval).total())
     return of(found) if 10 * found >= MIN_STEPS else None
 
@@ -330,7 +338,6 @@ def families(vocab_size: int) -> Iterator[list[int]]:
     sizes = {
         width: law.parameters(build_config({"model": law.shape(width)}), vocab_size)
         for width in law.WIDTHS
-        if width >= NARROWEST
     }
     for largest in sizes:
         smallest = next(width for width in sizes if SPAN * sizes[width] >= sizes[largest])
@@ -344,7 +351,7 @@ def is_worth(ladder: Ladder | None) -> bool:
     """Whether the sizes are trained on enough tokens."""
     if not ladder:
         return False
-    rung = ladder.chain(max(ladder.intervals), ladder.base.train.seed)[0]
+    rung = ladder.chain(max(ladder.widths), ladder.base.train.seed)[0]
     tokens = rung.steps * batch_tokens(rung.config)
     parameters = law.parameters(rung.config, vocabulary(rung.config))
     return tokens >= TOKENS_PER_PARAMETER * parameters
@@ -362,7 +369,7 @@ def write_plan(ladder: Ladder, options: Json) -> None:
     write_configs(ladder.out, ladder.chains())
     plan = {
         name: getattr(ladder, name)
-        for name in ("intervals", "lengths", "seeds", "at_once", "speed", "hours", "share")
+        for name in ("widths", "interval", "lengths", "seeds", "at_once", "speed", "hours", "share")
     }
     plan |= {"base": tables(ladder.base), "options": options}
     write_atomically(ladder.out / "plan.json", (json.dumps(plan, indent=1) + "\n").encode())
@@ -380,7 +387,6 @@ def read_plan(out: Path, config: Config, options: Json) -> Ladder | None:
     try:
         base = build_config(plan.pop("base"))
         before = plan.pop("options")
-        plan["intervals"] = {int(width): steps for width, steps in plan["intervals"].items()}
         ladder = Ladder(out=out, base=base, **plan | {"speed": Speed(*plan["speed"])})
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: damaged; delete it, or choose another --out") from None
