@@ -132,6 +132,7 @@ SPEED = Speed(start=3.0, step=0.002, flops=5e10)
 def config(dataset, tiny_tokenizer, tmp_path, monkeypatch):
     """With a dataset too small for the shortest length of a real ladder."""
     monkeypatch.setattr(rungs, "MIN_STEPS", 80)
+    monkeypatch.setattr(rungs, "MIN_TOKENS", 0)
     values = {"optimizer__name": "muon", "data__seq_len": 64, "train__global_batch_size": 4}
     return load_config(overrides(dataset, tiny_tokenizer, tmp_path / "run", **values), usage="")[0]
 

@@ -40,8 +40,9 @@ MAX_EPOCHS = 4  # up to here, repeated text is almost as good as new text (2305.
 SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
 # Of the longest length of a size: fewer, and the sizes hardly differ.
 TOKENS_PER_PARAMETER = 2
-# Of the shortest length. Earlier the law does not hold (docs/scaling-law.md).
-MIN_STEPS = 1000
+# Of the shortest length, and the narrowest size that is chosen. Earlier, and if it is narrower, a
+# model has not learned to use its context, and the law does not hold (docs/scaling-law.md).
+MIN_STEPS, MIN_TOKENS, NARROWEST = 1000, 3e6, 96
 SPAN = 10  # parameters of the largest size over the smallest: a wide ladder predicts best
 MARGIN = 0.9  # of the ladder's share is planned: measured speeds vary
 MEASURED_STEPS = 60
@@ -234,7 +235,7 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
     at_once = min(count, options.get("at-once") or devices() or available_cores())
     speed = Speed(60.0, 0.0, options.get("flops", 0.0))  # a start in a job, with compilation
     if not speed.flops:
-        ends = sizes or (64, max(128, config.model.dim // 64 * 64))
+        ends = sizes or (NARROWEST, max(2 * NARROWEST, config.model.dim // 64 * 64))
         speed = measure(config, (ends[0], ends[-1]), at_once)
     empty = Ladder(
         out=out,
@@ -259,10 +260,15 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
     if not ladder:
         raise UserError(
             f"--hours={empty.hours:g} × --share={share:g} are too few for"
-            f" {len(sizes or range(MIN_SIZES))} sizes of {MIN_STEPS} steps and more: give more of"
-            " either"
+            f" {len(sizes or range(MIN_SIZES))} sizes of {least_steps(config):,} steps and more: give"
+            " more of either"
         )
     return ladder
+
+
+def least_steps(config: Config) -> int:
+    """Steps of the shortest length, at least."""
+    return max(MIN_STEPS, math.ceil(MIN_TOKENS / batch_tokens(config)))
 
 
 def fill(ladder: Ladder) -> Ladder | None:
@@ -285,14 +291,15 @@ def fill(ladder: Ladder) -> Ladder | None:
         return dataclasses.replace(ladder, base=base, interval=4 * interval)
 
     most = int(longest / trunk / 4)
-    if 10 * most < MIN_STEPS:
+    least = least_steps(config)
+    if 10 * most < least:
         raise UserError(
             f"{config.data.dir}: {MAX_EPOCHS} epochs of the text are {longest:,.0f} steps, too few"
-            f" for lengths from {MIN_STEPS:,} steps on: take more text, or a smaller"
+            f" for lengths from {least:,} steps on: take more text, or a smaller"
             " train.global_batch_size"
         )
     found = bisect.bisect(range(1, most + 1), seconds, key=lambda interval: of(interval).total())
-    return of(found) if 10 * found >= MIN_STEPS else None
+    return of(found) if 10 * found >= least else None
 
 
 def measure(config: Config, widths: tuple[int, int], at_once: int) -> Speed:
@@ -338,6 +345,7 @@ def families(vocab_size: int) -> Iterator[list[int]]:
     sizes = {
         width: law.parameters(build_config({"model": law.shape(width)}), vocab_size)
         for width in law.WIDTHS
+        if width >= NARROWEST
     }
     for largest in sizes:
         smallest = next(width for width in sizes if SPAN * sizes[width] >= sizes[largest])
