@@ -260,8 +260,8 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
     if not ladder:
         raise UserError(
             f"--hours={empty.hours:g} × --share={share:g} are too few for"
-            f" {len(sizes or range(MIN_SIZES))} sizes of {least_steps(config):,} steps and more: give"
-            " more of either"
+            f" {len(sizes or range(MIN_SIZES))} sizes of {least_steps(config):,} steps and more:"
+            " give more of either"
         )
     return ladder
 
