@@ -30,6 +30,9 @@ from training import (
     tensors,
 )
 
+from config import load_config
+from tools import law, rungs
+
 STEPS = 160  # some seconds: long enough to be hit, and saved every 20 steps
 TERMINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY"}
 
@@ -512,6 +515,23 @@ def test_sweep(cluster, arguments, tmp_path):
     wait_until(lambda: not cluster.call("squeue", "-h", "-j", job), "end of the sweep")
     assert all(status(Path(out))["state"] == "finished" for out in outs)
     assert len({tuple(losses(Path(out))) for out in outs}) == 4
+
+
+def test_ladder(cluster, arguments, tmp_path):
+    """An array for each length, whose tasks branch off those of the longest; then the fit."""
+    out = tmp_path / "ladder"
+    command = [*arguments(tmp_path / "run", checkpoint__interval=0), f"--out={out}"]
+    config = load_config(command[:-1], usage="")[0]
+    speed = rungs.Speed(3.0, 0.002, 5e10)
+    plan = rungs.Ladder(
+        out, rungs.base_config(config, 4), [32, 64, 96], 32, 3, 1, 1, speed, 1.0, 0.25
+    )
+    rungs.write_plan(plan, {})
+    last = int(cluster.call(ROOT / "slurm" / "ladder.sh", *command, cwd=tmp_path))
+    jobs = ",".join(map(str, range(last - 2, last + 1)))
+    wait_until(lambda: not cluster.call("squeue", "-h", "-j", jobs), "end of the ladder", 500)
+    cluster.call(sys.executable, "tools/ladder.py", *command, "--fit")
+    assert len(law.read_fit(out / "fit.json").rungs) == 9
 
 
 def test_array_task_comes_back_alone(cluster, arguments, tmp_path):
