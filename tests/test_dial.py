@@ -139,6 +139,13 @@ def test_text_limits(corpora):
     assert asked.plan.tokens == pytest.approx(10e9, rel=1e-3)
 
 
+def test_more_hours_never_end_worse(corpora):
+    """Also where the text begins to limit: on fast GPUs, tiny models are not cheaper."""
+    plans = [decided(corpora(4e6), f"--hours={h}", *H100)[1].plan for h in (0.05, 0.06, 0.2, 24)]
+    losses = [one.loss for one in plans]
+    assert losses == sorted(losses, reverse=True)
+
+
 @pytest.mark.parametrize("tokens", [1e9, 1e13])
 def test_more_hours_never_make_a_smaller_model(corpora, tokens):
     """On 64 GPUs, where batch and strategy come in large steps."""
@@ -228,7 +235,7 @@ def test_rate_and_batch_of_the_recipe_itself():
         (["--hours=24", "--data=DATA", "--gpus=1", "--model.dim=8192"], "nothing fits"),
         (["--hours=1", "--data=DATA", "--model.dmi=64"], "did you mean model.dim?"),
         (["--hours=1", "--data=DATA", "--model.dim=many"], "model.dim is a whole number"),
-        (["--hours=1", "--data=DATA", "--model.dim=100"], "must divide by model.n_heads"),
+        (["--hours=1", "--data=DATA", "--model.dim=100"], "take 96, or give model.n_heads too"),
         (["--hours=1", "--data=DATA", "--fit=nowhere.json"], "nowhere.json: no such file"),
         (["--hours=1", "--data=DATA", "--fit=FIT", "--optimizer.name=adamw"], "another law"),
         (["--hours=1", "--data=DATA", "--write=nowhere/mine.toml"], "no such directory"),

@@ -526,7 +526,7 @@ def test_ladder(cluster, arguments, tmp_path):
     plan = rungs.Ladder(
         out, rungs.base_config(config, 4), [32, 64, 96], 32, 3, 1, 1, speed, 1.0, 0.25
     )
-    rungs.write_plan(plan, {})
+    rungs.write_plan(plan)
     last = int(cluster.call(ROOT / "slurm" / "ladder.sh", *command, cwd=tmp_path))
     jobs = ",".join(map(str, range(last - 2, last + 1)))
     wait_until(lambda: not cluster.call("squeue", "-h", "-j", jobs), "end of the ladder", 500)

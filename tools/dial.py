@@ -8,6 +8,7 @@ after the tokens that the budget leaves for it. What is chosen and why: docs/pla
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
 import math
@@ -41,7 +42,6 @@ from tools.memory import FP32, sizes
 from tools.plan import FITS, TIGHT, Cluster, Option, figure
 
 DIMS = law.WIDTHS[1:]  # 64 and more
-MOST_EPOCHS = 4  # up to which repeated text is worth nearly as much as new text (arXiv 2305.16264)
 NOISY_BATCH = 65_536  # tokens; below it AdamW's second moment averages longer (docs/experiments.md)
 GRID = 1.25  # ratio of the budgets that are compared
 LEAST_STEPS = 100  # a shorter run is hardly more than its warm-up
@@ -461,8 +461,8 @@ def filled(task: Task, dim: int, tokens: float, most: float) -> Plan | None:
     return best
 
 
-def search(task: Task, most: float = math.inf, largest: float = math.inf) -> list[Plan]:
-    """The plans that fill the budget, one per width, of at most so many tokens and parameters.
+def search(task: Task, most: float = math.inf) -> list[Plan]:
+    """The plans that fill the budget, one per width, of at most so many tokens.
 
     Raises:
         UserError: the budget holds none of them.
@@ -477,7 +477,7 @@ def search(task: Task, most: float = math.inf, largest: float = math.inf) -> lis
             continue
         if one is None or (steps_of(one) < LEAST_STEPS and not task.fixed_length):
             break  # larger ones take longer
-        if found and (one.parameters > largest or is_past(best_of(found), one)):
+        if found and is_past(best_of(found), one):
             break
         found.append(one)
         tokens = one.tokens
@@ -518,17 +518,16 @@ class Decision(NamedTuple):
 
 
 def decide(task: Task) -> Decision:
-    """The plan of the lowest loss that fits in memory, within MOST_EPOCHS epochs of the text.
+    """The plan of the lowest loss that fits in memory, within law.MAX_EPOCHS epochs of the text.
 
     Raises:
         UserError: no width fits in memory, or in the budget.
     """
     found, limit = search(task), "hours"
     wanted = best_of(found)
-    if wanted.tokens > MOST_EPOCHS * task.corpus and not task.fixed_length:
+    if wanted.tokens > law.MAX_EPOCHS * task.corpus and not task.fixed_length:
         # A larger model would cost hours that this text can't repay: it learns repeats by heart.
-        most = MOST_EPOCHS * task.corpus
-        found, limit = search(task, most, best_size(task.law, most)), "text"
+        found, limit = text_limited(task, law.MAX_EPOCHS * task.corpus), "text"
     fitting = [one for one in found if one.fits]
     if not fitting:
         least = min(found, key=lambda one: one.option.total)
@@ -544,8 +543,8 @@ def decide(task: Task) -> Decision:
     if limit == "text":
         warning = (
             f"the hours would be best spent on {figure(wanted.tokens / task.corpus)} epochs of the"
-            f" text, but above {MOST_EPOCHS} repeats teach little (arXiv 2305.16264). So this is"
-            f" the model for {MOST_EPOCHS} epochs, and {figure(left)} hours are left: more text"
+            f" text, but above {law.MAX_EPOCHS} repeats teach little (arXiv 2305.16264). So this is"
+            f" the model for {law.MAX_EPOCHS} epochs, and {figure(left)} hours are left: more text"
             " would use them"
         )
     elif not ideal.fits:
@@ -557,21 +556,52 @@ def decide(task: Task) -> Decision:
         )
     elif left > 0.1 * task.seconds / 3600:
         limit, warning = "your values", f"{figure(left)} hours are left"
-    if epochs > 1.01 * MOST_EPOCHS:
-        warning += f"{'; ' * bool(warning)}above {MOST_EPOCHS} epochs repeats teach little"
-    if task.fit and not best.inside:
-        low, high = law.tokens_per_parameter(task.fit)
-        warning += (
-            f"{'; ' * bool(warning)}{figure(best.tokens / best.parameters)} tokens per parameter,"
-            f" but the rungs have {figure(low)} to {figure(high)}: the loss is less sure"
-        )
+    if epochs > 1.01 * law.MAX_EPOCHS:
+        warning += f"{'; ' * bool(warning)}above {law.MAX_EPOCHS} epochs repeats teach little"
+    warning = "; ".join(filter(None, [warning, *doubts(task, best)]))
     return Decision(best, limit, warning)
 
 
-def best_size(one: law.Law, tokens: float) -> float:
-    """The parameters with which these tokens are best spent, where time grows with N D."""
-    ratio = one.alpha * one.A / (one.beta * one.B) * tokens**one.beta
-    return ratio ** (1 / one.alpha)
+def doubts(task: Task, best: Plan) -> list[str]:
+    """Why the fit may not hold for a plan."""
+    if not task.fit:
+        return []
+    found, (low, high) = [], law.tokens_per_parameter(task.fit)
+    if not best.inside:
+        found.append(
+            f"{figure(best.tokens / best.parameters)} tokens per parameter, but the rungs have"
+            f" {figure(low)} to {figure(high)}: the loss is less sure"
+        )
+    largest = max((rung["flops"] for rung in task.fit.rungs), default=math.inf)
+    times = best.tokens * memory.flops_per_token(best.config) / largest
+    if times > 10:
+        found.append(f"{figure(times)} times the compute of the largest rung: the loss is a guess")
+    if abs(math.log(task.corpus / task.fit.corpus)) > 0.01:
+        found.append(f"the fit is of another text ({task.fit.dataset})")
+    ranks, batch = task.cluster.gpus, best.config.train.global_batch_size
+    if ranks > batch:
+        found.append(f"the ladder's batch of {batch} sequences is too small for {ranks} GPUs")
+    return found
+
+
+def text_limited(task: Task, most: float) -> list[Plan]:
+    """The plans of the largest budget GRID^k whose best plan takes so many tokens at most; if even
+    the least budget's takes more, that of the narrowest width, of so many."""
+
+    def plans(power: int) -> list[Plan]:
+        try:
+            return search(dataclasses.replace(task, seconds=GRID**power))
+        except UserError:  # too little for any run
+            return []
+
+    def is_too_much(power: int) -> bool:
+        found = plans(power)
+        return bool(found) and best_of(found).tokens > most
+
+    first, last = (math.ceil(math.log(s, GRID)) for s in (START[task.kind], task.seconds))
+    powers = range(first, last)
+    above = bisect.bisect(powers, False, key=is_too_much)
+    return (plans(powers[above - 1]) if above else []) or search(task, most)[:1]
 
 
 def steady(task: Task, fitting: list[Plan]) -> Plan:
@@ -705,6 +735,13 @@ def read_task(arguments: list[str]) -> tuple[Task, dict[str, str]]:
         raise ConfigError("say which prepared dataset: --data=DIR; prepare.py makes one")
     if flags.get("gpu", "").lower() == "cpu" and not {"gpus", "nodes"} & flags.keys():
         flags["gpus"] = "1"  # a process takes all cores
+    dim = fixed.get("model.dim", DIMS[0])
+    if dim not in law.WIDTHS and "model.n_heads" not in fixed:
+        near = min(law.WIDTHS, key=lambda width: abs(width - dim))
+        raise ConfigError(
+            f"model.dim={dim} is no width of the family (law.shape): take {near}, or give"
+            " model.n_heads too"
+        )
     cluster = plan.read_cluster([f"--{name}={value}" for name, value in flags.items() if value])
     if own["hours"] and own["gpu-hours"]:
         raise ConfigError("give --hours or --gpu-hours, not both")

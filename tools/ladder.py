@@ -43,7 +43,7 @@ from tools.law import Fit, Law
 from tools.memory import flops_per_token
 from tools.page import Line, log_figure, short, table, text, whole_page
 from tools.rungs import (
-    MAX_EPOCHS,
+    MARGIN,
     MIN_LENGTHS,
     MIN_RUNGS,
     MIN_SIZES,
@@ -66,7 +66,7 @@ from tools.rungs import (
 FLAGS = {
     "--hours=H": "hours that this machine has for the ladder and the large run together",
     "--share=0.25": "largest share of them that the ladder takes",
-    "--sizes=32,64,128,192": "widths of the models; by default four that the hours are enough for",
+    "--sizes=96,128,192": "widths of the models; by default three or four for which the hours do",
     "--lengths=3": "lengths of each size, as 2 : 3 : 4 …",
     "--seeds=1": "seeds of each size",
     "--out=out/ladder": "directory of the ladder",
@@ -83,7 +83,7 @@ LARGER = (1, 2, 4, 8, 16, 32)  # than the largest rung's compute, in the report
 SAME = (
     "model.base_dim model.base_layers model.tie_embeddings model.init_std model.norm_eps"
     " model.rope_theta data.dir data.mixture data.seq_len data.document_mask"
-    " train.global_batch_size train.eval_sequences"
+    " tokenizer.vocab_size train.dtype train.global_batch_size train.eval_sequences"
 ).split()
 
 
@@ -106,7 +106,9 @@ def read_flags(flags: list[str]) -> Json:
                 numbers = [kind(part) for part in value.split(",")]
             except ValueError:
                 numbers = [0]
-            if min(numbers) <= 0 or (len(numbers) > 1 and name != "sizes"):
+            if not 0 < min(numbers) <= max(numbers) < math.inf or (
+                len(numbers) > 1 and name != "sizes"
+            ):
                 what = "a whole number" if kind is int else "a number"
                 raise ConfigError(f"--{name} is {what} above 0, not {value!r}")
             values[name] = sorted({*numbers}) if name == "sizes" else numbers[0]
@@ -161,7 +163,7 @@ def fit_ladder(ladder: Ladder, rungs: list[Json]) -> tuple[Fit, list[float]]:
         UserError: there are too few rungs.
     """
     sizes = {rung["dim"] for rung in rungs}
-    lengths = max((sum(r["dim"] == size for r in rungs) for size in sizes), default=0)
+    lengths = max((len({r["tokens"] for r in rungs if r["dim"] == s}) for s in sizes), default=0)
     if len(sizes) < MIN_SIZES or lengths < MIN_LENGTHS or len(rungs) < MIN_RUNGS:
         raise UserError(
             f"{len(rungs)} good rungs, of {len(sizes)} sizes and at most {lengths} lengths, are too"
@@ -205,15 +207,15 @@ def best_run(ladder: Ladder, fit: Fit, flops: float) -> tuple[Config, int] | Non
 
     Among runs with tokens per parameter as the rungs have them, if the text is enough for one.
     """
-    most = MAX_EPOCHS * split_tokens(ladder.base, "train") / batch_tokens(ladder.base)
-    found = []
+    corpus, found = split_tokens(ladder.base, "train"), []
+    most = law.MAX_EPOCHS * corpus / batch_tokens(ladder.base)
     for width in law.WIDTHS:
         config = changed_config(ladder.base, family(width))
         steps = int(min(most, flops / step_flops(config)))
         if steps > 10 * ladder.base.optimizer.warmup_steps:
-            size = law.parameters(config, vocabulary(config))
-            outside = not law.is_inside(fit, size, steps * batch_tokens(config))
-            found.append((outside, predicted(fit, config, steps)[1], config, steps))
+            size, tokens = law.parameters(config, vocabulary(config)), steps * batch_tokens(config)
+            loss = fit.law.loss(size, law.new_tokens(tokens, corpus))
+            found.append((not law.is_inside(fit, size, tokens), loss, config, steps))
     if not found:
         return None
     return min(found, key=lambda one: one[:2])[2:]
@@ -247,8 +249,8 @@ def best_runs(ladder: Ladder, fit: Fit) -> list[Json]:
 
 
 def large_run(ladder: Ladder, fit: Fit) -> Path | None:
-    """Writes OUT/large.toml, the best run for the rest of the hours on one worker, unless it is
-    there; None if the rest is not enough for a run."""
+    """Writes OUT/large.toml, the best run for the rest of the hours on one worker (a GPU, or a
+    share of the cores), unless it is there; None if the rest is not enough for a run."""
     path = ladder.out / "large.toml"
     if path.exists():
         return path
@@ -266,11 +268,17 @@ def large_run(ladder: Ladder, fit: Fit) -> Path | None:
     changed = {
         "train.max_steps": steps,
         "train.out_dir": str(ladder.out / "large"),
+        "train.eval_interval": max(1, steps // 10),
         "checkpoint.interval": max(1, steps // 10),
         "log.report": True,
     }
     large = changed_config(config, changed)
-    head = f"# The best run for {seconds / 3600:.2g} hours by {ladder.out}/fit.json.\n\n"
+    taken = ladder.speed.seconds(steps, step_flops(config))
+    head = (
+        f"# The best run by {ladder.out}/fit.json for {seconds / 3600:.2g} hours of one of the"
+        f" ladder's workers, at most\n# {law.MAX_EPOCHS} epochs of the text: it takes"
+        f" {taken / 3600:.2g} of them.\n\n"
+    )
     write_atomically(path, (head + dump_toml(large)).encode())
     return path
 
@@ -321,7 +329,8 @@ def differences(fit: Fit, config: Config) -> list[str]:
         if "." in key and get(config, key) != value
     ]
     depths = {law.shape(rung["dim"])["n_layers"] for rung in fit.rungs}
-    if len(depths) == 1 and config.model.n_layers not in depths:
+    layers = expected["model.n_layers"]
+    if len(depths) == 1 and config.model.n_layers == layers not in depths:
         found.append(f"model.n_layers={config.model.n_layers} (rungs: {depths.pop()})")
     size, tokens = (
         law.parameters(config, vocabulary(config)),
@@ -365,15 +374,18 @@ def plan_lines(ladder: Ladder) -> list[str]:
         trunk = chain[0]
         size = law.parameters(trunk.config, vocabulary(trunk.config))
         tokens = trunk.steps * batch_tokens(trunk.config)
+        seed = f"seed {trunk.config.train.seed} " * (ladder.seeds > 1)
         lines.append(
-            f"dim {trunk.width:<5} {trunk.config.model.n_layers:>2} layers  N {short(size):>7}"
-            f"  steps {', '.join(map(str, steps))}: to {short(tokens)} tokens,"
+            f"dim {trunk.width:<5} {seed}{trunk.config.model.n_layers:>2} layers"
+            f"  N {short(size):>7}  steps {', '.join(map(str, steps))}: to {short(tokens)} tokens,"
             f" {tokens * flops_per_token(trunk.config):.1e} FLOPs,"
             f" {ladder.seconds(chain) / 60:.1f} min"
         )
     share = 60 * ladder.hours * ladder.share
     at = f"{ladder.at_once} at a time" if ladder.at_once > 1 else "one after another"
     runs = sum(map(len, ladder.chains()))
+    if ladder.total() < 50 * share * MARGIN:
+        lines.append(f"the text limits the lengths: no run is longer than {law.MAX_EPOCHS} epochs")
     lines.append(
         f"{runs} runs, {at}: {ladder.total() / 60:.1f} of the {share:.1f} minutes that the ladder"
         f" may take ({ladder.share:.0%} of {ladder.hours:g} h)"
@@ -503,30 +515,32 @@ def main(arguments: list[str]) -> None:
     options = read_flags(flags)
     out = resolve_path(options.pop("out", "out/ladder"))
     only = [name for name in ("plan", "tasks", "fit") if options.pop(name, False)]
-    asked = options.pop("predict", "")
+    asked = (path := options.pop("predict", "")) and existing_path(path)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops the runs, as Ctrl-C does
     planned = read_plan(out, config, options)
     if only == ["fit"] and not planned:
         raise UserError(f"{out}: no ladder; see --out")
+    if "tasks" in only and not planned and "flops" not in options:
+        raise UserError("--tasks: give --flops, what training reaches per second on a task's GPU")
     ladder = planned or new_ladder(config, options, out)
     if "plan" in only:
         print(*plan_lines(ladder), sep="\n")
         return
     if not planned:
-        write_plan(ladder, options)
+        write_plan(ladder)
     if "tasks" in only:
         for chain in ladder.chains():
             print(*(out / f"{rung.name}.toml" for rung in chain))
         return
     print(*plan_lines(ladder), sep="\n", flush=True)
-    if "fit" not in only:
+    if "fit" not in only and not asked:
         train(ladder)
     rungs, bad = collect(ladder)
     for name, why in bad.items():
         print_error(f"left out: {name}: {why}")
     fit, errors = fit_ladder(ladder, rungs)
     law.write_fit(out / "fit.json", fit)
-    for path in filter(None, (large_run(ladder, fit), asked and existing_path(asked))):
+    for path in filter(None, (large_run(ladder, fit), asked)):
         predict(out, fit, path)
     best, results = best_runs(ladder, fit), outcomes(out)
     print(*fit_lines(fit, errors, best), *map(outcome_line, results), sep="\n")

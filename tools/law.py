@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 VERSION = 2  # of the file of a fit
 CONFIDENCE = 0.95  # of intervals
+MAX_EPOCHS = 4  # up to here, repeated text is almost as good as new text (2305.16264)
 # Of the family of shapes: multiples of the head's width, see shape().
 WIDTHS = [*range(32, 320, 32), *range(320, 1024, 64), *range(1024, 8193, 128)]
 RESAMPLES = 100
@@ -288,6 +289,12 @@ def read_fit(path: Path) -> Fit:
         laws = [Law(*map(float, values)) for values in content["laws"]]
         noise, base, dataset = float(content["noise"]), dict(content["base"]), content["dataset"]
         corpus, rungs = float(content["corpus"]), list(content["rungs"])
+        needed = [
+            (base, "batch_tokens tokens"),
+            *((r, "dim parameters tokens flops loss") for r in rungs),
+        ]
+        if not all(key in found for found, keys in needed for key in keys.split()):
+            raise ValueError
         return Fit(law, laws, noise, base, dataset, corpus, rungs)
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: damaged; run ladder.py again, which writes it anew") from None

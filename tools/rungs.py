@@ -9,6 +9,7 @@ import json
 import math
 import os
 import queue
+import statistics
 import subprocess
 import sys
 import time
@@ -36,7 +37,6 @@ from tools import law
 from tools.memory import flops_per_token
 
 DECAY = 0.2  # of each length; 2405.18392 finds it as good as a cosine
-MAX_EPOCHS = 4  # up to here, repeated text is almost as good as new text (2305.16264)
 SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
 # Of the longest length of a size: fewer, and the sizes hardly differ.
 TOKENS_PER_PARAMETER = 2
@@ -104,7 +104,8 @@ class Ladder:
                 "train.out_dir": str(self.out / name),
                 "train.branch_from": leaves,
                 "checkpoint.interval": interval,
-                "checkpoint.keep_last": 1 if leaves else steps // interval,
+                # a trunk keeps all, from which branches leave; each interruption adds one
+                "checkpoint.keep_last": 1 if leaves else 1000,
             }
             config = changed_config(self.base, changed | family(width))
             found.append(Rung(name, width, steps, config))
@@ -168,6 +169,7 @@ def base_config(config: Config, warmup: int) -> Config:
         "train.sample_prompts": 0,
         "train.patience": 0,
         "checkpoint.keep_best": 0,
+        "checkpoint.interval_minutes": 0.0,
         "log.report": False,
     }
     return changed_config(config, base)
@@ -186,21 +188,24 @@ def vocabulary(config: Config) -> int:
 
 
 def split_tokens(config: Config, split: str) -> int:
-    """Tokens of a split of the prepared datasets.
+    """Tokens of a split of the prepared datasets; of a mixture's training split, those of an epoch,
+    which is over when the first of its datasets is.
 
     Raises:
         UserError: one is not prepared, or none of them has this split.
     """
-    found = 0
-    for name in config.data.mixture or [config.data.dir]:
+    shares, found = config.data.mixture or {config.data.dir: 1.0}, {}
+    for name in shares:
         path = resolve_path(name) / "manifest.json"
         if not (manifest := read_json(path)):
             raise UserError(f"{path}: no prepared dataset; run prepare.py")
         shards = manifest["splits"].get(split, {}).get("shards", [])
-        found += sum(shard["tokens"] for shard in shards)
-    if not found:
-        raise UserError(f"{config.data.dir} has no {split} split; see data.val_fraction")
-    return found
+        found[name] = sum(shard["tokens"] for shard in shards)
+    if not sum(found.values()):
+        raise UserError(f"{' and '.join(found)}: no {split} split; see data.val_fraction")
+    if split != "train":
+        return sum(found.values())
+    return int(sum(shares.values()) * min(found[name] / share for name, share in shares.items()))
 
 
 def evaluated_tokens(config: Config) -> int:
@@ -214,12 +219,13 @@ def evaluated_tokens(config: Config) -> int:
 
 def devices() -> int:
     """GPUs that this process sees; 0 without a driver."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len(visible.split(",")) if visible else 0
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
     except OSError:
         return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return len(visible.split(",")) if visible else listed.stdout.count("GPU ")
+    return listed.stdout.count("GPU ")
 
 
 def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
@@ -235,7 +241,7 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
     at_once = min(count, options.get("at-once") or devices() or available_cores())
     speed = Speed(60.0, 0.0, options.get("flops", 0.0))  # a start in a job, with compilation
     if not speed.flops:
-        ends = sizes or (NARROWEST, max(2 * NARROWEST, config.model.dim // 64 * 64))
+        ends = sizes or (NARROWEST, min(max(2 * NARROWEST, config.model.dim // 64 * 64), 512))
         speed = measure(config, (ends[0], ends[-1]), at_once)
     empty = Ladder(
         out=out,
@@ -282,7 +288,7 @@ def fill(ladder: Ladder) -> Ladder | None:
     """
     config = ladder.base
     trunk = 5 / 4 * (ladder.lengths + 1)  # in intervals
-    longest = MAX_EPOCHS * split_tokens(config, "train") / batch_tokens(config)  # in steps
+    longest = law.MAX_EPOCHS * split_tokens(config, "train") / batch_tokens(config)  # in steps
     seconds = MARGIN * 3600 * ladder.hours * ladder.share
 
     def of(interval: int) -> Ladder:
@@ -294,39 +300,41 @@ def fill(ladder: Ladder) -> Ladder | None:
     least = least_steps(config)
     if 10 * most < least:
         raise UserError(
-            f"{config.data.dir}: {MAX_EPOCHS} epochs of the text are {longest:,.0f} steps, too few"
-            f" for lengths from {least:,} steps on: take more text, or a smaller"
-            " train.global_batch_size"
+            f"{law.MAX_EPOCHS} epochs of the text are {longest:,.0f} steps, too few for lengths"
+            f" from {least:,} steps on: take more text, or a smaller train.global_batch_size"
         )
     found = bisect.bisect(range(1, most + 1), seconds, key=lambda interval: of(interval).total())
     return of(found) if 10 * found >= least else None
 
 
 def measure(config: Config, widths: tuple[int, int], at_once: int) -> Speed:
-    """Trains a few steps of two sizes, at the same time if the ladder will."""
+    """Trains a few steps of two sizes, as many runs at a time as the ladder will."""
     print(f"measures {MEASURED_STEPS} steps of dim {widths[0]} and {widths[1]}", flush=True)
     with TemporaryDirectory() as folder:
         rungs = []
-        for width in widths:
+        for index in range(2 * max(1, at_once // 2)):
+            width = widths[index % 2]
             values = {
                 "train.max_steps": MEASURED_STEPS,
-                "train.out_dir": f"{folder}/{width}",
+                "train.out_dir": f"{folder}/{index}",
                 "train.eval_sequences": config.train.global_batch_size,
                 "train.log_interval": MEASURED_STEPS // 3,
             }
             sized = changed_config(base_config(config, 1), values | family(width))
-            rungs.append(Rung(str(width), width, MEASURED_STEPS, sized))
+            rungs.append(Rung(str(index), width, MEASURED_STEPS, sized))
         write_configs(Path(folder), [rungs])
         started, found = time.monotonic(), []
-        for name, error in Workers(Path(folder), min(2, at_once)).train([[r] for r in rungs]):
+        for name, error in Workers(Path(folder), at_once).train([[r] for r in rungs]):
             if error:
-                raise UserError(f"a run of dim {name} could not be measured: {error}")
+                width = widths[int(name) % 2]
+                raise UserError(f"a run of dim {width} could not be measured: {error}")
             found.append(time.monotonic() - started)
         steps = []
         for rung in rungs:
             rows = [row for row in read_rows(Path(folder) / rung.name) if "loss" in row]
             steps.append(batch_tokens(config) / rows[-1]["tokens_per_second"])
-    flops = [step_flops(rung.config) for rung in rungs]
+    steps = [statistics.mean(steps[end::2]) for end in (0, 1)]
+    flops = [step_flops(rung.config) for rung in rungs[:2]]
     rate = max(1.0, flops[1] - flops[0]) / max(1e-9, steps[1] - steps[0])
     fixed = max(0.0, steps[0] - flops[0] / rate)
     start = min(found) - MEASURED_STEPS * min(steps)
@@ -371,7 +379,7 @@ def write_configs(out: Path, chains: list[list[Rung]]) -> None:
         write_atomically(out / f"{rung.name}.toml", dump_toml(rung.config).encode())
 
 
-def write_plan(ladder: Ladder, options: Json) -> None:
+def write_plan(ladder: Ladder) -> None:
     """Writes the runs' configurations, and OUT/plan.json, by which the command goes on."""
     ladder.out.mkdir(parents=True, exist_ok=True)
     write_configs(ladder.out, ladder.chains())
@@ -379,7 +387,7 @@ def write_plan(ladder: Ladder, options: Json) -> None:
         name: getattr(ladder, name)
         for name in ("widths", "interval", "lengths", "seeds", "at_once", "speed", "hours", "share")
     }
-    plan |= {"base": tables(ladder.base), "options": options}
+    plan |= {"base": tables(ladder.base)}
     write_atomically(ladder.out / "plan.json", (json.dumps(plan, indent=1) + "\n").encode())
 
 
@@ -394,21 +402,23 @@ def read_plan(out: Path, config: Config, options: Json) -> Ladder | None:
         return None
     try:
         base = build_config(plan.pop("base"))
-        before = plan.pop("options")
         ladder = Ladder(out=out, base=base, **plan | {"speed": Speed(*plan["speed"])})
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path}: damaged; delete it, or choose another --out") from None
     ours = tables(base_config(config, base.optimizer.warmup_steps))
     other = [
-        f"{section}.{name} = {value}"
+        f"{section}.{name} = {before}, not {value}"
         for section, table in ours.items()
         for name, value in table.items()
-        if value != tables(base)[section].get(name) and name not in (*law.shape(32), "out_dir")
+        if value != (before := tables(base)[section].get(name))
+        and name not in (*law.shape(32), "out_dir")
     ]
-    other += [f"--{k}={v}" for k, v in options.items() if k in before and before[k] != v]
+    was = {"sizes": ladder.widths, "flops": ladder.speed.flops}
+    was |= {name: getattr(ladder, name) for name in ("hours", "share", "lengths", "seeds")}
+    other += [f"--{k}={was[k]}, not {v}" for k, v in options.items() if k in was and was[k] != v]
     if other:
-        raise UserError(f"{out} holds a ladder without {', '.join(other)}: choose another --out")
-    return ladder
+        raise UserError(f"{out} holds a ladder with {', '.join(other)}: choose another --out")
+    return dataclasses.replace(ladder, at_once=options.get("at-once", ladder.at_once))
 
 
 # ---- training
@@ -427,13 +437,18 @@ class Workers:
 
     def train(self, chains: list[list[Rung]]) -> Iterator[tuple[str, str]]:
         """Trains the runs of each chain in order; yields name and error ("" if none) of each as it
-        ends. A chain ends at its first error. Interrupted, the runs save and stop."""
+        ends. Without its trunk no branch is trained. Interrupted, the runs save and stop."""
         ended: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
 
         def work(chain: list[Rung]) -> None:
             slot, failed = self.slots.get(), ""
             for rung in chain:
-                error = f"{failed} did not finish" if failed else self.one(rung, slot)
+                try:
+                    error = f"{failed} did not finish" if failed else self.one(rung, slot)
+                except (
+                    OSError
+                ) as problem:  # a full disk; unsaid, the loop below would wait for ever
+                    error = str(problem)
                 failed = failed or (rung.name if error and rung is chain[0] else "")
                 ended.put((rung.name, error))
             self.slots.put(slot)
