@@ -554,7 +554,7 @@ def decide(task: Task) -> Decision:
             f" {ideal.option.total / 1e9:,.1f} of {task.cluster.memory / 1e9:,.1f} GB: take more or"
             " larger GPUs"
         )
-    elif left > 0.1 * task.seconds / 3600:
+    elif task.fixed_length and left > 0.1 * task.seconds / 3600:
         limit, warning = "your values", f"{figure(left)} hours are left"
     if epochs > 1.01 * law.MAX_EPOCHS:
         warning += f"{'; ' * bool(warning)}above {law.MAX_EPOCHS} epochs repeats teach little"
