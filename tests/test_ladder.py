@@ -18,19 +18,24 @@ from tools.law import Fit, Law
 from tools.rungs import Ladder, Speed
 
 TRUE = Law(E=1.3, A=60.0, alpha=0.38, B=400.0, beta=0.43)
-# Parameters, and lengths in tokens that each size has.
-SIZES = 79e3, 184e3, 437e3, 1.83e6
-LENGTHS = 2e6, 3e6, 4e6, 5e6
-LARGE = 4.9e6, 15e6  # eight times the compute of the largest of these
+# Parameters, and lengths in tokens. LARGE has seven times the compute of the largest of EQUAL_TIME,
+# and about twice that of the largest of GRID.
+Sizes = dict[float, tuple[float, ...]]
+EQUAL_TIME: Sizes = {
+    size: tuple(longest / part for part in (8, 4, 2, 1))
+    for size, longest in {79e3: 7.7e6, 184e3: 5.1e6, 437e3: 3.5e6, 1.83e6: 1.2e6}.items()
+}
+GRID: Sizes = dict.fromkeys(EQUAL_TIME, (2e6, 3e6, 4e6))
+LARGE = 3.9e6, 4e6
 
 
-def made_up(noise: float, seed: int) -> list[tuple[float, float, float]]:
+def made_up(noise: float, seed: int, sizes: Sizes = EQUAL_TIME) -> list[tuple[float, float, float]]:
     """Runs whose losses follow TRUE, but for noise of which most is common to a size, as branches
     of one trunk have it."""
     draw, runs = random.Random(seed), []
-    for size in SIZES:
+    for size, lengths in sizes.items():
         common = 0.8 * draw.gauss(0, noise)
-        for tokens in LENGTHS:
+        for tokens in lengths:
             error = common + 0.6 * draw.gauss(0, noise)
             runs.append((size, tokens, TRUE.loss(size, tokens) * math.exp(error)))
     return runs
@@ -40,7 +45,7 @@ def test_recovers_the_law():
     fitted = law.fit_law(made_up(0.0, 0))
     for name in Law._fields:
         value = getattr(TRUE, name)
-        assert getattr(fitted, name) == pytest.approx(value, rel=0.1), name
+        assert getattr(fitted, name) == pytest.approx(value, rel=0.05), name
     assert fitted.loss(*LARGE) == pytest.approx(TRUE.loss(*LARGE), rel=1e-3)
 
 
@@ -62,17 +67,18 @@ def fit_of(runs: list[tuple[float, float, float]]) -> Fit:
 
 
 @pytest.mark.long
-def test_intervals_hold_what_they_promise(monkeypatch):
+@pytest.mark.parametrize("sizes", [EQUAL_TIME, GRID], ids=["equal time", "grid"])
+def test_intervals_hold_what_they_promise(sizes, monkeypatch):
     """95% of single runs; of 20 ladders, 17 or more hold theirs in all but a few of such tests."""
     monkeypatch.setattr(law, "RESAMPLES", 40)
     held, widths = 0, []
     for seed in range(20):
-        low, predicted, high = law.interval(fit_of(made_up(0.003, seed)), *LARGE)
+        low, predicted, high = law.interval(fit_of(made_up(0.003, seed, sizes)), *LARGE)
         loss = TRUE.loss(*LARGE) * math.exp(random.Random(-seed).gauss(0, 0.003))
         held += low <= loss <= high
         widths.append((high - low) / predicted)
     assert held >= 17
-    assert sum(widths) / 20 < 0.08  # and they say something
+    assert sum(widths) / 20 < 0.05  # and they say something
 
 
 def test_the_family_is_counted_as_the_model_is():
@@ -107,7 +113,19 @@ def test_a_fit_is_read_as_it_was_written(tmp_path):
     assert law.read_fit(tmp_path / "fit.json") == fit
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"version": 2, "law": {"E": 1}}', '{"law": 3}'])
+LACKING = Fit(TRUE, [TRUE], 0.1, {"batch_tokens": 512, "tokens": [1]}, "a text", 1.0, [{"dim": 32}])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"version": 2, "law": {"E": 1}}',
+        '{"law": 3}',
+        json.dumps({**LACKING._asdict(), "law": TRUE._asdict()}),
+    ],
+)
 def test_a_damaged_fit_is_one_line(content, tmp_path):
     (tmp_path / "fit.json").write_text(content)
     with pytest.raises(UserError, match=r"fit\.json: damaged"):
@@ -182,6 +200,9 @@ def test_a_plan_goes_on_only_with_its_own_settings(config, tmp_path):
     plan = planned(config, tmp_path)
     rungs.write_plan(plan)
     assert rungs.read_plan(tmp_path, config, {}) == plan
+    with pytest.raises(UserError, match=r"sizes=.*, not \[96\].*seeds=1, not 2: choose"):
+        rungs.read_plan(tmp_path, config, {"sizes": [96], "seeds": 2})
+    assert rungs.read_plan(tmp_path, config, {"at-once": 1}).at_once == 1
     with pytest.raises(UserError, match=r"hours=1, not 2\.0: choose another --out"):
         rungs.read_plan(tmp_path, config, {"hours": 2.0})
     config.optimizer.learning_rate = 1.0
@@ -192,10 +213,35 @@ def test_a_plan_goes_on_only_with_its_own_settings(config, tmp_path):
         rungs.read_plan(tmp_path, config, {})
 
 
+def test_an_epoch_of_a_mixture_is_over_with_its_first_dataset(config, dataset, tmp_path):
+    tokens = rungs.split_tokens(config, "train")
+    other = tmp_path / "other"
+    other.mkdir()
+    split = {"shards": [{"tokens": 1000 * tokens}]}
+    (other / "manifest.json").write_text(json.dumps({"splits": {"train": split}}))
+    config.data.mixture = {str(dataset): 3.0, str(other): 1.0}
+    assert rungs.split_tokens(config, "train") == pytest.approx(4 / 3 * tokens, abs=1)
+
+
+def test_hidden_gpus_are_none(monkeypatch):
+    for visible, count in (("", 0), ("0,3", 2)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert rungs.devices() == count
+
+
+def test_a_run_that_cannot_start_is_an_error_and_no_hang(config, tmp_path):
+    """Nowhere to write its log, as on a full disk."""
+    plan = planned(config, tmp_path / "nowhere")
+    ended = dict(rungs.Workers(plan.out, 2).train(plan.chains()))
+    assert len(ended) == 9
+    assert all("No such file" in error or "did not finish" in error for error in ended.values())
+
+
 @pytest.mark.parametrize(
     ("flag", "says"),
     [
         ("--hours=-1", "--hours is a number above 0"),
+        ("--hours=nan", "--hours is a number above 0"),
         ("--share=2", "a share below 1"),
         ("--lengths=2", "--lengths is 3 or more"),
         ("--sizes=32,64", "name 3 widths or more"),
@@ -313,6 +359,16 @@ def test_no_hours(dataset, tiny_tokenizer, tmp_path):
     )  # fmt: skip
     assert "give --hours" in error_of(tried)
     assert not (tmp_path / "ladder").exists()
+
+
+def test_tasks_need_a_speed(dataset, tiny_tokenizer, tmp_path):
+    """A login node has no GPU to measure."""
+    tried = subprocess.run(
+        [*command(dataset, tiny_tokenizer, tmp_path / "ladder"), "--hours=1", "--tasks"],
+        capture_output=True, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert "give --flops" in error_of(tried)
+    assert not tried.stdout
 
 
 @pytest.mark.long

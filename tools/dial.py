@@ -584,24 +584,26 @@ def doubts(task: Task, best: Plan) -> list[str]:
     return found
 
 
+def grid_plans(task: Task, power: int) -> list[Plan]:
+    """The plans that fill the budget GRID^power; none if it is too little for any run."""
+    try:
+        return search(dataclasses.replace(task, seconds=GRID**power))
+    except UserError:
+        return []
+
+
 def text_limited(task: Task, most: float) -> list[Plan]:
     """The plans of the largest budget GRID^k whose best plan takes so many tokens at most; if even
     the least budget's takes more, that of the narrowest width, of so many."""
 
-    def plans(power: int) -> list[Plan]:
-        try:
-            return search(dataclasses.replace(task, seconds=GRID**power))
-        except UserError:  # too little for any run
-            return []
-
     def is_too_much(power: int) -> bool:
-        found = plans(power)
+        found = grid_plans(task, power)
         return bool(found) and best_of(found).tokens > most
 
     first, last = (math.ceil(math.log(s, GRID)) for s in (START[task.kind], task.seconds))
     powers = range(first, last)
     above = bisect.bisect(powers, False, key=is_too_much)
-    return (plans(powers[above - 1]) if above else []) or search(task, most)[:1]
+    return (grid_plans(task, powers[above - 1]) if above else []) or search(task, most)[:1]
 
 
 def steady(task: Task, fitting: list[Plan]) -> Plan:
@@ -612,9 +614,7 @@ def steady(task: Task, fitting: list[Plan]) -> Plan:
     """
     dims, top = [], math.floor(math.log(task.seconds, GRID))
     for power in range(top, top - 10, -1):
-        try:
-            plans = search(dataclasses.replace(task, seconds=GRID**power))
-        except UserError:  # too little for any run
+        if not (plans := grid_plans(task, power)):
             break
         dims += [best_of(one).config.model.dim for one in [[p for p in plans if p.fits]] if one]
     least = max(dims, default=best_of(fitting).config.model.dim)
@@ -656,8 +656,6 @@ def measured(config: Config, ranks: int) -> Speed:
 def read_dataset(fixed: dict[str, Any]) -> tuple[Choices, float, int]:
     """The keys of dataset and tokenizer, the tokens of an epoch, and of the validation split.
 
-    Of a mixture, an epoch is over when the first of its datasets is.
-
     Raises:
         UserError: a dataset is not prepared or damaged, or its tokenizer is not found.
     """
@@ -677,7 +675,7 @@ def read_dataset(fixed: dict[str, Any]) -> tuple[Choices, float, int]:
         }
         first = next(iter(found.values()))
         vocabulary, sha256 = first["tokenizer"]["vocab_size"], first["tokenizer"]["sha256"]
-        epoch = min(tokens[name]["train"] / share for name, share in shares.items())
+        epoch = law.epoch_tokens({name: parts["train"] for name, parts in tokens.items()}, shares)
     except (KeyError, TypeError, AttributeError):
         raise UserError(f"{' or '.join(found)}: damaged; run prepare.py with --force") from None
     made = "as the dataset was prepared"
@@ -692,7 +690,7 @@ def read_dataset(fixed: dict[str, Any]) -> tuple[Choices, float, int]:
             if key in first:
                 choices[f"data.{key}"] = Choice(first[key], made)
     validation = sum(splits.get("val", 0) for splits in tokens.values())
-    return choices, epoch * sum(shares.values()), validation
+    return choices, epoch, validation
 
 
 def find_tokenizer(dataset: str, sha256: str) -> str:

@@ -228,14 +228,16 @@ def predicted(fit: Fit, config: Config, steps: int) -> tuple[float, float, float
 
 
 def best_runs(ladder: Ladder, fit: Fit) -> list[Json]:
-    """For multiples of the largest rung's compute, the best run, with its hours on one worker."""
+    """For multiples of the largest rung's compute, the best run, with its hours on one worker, up
+    to the first that the text limits."""
     rows, largest = [], max(rung["flops"] for rung in fit.rungs)
     for factor in LARGER:
         if best := best_run(ladder, fit, factor * largest):
             config, steps = best
             seconds = ladder.speed.seconds(steps, step_flops(config))
+            times = steps * step_flops(config) / largest
             rows.append({
-                "times": factor,
+                "times": times,
                 "flops": steps * step_flops(config),
                 "dim": config.model.dim,
                 "layers": config.model.n_layers,
@@ -245,6 +247,8 @@ def best_runs(ladder: Ladder, fit: Fit) -> list[Json]:
                 "hours": seconds / 3600,
                 "loss": predicted(fit, config, steps),
             })  # fmt: skip
+            if times < 0.9 * factor:
+                break
     return rows
 
 
@@ -420,7 +424,7 @@ def fit_lines(fit: Fit, errors: list[float], best: list[Json]) -> list[str]:
     lines.append("best run for multiples of the largest rung's compute:")
     for row in best:
         lines.append(
-            f"  {row['times']:>3}×  dim {row['dim']:<5} {row['layers']:>2} layers,"
+            f"  {row['times']:>4.1f}×  dim {row['dim']:<5} {row['layers']:>2} layers,"
             f" {row['steps']:,} steps ({short(row['tokens'])} tokens), {row['hours']:.2f} h:"
             f" loss {between(*row['loss'])}"
         )
@@ -475,7 +479,7 @@ def page(
     ]
     budgets = [
         {
-            "times the largest rung": f"{row['times']}",
+            "times the largest rung": f"{row['times']:.1f}",
             "FLOPs": short(row["flops"], 3),
             "dim": str(row["dim"]),
             "layers": str(row["layers"]),

@@ -55,6 +55,11 @@ class Law(NamedTuple):
 REPEATS = 15.4  # the constant R* of 2305.16264
 
 
+def epoch_tokens(tokens: dict[str, float], shares: dict[str, float]) -> float:
+    """Tokens of an epoch of a mixture, by dataset: it is over when the first of them is."""
+    return sum(shares.values()) * min(tokens[name] / share for name, share in shares.items())
+
+
 def new_tokens(tokens: float, corpus: float) -> float:
     """What tokens of a text of `corpus` tokens are worth in tokens of new text: repeats teach less
     and less (2305.16264, equation 5)."""

@@ -188,8 +188,7 @@ def vocabulary(config: Config) -> int:
 
 
 def split_tokens(config: Config, split: str) -> int:
-    """Tokens of a split of the prepared datasets; of a mixture's training split, those of an epoch,
-    which is over when the first of its datasets is.
+    """Tokens of a split of the prepared datasets; of a training split, those of an epoch.
 
     Raises:
         UserError: one is not prepared, or none of them has this split.
@@ -205,7 +204,7 @@ def split_tokens(config: Config, split: str) -> int:
         raise UserError(f"{' and '.join(found)}: no {split} split; see data.val_fraction")
     if split != "train":
         return sum(found.values())
-    return int(sum(shares.values()) * min(found[name] / share for name, share in shares.items()))
+    return int(law.epoch_tokens(found, shares))
 
 
 def evaluated_tokens(config: Config) -> int:
