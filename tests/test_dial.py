@@ -144,6 +144,7 @@ def test_more_hours_never_end_worse(corpora):
     plans = [decided(corpora(4e6), f"--hours={h}", *H100)[1].plan for h in (0.05, 0.06, 0.2, 24)]
     losses = [one.loss for one in plans]
     assert losses == sorted(losses, reverse=True)
+    assert 3.5 < plans[-1].tokens / 4e6 <= 4
 
 
 @pytest.mark.parametrize("tokens", [1e9, 1e13])

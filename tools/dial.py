@@ -584,26 +584,32 @@ def doubts(task: Task, best: Plan) -> list[str]:
     return found
 
 
-def grid_plans(task: Task, power: int) -> list[Plan]:
-    """The plans that fill the budget GRID^power; none if it is too little for any run."""
+def plans_for(task: Task, seconds: float) -> list[Plan]:
+    """The plans that fill another budget; none if it is too little for any run."""
     try:
-        return search(dataclasses.replace(task, seconds=GRID**power))
+        return search(dataclasses.replace(task, seconds=seconds))
     except UserError:
         return []
 
 
 def text_limited(task: Task, most: float) -> list[Plan]:
-    """The plans of the largest budget GRID^k whose best plan takes so many tokens at most; if even
-    the least budget's takes more, that of the narrowest width, of so many."""
+    """The plans of so many tokens, of all widths up to the one that is best where the text begins
+    to limit: for the largest budget whose best plan takes no more tokens."""
+    start = START[task.kind]
+
+    def plans(power: int) -> list[Plan]:
+        return plans_for(task, start + GRID**power)
 
     def is_too_much(power: int) -> bool:
-        found = grid_plans(task, power)
+        found = plans(power)
         return bool(found) and best_of(found).tokens > most
 
-    first, last = (math.ceil(math.log(s, GRID)) for s in (START[task.kind], task.seconds))
-    powers = range(first, last)
+    powers = range(-10, math.ceil(math.log(max(1.0, task.seconds - start), GRID)))
     above = bisect.bisect(powers, False, key=is_too_much)
-    return (grid_plans(task, powers[above - 1]) if above else []) or search(task, most)[:1]
+    enough = plans(powers[above - 1]) if above else []
+    widest = best_of(enough).config.model.dim if enough else DIMS[0]
+    found = [filled(task, dim, most, most) for dim in DIMS if dim <= widest]
+    return [one for one in found if one] or search(task, most)[:1]
 
 
 def steady(task: Task, fitting: list[Plan]) -> Plan:
@@ -614,7 +620,7 @@ def steady(task: Task, fitting: list[Plan]) -> Plan:
     """
     dims, top = [], math.floor(math.log(task.seconds, GRID))
     for power in range(top, top - 10, -1):
-        if not (plans := grid_plans(task, power)):
+        if not (plans := plans_for(task, GRID**power)):
             break
         dims += [best_of(one).config.model.dim for one in [[p for p in plans if p.fits]] if one]
     least = max(dims, default=best_of(fitting).config.model.dim)
