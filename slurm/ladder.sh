@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a ladder (tools/ladder.py) on Slurm: for each length a job array with a task per size. The
-# longest lengths come first, and the others are branches of them.
+# Trains a ladder (tools/ladder.py) on Slurm: job arrays with a task per size. The first array trains
+# the longest length of each size, and the others are branches of them.
 #
 #   slurm/ladder.sh CONFIG --hours=H --flops=F [--sizes=W,W,W …] [--section.key=value …]
 #
@@ -13,16 +13,16 @@ script=ladder here=$(dirname "$0")
 . "$here/common.sh"
 
 listed=$("$python" "$ROCKET_ROOT/tools/ladder.py" "$@" --tasks --at-once=1)
-mapfile -t sizes <<<"$listed"
+mapfile -t sizes <<<"$listed" # those with the most lengths first: see aftercorr
 read -ra lengths <<<"${sizes[0]}"
 id=''
 for i in "${!lengths[@]}"; do
     tasks=()
     for size in "${sizes[@]}"; do
         read -ra runs <<<"$size"
-        tasks+=("${runs[i]}")
+        ((i >= ${#runs[@]})) || tasks+=("${runs[i]}")
     done
-    # a branch waits for the task of its own size in the array of the longest length
+    # a branch waits for the task of its own size in the first array
     after=${id:+--dependency=aftercorr:$id --kill-on-invalid-dep=yes}
     # shellcheck disable=SC2086 # two flags or none
     job=$(submit $after --array=0-$((${#tasks[@]} - 1)) --job-name=ladder \

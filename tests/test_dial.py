@@ -207,9 +207,9 @@ def test_a_fit_gives_law_settings_and_loss(corpora, tmp_path):
     assert "not predicted: the size is by published constants" in " ".join(plain.stdout.split())
 
 
-def test_rate_and_batch_of_the_recipe_itself():
+@pytest.mark.parametrize("recipe", dial.RECIPES.values(), ids=dial.RECIPES)
+def test_rate_and_batch_of_the_recipe_itself(recipe):
     """At its own batch and length a recipe is as it was swept."""
-    recipe = dial.RECIPES["muon"]
     steps = recipe.tokens / recipe.batch_tokens
     assert dial.learning_rate(recipe, recipe.batch_tokens, steps) == recipe.rate
     assert dial.batch_tokens(recipe, recipe.tokens) == recipe.batch_tokens

@@ -18,14 +18,18 @@ from tools.law import Fit, Law
 from tools.rungs import Ladder, Speed
 
 TRUE = Law(E=1.3, A=60.0, alpha=0.38, B=400.0, beta=0.43)
-# Parameters, and lengths in tokens. LARGE has seven times the compute of the largest of EQUAL_TIME,
-# and about twice that of the largest of GRID.
+# Parameters, and lengths in tokens. LARGE has seven times the compute of the largest of EQUAL_TIME
+# and of CAPPED (which is what rungs.py plans), and about twice that of the largest of GRID.
 Sizes = dict[float, tuple[float, ...]]
 EQUAL_TIME: Sizes = {
     size: tuple(longest / part for part in (8, 4, 2, 1))
     for size, longest in {79e3: 7.7e6, 184e3: 5.1e6, 437e3: 3.5e6, 1.83e6: 1.2e6}.items()
 }
 GRID: Sizes = dict.fromkeys(EQUAL_TIME, (2e6, 3e6, 4e6))
+CAPPED: Sizes = {
+    size: tuple(1.2e6 * part / 4 for part in range(4, most + 1))
+    for size, most in {184e3: 11, 437e3: 11, 0.9e6: 8, 1.83e6: 4}.items()
+}
 LARGE = 3.9e6, 4e6
 
 
@@ -67,7 +71,7 @@ def fit_of(runs: list[tuple[float, float, float]]) -> Fit:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes", [EQUAL_TIME, GRID], ids=["equal time", "grid"])
+@pytest.mark.parametrize("sizes", [EQUAL_TIME, GRID, CAPPED], ids=["equal time", "grid", "capped"])
 def test_intervals_hold_what_they_promise(sizes, monkeypatch):
     """95% of single runs; of 20 ladders, 17 or more hold theirs in all but a few of such tests."""
     monkeypatch.setattr(law, "RESAMPLES", 40)
@@ -99,10 +103,23 @@ def test_the_family_is_counted_as_the_model_is():
 
 
 def test_repeats_teach_less_and_less():
-    assert law.new_tokens(5e6, 1e7) == 5e6
-    worth = [law.new_tokens(1e7 * epochs, 1e7) / 1e7 for epochs in (1, 2, 4, 16, 1e6)]
+    assert law.effective(1e5, 5e6, 1e7) == (1e5, 5e6)
+    every = [law.effective(1e5, 1e7 * epochs, 1e7) for epochs in (1, 2, 4, 16, 1e6)]
     # 2305.16264: four epochs are nearly as good as new text, and in the end 16.4 are the most
-    assert worth == pytest.approx([1, 1.97, 3.73, 10.6, 16.4], rel=0.01)
+    assert [tokens / 1e7 for _, tokens in every] == pytest.approx([1, 1.97, 3.73, 10.6, 16.4], 0.01)
+    assert {parameters for parameters, _ in every} == {1e5}
+
+
+def test_parameters_in_excess_count_less_where_the_text_repeats():
+    corpus, large = 1e7, 1e8
+    assert law.effective(large, corpus, corpus)[0] == large
+    counted = [law.effective(large, corpus * epochs, corpus)[0] for epochs in (1.1, 2, 4, 1e5)]
+    assert counted == sorted(counted, reverse=True)
+    assert counted[0] > 0.99 * large
+    assert counted[-1] == pytest.approx(corpus / 20 * (1 + law.EXCESS), rel=0.01)
+    # more parameters are never worth less
+    sizes = [law.effective(1e5 * 2**power, 4 * corpus, corpus)[0] for power in range(12)]
+    assert sizes == sorted(sizes)
 
 
 def test_a_fit_is_read_as_it_was_written(tmp_path):
@@ -121,7 +138,7 @@ LACKING = Fit(TRUE, [TRUE], 0.1, {"batch_tokens": 512, "tokens": [1]}, "a text",
     [
         "{",
         "[]",
-        '{"version": 2, "law": {"E": 1}}',
+        '{"version": 3, "law": {"E": 1}}',
         '{"law": 3}',
         json.dumps({**LACKING._asdict(), "law": TRUE._asdict()}),
     ],
@@ -181,6 +198,22 @@ def test_branches_leave_where_the_trunk_saves_and_their_decay_begins(config, tmp
             assert int(leaves) == branch.steps * (1 - rungs.DECAY) < trunk.steps * 0.8
 
 
+def test_no_run_costs_more_than_the_widest_size_at_the_shortest_length(config, tmp_path):
+    costs = {}
+    for chain in planned(config, tmp_path).chains():
+        costs[chain[0].width] = [rung.steps * rungs.step_flops(rung.config) for rung in chain]
+    assert len(costs[96]) == 1
+    assert max(costs[32][0], costs[64][0]) <= costs[96][0]
+
+
+def test_sizes_that_make_too_few_runs(config, tmp_path):
+    options = {"hours": 1.0, "flops": 1e10, "sizes": [224, 256, 288]}
+    with pytest.raises(UserError, match=r"6 runs, .*are too few for the fit.*further apart"):
+        rungs.new_ladder(config, options, tmp_path)
+    with pytest.raises(UserError, match=r"12 runs, of at most 3 lengths|of at most 2 lengths"):
+        rungs.new_ladder(config, options | {"sizes": [896, 960, 1024], "seeds": 3}, tmp_path)
+
+
 def test_hours_that_are_too_few(config, tmp_path):
     assert planned(config, tmp_path, hours=0.01) is None
 
@@ -208,6 +241,9 @@ def test_a_plan_goes_on_only_with_its_own_settings(config, tmp_path):
     config.optimizer.learning_rate = 1.0
     with pytest.raises(UserError, match=r"learning_rate = 0\.003, not 1\.0: choose another --out"):
         rungs.read_plan(tmp_path, config, {})
+    (tmp_path / "plan.json").write_text('{"widths": [32]}')
+    with pytest.raises(UserError, match=r"another version of ladder\.py; choose another --out"):
+        rungs.read_plan(tmp_path, config, {})
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UserError, match=r"plan\.json: damaged"):
         rungs.read_plan(tmp_path, config, {})
@@ -233,7 +269,7 @@ def test_a_run_that_cannot_start_is_an_error_and_no_hang(config, tmp_path):
     """Nowhere to write its log, as on a full disk."""
     plan = planned(config, tmp_path / "nowhere")
     ended = dict(rungs.Workers(plan.out, 2).train(plan.chains()))
-    assert len(ended) == 9
+    assert len(ended) == plan.count()
     assert all("No such file" in error or "did not finish" in error for error in ended.values())
 
 
@@ -258,12 +294,13 @@ def test_wrong_flags(flag, says):
 
 
 def pretend(plan: Ladder) -> None:
-    """The files of finished runs whose losses follow TRUE."""
+    """The files of finished runs whose losses follow TRUE, repeats and all."""
     for rung in (rung for chain in plan.chains() for rung in chain):
         directory = plan.out / rung.name
         directory.mkdir()
         size = law.parameters(rung.config, 600)
-        loss = TRUE.loss(size, rung.steps * rungs.batch_tokens(rung.config))
+        tokens = rung.steps * rungs.batch_tokens(rung.config)
+        loss = TRUE.loss_on(rungs.split_tokens(plan.base, "train"), size, tokens)
         (directory / "status.json").write_text('{"state": "finished"}')
         (directory / "metrics.jsonl").write_text(json.dumps({"step": 1, "val_loss": loss}) + "\n")
 
@@ -271,18 +308,18 @@ def pretend(plan: Ladder) -> None:
 def test_bad_rungs_are_named_and_left_out(config, tmp_path):
     plan = planned(config, tmp_path)
     pretend(plan)
-    first, second, third = plan.chains()
+    first, second, third = sorted(plan.chains(), key=len)
     (tmp_path / first[0].name / "status.json").write_text(
         '{"state": "failed", "step": 7, "reason": "non_finite"}'
     )
     (tmp_path / second[0].name / "metrics.jsonl").write_text('{"step": 1, "val_loss": 99.0}\n')
     (tmp_path / third[1].name / "status.json").unlink()
     found, bad = ladder.collect(plan)
-    assert len(found) == 6
+    assert len(found) == plan.count() - 3
     assert bad[first[0].name] == "failed at step 7: non_finite"
     assert bad[second[0].name].startswith("diverged: 99.0000")
     assert bad[third[1].name] == "not trained"
-    with pytest.raises(UserError, match=r"6 good rungs.*it needs 7.*Train those that are left out"):
+    with pytest.raises(UserError, match=r"4 good rungs.*it needs 7.*Train those that are left out"):
         ladder.fit_ladder(plan, found)
 
 
@@ -373,7 +410,7 @@ def test_tasks_need_a_speed(dataset, tiny_tokenizer, tmp_path):
 
 @pytest.mark.long
 def test_a_small_ladder_that_is_killed_goes_on(dataset, tiny_tokenizer, tmp_path):
-    """A plan of its own, so that it takes as many steps on any machine: 160 to 320."""
+    """A plan of its own, so that it takes as many steps on any machine: 320 to 480."""
     out = tmp_path / "ladder"
     keys = command(dataset, tiny_tokenizer, out)
     config = load_config(list(keys[2:-1]), usage="")[0]
@@ -390,7 +427,7 @@ def test_a_small_ladder_that_is_killed_goes_on(dataset, tiny_tokenizer, tmp_path
     second = subprocess.run(keys, capture_output=True, text=True, env=ENVIRONMENT)
     assert second.returncode == 0, second.stdout + second.stderr
     assert all(rungs.state(out / name) == "finished" for name in names)
-    assert len(law.read_fit(out / "fit.json").rungs) == 9
+    assert len(law.read_fit(out / "fit.json").rungs) == plan.count() == 7
     assert (out / "ladder.html").exists()
     assert (out / "predictions.jsonl").exists()
     trained = [(out / name / "metrics.jsonl").stat().st_mtime_ns for name in names]

@@ -8,7 +8,6 @@ after the tokens that the budget leaves for it. What is chosen and why: docs/pla
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import json
 import math
@@ -73,17 +72,18 @@ class Recipe(NamedTuple):
     base_dim: int  # and BASE_LAYERS layers: where it is right; it transfers (model.transfer)
     batch_tokens: float  # per step
     tokens: float  # of the run
+    batch_exponent: float  # how the best rate grows with the batch, at equal steps
     source: str
 
 
 BASE_LAYERS = 2
 RECIPES = {
-    "muon": Recipe(1.3e-2, 32, 512, 256_000, "docs/experiments.md"),
-    "adamw": Recipe(3.4e-2, 8, 512, 256_000, "docs/experiments.md"),
+    "muon": Recipe(1.3e-2, 32, 512, 256_000, 0.26, "docs/experiments.md"),
+    "adamw": Recipe(3.4e-2, 8, 512, 256_000, 0.4, "docs/experiments.md"),
 }
-# How the best rate grows with the batch at equal steps, measured up to BATCH_LIMIT times the
-# recipe's, and falls with the steps at an equal batch (docs/experiments.md).
-BATCH_EXPONENT, BATCH_LIMIT, STEPS_EXPONENT = 0.26, 4.0, -0.27
+# The batch's exponent was measured up to so many times the recipe's batch; and how the best rate
+# falls with the steps at an equal batch (docs/experiments.md).
+BATCH_LIMIT, STEPS_EXPONENT = 4.0, -0.27
 # The batch above which data parallelism brings less grows with about the root of the tokens,
 # whatever the model's size (arXiv 2410.21676, 2505.13738).
 TOKENS_EXPONENT = 0.5
@@ -93,7 +93,7 @@ def learning_rate(recipe: Recipe, batch_tokens: float, steps: float) -> float:
     """The peak rate for another batch and length, with two digits."""
     batch = min(batch_tokens / recipe.batch_tokens, BATCH_LIMIT)
     length = steps / (recipe.tokens / recipe.batch_tokens)
-    return float(f"{recipe.rate * batch**BATCH_EXPONENT * length**STEPS_EXPONENT:.1e}")
+    return float(f"{recipe.rate * batch**recipe.batch_exponent * length**STEPS_EXPONENT:.1e}")
 
 
 def batch_tokens(recipe: Recipe, tokens: float, steps: int = 0) -> float:
@@ -159,7 +159,8 @@ class Task:
             return RECIPES[self.fixed.get("optimizer.name", "muon")]
         rate, base_dim = self.base["optimizer.learning_rate"], self.base["model.base_dim"]
         run = self.base["batch_tokens"], max(self.base["tokens"])
-        return Recipe(rate, base_dim, *run, "the ladder's")
+        exponent = RECIPES[self.base["optimizer.name"]].batch_exponent
+        return Recipe(rate, base_dim, *run, exponent, "the ladder's")
 
     @property
     def fixed_length(self) -> bool:
@@ -255,8 +256,8 @@ def recipe_choices(task: Task, steps: int, step_tokens: int) -> Choices:
     recipe, noisy = task.recipe, step_tokens < NOISY_BATCH
     rate = learning_rate(recipe, step_tokens, steps)
     swept = (
-        f"{recipe.rate:g} at the base shape ({recipe.source}), batch^{BATCH_EXPONENT:g} up to"
-        f" {BATCH_LIMIT:g} times, steps^{STEPS_EXPONENT:g}"
+        f"{recipe.rate:g} at the base shape ({recipe.source}), batch^{recipe.batch_exponent:g}"
+        f" up to {BATCH_LIMIT:g} times, steps^{STEPS_EXPONENT:g}"
     )
     decay = "to zero: best for a known length (arXiv 2502.15938); wsd could be branched"
     warmup = min(max(1, round(WARMUP * steps)), MOST_WARMUP)
@@ -424,7 +425,7 @@ def plan_of(task: Task, dim: int, tokens: float) -> Plan:
         fits=option.fit == FITS or (option.fit == TIGHT and "model.dim" in task.fixed),
         parameters=parameters,
         tokens=tokens,
-        loss=task.law.loss(parameters, law.new_tokens(tokens, task.corpus)),
+        loss=task.law.loss_on(task.corpus, parameters, tokens),
         inside=not task.fit or law.is_inside(task.fit, parameters, tokens),
         times=times(task, config, option, steps),
     )
@@ -443,21 +444,27 @@ def filled(task: Task, dim: int, tokens: float, most: float) -> Plan | None:
     """The plan of a width that fills the budget, with `most` tokens at most; None if the budget
     does not hold it.
 
-    Each round scales the tokens, at first a guess, by what is left of the time. That settles slowly
-    where a step takes as long for more tokens, and not quite where batch or strategy jump: the best
-    round counts.
+    Each round scales the tokens, at first a guess, by what is left of the time. Where sequence
+    length or batch jump, that leads in circles: there the middle of too few and too many is next.
     """
-    start = START[task.kind]
-    left, best, over = task.seconds - start, None, 0
+    start, best = START[task.kind], None
+    left, few, many = task.seconds - start, 0.0, math.inf
     for _ in range(40):
         found = plan_of(task, dim, tokens)
         ratio = left / (found.seconds - start)
         if ratio >= 1 and (best is None or found.tokens > best.tokens):
             best = found
-        wanted = min(most, found.tokens * ratio * (1 - 0.005 * over))
+        few, many = (max(few, tokens), many) if ratio >= 1 else (few, min(many, tokens))
+        wanted = found.tokens * ratio
+        if not few < wanted < many:
+            between = 0 < few < many < math.inf
+            wanted = math.sqrt(few * many) if between else tokens * (1.1 if ratio >= 1 else 0.9)
+        wanted = min(most, wanted)
         if task.fixed_length or ratio <= 0 or 1 <= ratio < 1.02 or wanted == tokens:
             break
-        tokens, over = wanted, over + (ratio < 1)
+        if many < 1.005 * few:
+            break
+        tokens = wanted
     return best
 
 
@@ -468,7 +475,7 @@ def search(task: Task, most: float = math.inf) -> list[Plan]:
         UserError: the budget holds none of them.
         ConfigError: the user's keys contradict each other at every width.
     """
-    found, errors, tokens = [], [], float(RECIPES["muon"].tokens)
+    found, errors, tokens = [], [], min(most, RECIPES["muon"].tokens)
     for dim in [task.fixed["model.dim"]] if "model.dim" in task.fixed else DIMS:
         try:
             one = filled(task, dim, tokens, most)
@@ -498,6 +505,12 @@ def too_little(task: Task) -> str:
     dim, recipe = task.fixed.get("model.dim", DIMS[0]), task.recipe
     least = plan_of(task, dim, LEAST_STEPS * recipe.batch_tokens)
     what = f"dim {dim} for {steps_of(least):,} steps"
+    if least.seconds <= task.seconds:
+        return (
+            f"the text is too little: the least run, {what}, takes"
+            f" {figure(least.tokens / task.corpus)} epochs of it, and above {law.MAX_EPOCHS}"
+            " repeats teach little (arXiv 2305.16264). Take more text, or give train.epochs"
+        )
     return (
         f"a budget of {figure(task.seconds / 3600)} hours is too little: the least run, {what},"
         f" takes {figure(least.seconds / 3600)} hours on {task.cluster.gpus} × {task.cluster.name}"
@@ -525,9 +538,13 @@ def decide(task: Task) -> Decision:
     """
     found, limit = search(task), "hours"
     wanted = best_of(found)
-    if wanted.tokens > law.MAX_EPOCHS * task.corpus and not task.fixed_length:
-        # A larger model would cost hours that this text can't repay: it learns repeats by heart.
-        found, limit = text_limited(task, law.MAX_EPOCHS * task.corpus), "text"
+    most = math.inf if task.fixed_length else law.MAX_EPOCHS * task.corpus
+    # A larger model would learn the text by heart (docs/scaling-law.md).
+    largest = math.inf if "model.dim" in task.fixed else task.corpus
+    if wanted.tokens > most or wanted.parameters > largest:
+        found, limit = search(task, most), "text"
+        largest = min(largest, wanted.parameters)
+    found = [o for o in found if o.parameters <= largest and o.tokens <= most] or found[:1]
     fitting = [one for one in found if one.fits]
     if not fitting:
         least = min(found, key=lambda one: one.option.total)
@@ -542,10 +559,11 @@ def decide(task: Task) -> Decision:
     warning = ""
     if limit == "text":
         warning = (
-            f"the hours would be best spent on {figure(wanted.tokens / task.corpus)} epochs of the"
-            f" text, but above {law.MAX_EPOCHS} repeats teach little (arXiv 2305.16264). So this is"
-            f" the model for {law.MAX_EPOCHS} epochs, and {figure(left)} hours are left: more text"
-            " would use them"
+            f"{figure(wanted.parameters / 1e6)}M parameters and {figure(wanted.tokens / 1e6)}M"
+            f" tokens would fill the hours. But above {law.MAX_EPOCHS} epochs repeats teach little"
+            " (arXiv 2305.16264), and a model of more parameters than the text has tokens learns it"
+            f" by heart (docs/scaling-law.md). So {figure(left)} hours are left: more text would"
+            " use them"
         )
     elif not ideal.fits:
         limit = "memory"
@@ -556,9 +574,12 @@ def decide(task: Task) -> Decision:
         )
     elif task.fixed_length and left > 0.1 * task.seconds / 3600:
         limit, warning = "your values", f"{figure(left)} hours are left"
+    doubtful = [warning, *doubts(task, best)]
     if epochs > 1.01 * law.MAX_EPOCHS:
-        warning += f"{'; ' * bool(warning)}above {law.MAX_EPOCHS} epochs repeats teach little"
-    warning = "; ".join(filter(None, [warning, *doubts(task, best)]))
+        doubtful.append(f"above {law.MAX_EPOCHS} epochs repeats teach little")
+    if best.parameters > task.corpus:
+        doubtful.append("a model of more parameters than the text has tokens learns it by heart")
+    warning = "; ".join(filter(None, doubtful))
     return Decision(best, limit, warning)
 
 
@@ -590,26 +611,6 @@ def plans_for(task: Task, seconds: float) -> list[Plan]:
         return search(dataclasses.replace(task, seconds=seconds))
     except UserError:
         return []
-
-
-def text_limited(task: Task, most: float) -> list[Plan]:
-    """The plans of so many tokens, of all widths up to the one that is best where the text begins
-    to limit: for the largest budget whose best plan takes no more tokens."""
-    start = START[task.kind]
-
-    def plans(power: int) -> list[Plan]:
-        return plans_for(task, start + GRID**power)
-
-    def is_too_much(power: int) -> bool:
-        found = plans(power)
-        return bool(found) and best_of(found).tokens > most
-
-    powers = range(-10, math.ceil(math.log(max(1.0, task.seconds - start), GRID)))
-    above = bisect.bisect(powers, False, key=is_too_much)
-    enough = plans(powers[above - 1]) if above else []
-    widest = best_of(enough).config.model.dim if enough else DIMS[0]
-    found = [filled(task, dim, most, most) for dim in DIMS if dim <= widest]
-    return [one for one in found if one] or search(task, most)[:1]
 
 
 def steady(task: Task, fitting: list[Plan]) -> Plan:
@@ -832,7 +833,8 @@ def facts_of(task: Task, decision: Decision) -> plan.Facts:
     one = decision.plan
     low, loss, high = None, None, None
     if task.fit:
-        low, loss, high = law.interval(task.fit, one.parameters, one.tokens)
+        fit = task.fit._replace(corpus=task.corpus)
+        low, loss, high = law.interval(fit, one.parameters, one.tokens)
     setup = one.option.setup
     return {
         "limit": decision.limit,

@@ -67,7 +67,7 @@ FLAGS = {
     "--hours=H": "hours that this machine has for the ladder and the large run together",
     "--share=0.25": "largest share of them that the ladder takes",
     "--sizes=96,128,192": "widths of the models; by default three or four for which the hours do",
-    "--lengths=3": "lengths of each size, as 2 : 3 : 4 …",
+    "--lengths=8": "lengths of a size at most, as 4 : 5 : 6 …",
     "--seeds=1": "seeds of each size",
     "--out=out/ladder": "directory of the ladder",
     "--at-once=N": "runs at a time; by default one per GPU, or per core where there is none",
@@ -173,7 +173,7 @@ def fit_ladder(ladder: Ladder, rungs: list[Json]) -> tuple[Fit, list[float]]:
         )
     corpus = split_tokens(ladder.base, "train")
     runs = [
-        (rung["parameters"], law.new_tokens(rung["tokens"], corpus), rung["loss"]) for rung in rungs
+        (*law.effective(rung["parameters"], rung["tokens"], corpus), rung["loss"]) for rung in rungs
     ]
     trunks = [(rung["dim"], rung["seed"]) for rung in rungs]
     best = law.fit_law(runs)
@@ -203,7 +203,8 @@ def get(config: Config, key: str) -> Any:
 
 
 def best_run(ladder: Ladder, fit: Fit, flops: float) -> tuple[Config, int] | None:
-    """The shape and the steps of the lowest predicted loss for so many FLOPs, up to MAX_EPOCHS.
+    """The shape and the steps of the lowest predicted loss for so many FLOPs, up to MAX_EPOCHS and
+    to a parameter per token of the text.
 
     Among runs with tokens per parameter as the rungs have them, if the text is enough for one.
     """
@@ -211,10 +212,11 @@ def best_run(ladder: Ladder, fit: Fit, flops: float) -> tuple[Config, int] | Non
     most = law.MAX_EPOCHS * corpus / batch_tokens(ladder.base)
     for width in law.WIDTHS:
         config = changed_config(ladder.base, family(width))
-        steps = int(min(most, flops / step_flops(config)))
-        if steps > 10 * ladder.base.optimizer.warmup_steps:
-            size, tokens = law.parameters(config, vocabulary(config)), steps * batch_tokens(config)
-            loss = fit.law.loss(size, law.new_tokens(tokens, corpus))
+        size = law.parameters(config, vocabulary(config))
+        steps = int(min(most, math.ceil(flops / step_flops(config))))
+        if steps > 10 * ladder.base.optimizer.warmup_steps and size <= corpus:
+            tokens = steps * batch_tokens(config)
+            loss = fit.law.loss_on(corpus, size, tokens)
             found.append((not law.is_inside(fit, size, tokens), loss, config, steps))
     if not found:
         return None
@@ -254,10 +256,10 @@ def best_runs(ladder: Ladder, fit: Fit) -> list[Json]:
 
 def large_run(ladder: Ladder, fit: Fit) -> Path | None:
     """Writes OUT/large.toml, the best run for the rest of the hours on one worker (a GPU, or a
-    share of the cores), unless it is there; None if the rest is not enough for a run."""
+    share of the cores), unless the run has begun; None if the rest is not enough for a run."""
     path = ladder.out / "large.toml"
-    if path.exists():
-        return path
+    if (ladder.out / "large").exists():
+        return path if path.exists() else None
     flops = max(rung["flops"] for rung in fit.rungs)
     seconds = 3600 * ladder.hours * (1 - ladder.share)
     while True:  # the compute that takes so long depends on the best width for it
@@ -533,7 +535,7 @@ def main(arguments: list[str]) -> None:
     if not planned:
         write_plan(ladder)
     if "tasks" in only:
-        for chain in ladder.chains():
+        for chain in sorted(ladder.chains(), key=len, reverse=True):
             print(*(out / f"{rung.name}.toml" for rung in chain))
         return
     print(*plan_lines(ladder), sep="\n", flush=True)

@@ -22,7 +22,7 @@ from config import Config, UserError, read_json, write_atomically
 if TYPE_CHECKING:
     from torch import Tensor
 
-VERSION = 2  # of the file of a fit
+VERSION = 3  # of the file of a fit
 CONFIDENCE = 0.95  # of intervals
 MAX_EPOCHS = 4  # up to here, repeated text is almost as good as new text (2305.16264)
 # Of the family of shapes: multiples of the head's width, see shape().
@@ -51,8 +51,14 @@ class Law(NamedTuple):
         """Validation loss in nats per token, for numbers or arrays."""
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
+    def loss_on(self, corpus: float, parameters: float, tokens: float) -> float:
+        """The same on a text of `corpus` tokens, which the run may repeat."""
+        return self.loss(*effective(parameters, tokens, corpus))
 
-REPEATS = 15.4  # the constant R* of 2305.16264
+
+# Of 2305.16264: how soon repeats, and parameters in excess, are worth less. In excess are those
+# above a 20th of the text's tokens, which is the best size for one epoch (2203.15556).
+REPEATS, EXCESS, BEST_RATIO = 15.4, 5.31, 20
 
 
 def epoch_tokens(tokens: dict[str, float], shares: dict[str, float]) -> float:
@@ -60,12 +66,20 @@ def epoch_tokens(tokens: dict[str, float], shares: dict[str, float]) -> float:
     return sum(shares.values()) * min(tokens[name] / share for name, share in shares.items())
 
 
-def new_tokens(tokens: float, corpus: float) -> float:
-    """What tokens of a text of `corpus` tokens are worth in tokens of new text: repeats teach less
-    and less (2305.16264, equation 5)."""
+def effective(parameters: float, tokens: float, corpus: float) -> tuple[float, float]:
+    """What parameters and tokens are worth on a text of `corpus` tokens: the N and D of the law.
+
+    Repeats teach less than new text (2305.16264, equation 5), and parameters in excess learn the
+    text by heart (equation 6). There, an excess counts less from the first epoch on. Here, two
+    epochs showed no sign of it, and four did: so the effect is raised, as an exponent, to the cube
+    of the share of training that repeats (docs/scaling-law.md has the measurements).
+    """
     if tokens <= corpus:
-        return tokens
-    return corpus * (1 + REPEATS * (1 - math.exp((1 - tokens / corpus) / REPEATS)))
+        return parameters, tokens
+    new = corpus * (1 + REPEATS * (1 - math.exp((1 - tokens / corpus) / REPEATS)))
+    best = min(parameters, corpus / BEST_RATIO)
+    useful = best * (1 + EXCESS * (1 - math.exp((1 - parameters / best) / EXCESS)))
+    return parameters * (useful / parameters) ** (1 - corpus / tokens) ** 3, new
 
 
 # Of Hoffmann's runs (MassiveText, 32,000 pieces), in the refit of 2404.10102.
@@ -102,10 +116,10 @@ def shape(dim: int) -> dict[str, int]:
 def fit_law(runs: Runs, start: Law | None = None) -> Law:
     """The law that fits the losses of runs best, by L-BFGS from a grid of starts, or from one.
 
-    As in approach 3 of 2203.15556, log L is a logsumexp of three terms, so that E, A and B are
-    positive, and its residuals go through Huber's loss. What 2404.10102 found wrong there is not
-    done here: the objective is a sum in units of DELTA, not a mean of numbers so small that L-BFGS
-    stops at once; and nothing is rounded.
+    As in approach 3 of 2203.15556, log L is a logsumexp of three terms, and its residuals go
+    through Huber's loss. All constants are positive. What 2404.10102 found wrong there is not done
+    here: the objective is a sum in units of DELTA, not a mean of numbers so small that L-BFGS stops
+    at once; and nothing is rounded.
     """
     import torch  # here, since it takes seconds and plan.py needs only the law
 
@@ -116,27 +130,32 @@ def fit_law(runs: Runs, start: Law | None = None) -> Law:
     published = torch.tensor([PUBLISHED.alpha, PUBLISHED.beta], dtype=torch.float64)
 
     def objective(x: Tensor) -> tuple[Tensor, Tensor]:
-        """Value and gradient at x = log E, log A, log B, alpha, beta; autograd takes thrice as long
-        for so few numbers."""
-        powers = torch.nn.functional.pad(x[3:], (1, 0))
+        """Value and gradient at x = log E, log A, log B, log alpha, log beta; autograd takes thrice
+        as long for so few numbers."""
+        exponents = x[3:].exp()
+        powers = torch.nn.functional.pad(exponents, (1, 0))
         terms = x[:3, None] + powers[:, None] * sizes
         predicted = terms.logsumexp(0)
         residuals = (predicted - L) / DELTA
         slopes = residuals.clamp(-1, 1)  # of Huber's loss
-        off = (x[3:] - published) / PRIOR_DEVIATION
+        off = (exponents - published) / PRIOR_DEVIATION
         value = (slopes * (residuals - slopes / 2)).sum() + off.square().sum() / 2
         shares = (terms - predicted).exp() * slopes / DELTA
         by_power = (shares * sizes).sum(1)[1:] + off / PRIOR_DEVIATION
-        return value, torch.cat((shares.sum(1), by_power))
+        return value, torch.cat((shares.sum(1), by_power * exponents))
 
     if start:
         log_A, log_B = math.log(start.A) - start.alpha * n, math.log(start.B) - start.beta * d
         constants = [log - mean for log in (math.log(start.E), log_A, log_B)]
-        starts = [[*constants, start.alpha, start.beta]]
+        starts = [[*constants, math.log(start.alpha), math.log(start.beta)]]
     else:
-        starts = [[math.log(e), *[math.log((1 - e) / 2)] * 2, *powers] for e, *powers in STARTS]
+        starts = [
+            [math.log(e), *[math.log((1 - e) / 2)] * 2, math.log(alpha), math.log(beta)]
+            for e, alpha, beta in STARTS
+        ]
     found = [descend(objective, torch.tensor(x, dtype=torch.float64)) for x in starts]
-    e, a, b, alpha, beta = min(found, key=lambda one: one[0])[1]
+    e, a, b, *powers = min(found, key=lambda one: one[0])[1]
+    alpha, beta = map(math.exp, powers)
     E, A, B = (math.exp(x + mean) for x in (e, a + alpha * n, b + beta * d))
     return Law(E, A, alpha, B, beta)
 
@@ -250,10 +269,10 @@ def interval(fit: Fit, parameters: float, tokens: float) -> tuple[float, float, 
     normal, tail = NormalDist(), (1 - CONFIDENCE) / 2
     noise = [math.exp(fit.noise * normal.inv_cdf((i + 0.5) / 20)) for i in range(20)]
     laws = fit.laws or [fit.law]
-    tokens = new_tokens(tokens, fit.corpus)
-    losses = sorted(law.loss(parameters, tokens) * factor for law in laws for factor in noise)
+    found = [law.loss_on(fit.corpus, parameters, tokens) for law in (fit.law, *laws)]
+    losses = sorted(loss * factor for loss in found[1:] for factor in noise)
     cut = int(tail * len(losses))
-    return losses[cut], fit.law.loss(parameters, tokens), losses[-1 - cut]
+    return losses[cut], found[0], losses[-1 - cut]
 
 
 def tokens_per_parameter(fit: Fit) -> tuple[float, float]:

@@ -38,14 +38,16 @@ from tools.memory import flops_per_token
 
 DECAY = 0.2  # of each length; 2405.18392 finds it as good as a cosine
 SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
-# Of the longest length of a size: fewer, and the sizes hardly differ.
-TOKENS_PER_PARAMETER = 2
+LENGTHS, FIRST = 8, 4  # of a size, at most; the shortest, in intervals (see Ladder)
+# Of the widest size, at least: fewer, and the sizes hardly differ.
+TOKENS_PER_PARAMETER = 1.25
 # Of the shortest length, and the narrowest size that is chosen. Earlier, and if it is narrower, a
 # model has not learned to use its context, and the law does not hold (docs/scaling-law.md).
 MIN_STEPS, MIN_TOKENS, NARROWEST = 1000, 3e6, 96
 SPAN = 10  # parameters of the largest size over the smallest: a wide ladder predicts best
 MARGIN = 0.9  # of the ladder's share is planned: measured speeds vary
 MEASURED_STEPS = 60
+VERSION = 2  # of plan.json
 Json = dict[str, Any]
 
 
@@ -75,8 +77,9 @@ class Ladder:
 
     Attributes:
         base: the configuration that all runs share.
-        interval: steps between a trunk's checkpoints. Branches leave at 2, 3, 4 … intervals, and
+        interval: steps between a trunk's checkpoints. Branches leave at 4, 5, 6 … intervals, and
             decay over the last fifth of their lengths.
+        lengths: of a size, at most.
     """
 
     out: Path
@@ -93,7 +96,7 @@ class Ladder:
     def chain(self, width: int, seed: int) -> list[Rung]:
         """The runs of a size: the trunk, which is the longest length, and then its branches."""
         interval, trunk, found = self.interval, "", []
-        for leaves_at in reversed(range(2, self.lengths + 2)):
+        for leaves_at in reversed(range(FIRST, self.longest(width) + 1)):
             steps = 5 * interval * leaves_at // 4
             name = f"dim{width}-steps{steps}" + f"-seed{seed}" * (self.seeds > 1)
             leaves = f"{trunk}/checkpoints/step_{interval * leaves_at:08}" if trunk else ""
@@ -110,6 +113,30 @@ class Ladder:
             config = changed_config(self.base, changed | family(width))
             found.append(Rung(name, width, steps, config))
         return found
+
+    def longest(self, width: int) -> int:
+        """After how many intervals the longest run of a size begins to decay.
+
+        All sizes have the same lengths: what size brings is seen at equal length, and what length
+        brings at equal size. But no run costs more than the widest size at the shortest length. So
+        the rungs reach far in both for what the dearest of them costs.
+        """
+        this, dearest = (
+            step_flops(changed_config(self.base, family(one))) for one in (width, max(self.widths))
+        )
+        return min(FIRST + self.lengths - 1, int(FIRST * dearest / this + 1e-9))
+
+    def count(self) -> int:
+        """Of all runs."""
+        return self.seeds * sum(self.longest(width) - FIRST + 1 for width in self.widths)
+
+    def most(self) -> int:
+        """Lengths of the narrowest size, which has most."""
+        return self.longest(min(self.widths)) - FIRST + 1
+
+    def is_enough(self) -> bool:
+        """Whether a fit is possible, if no run fails."""
+        return self.count() >= MIN_RUNGS and self.most() >= MIN_LENGTHS
 
     def chains(self) -> list[list[Rung]]:
         """All runs, the dearest size first."""
@@ -247,7 +274,7 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
         base=config,
         widths=sizes or [],
         interval=0,
-        lengths=options.get("lengths", 3),
+        lengths=options.get("lengths", LENGTHS),
         seeds=options.get("seeds", 1),
         at_once=at_once,
         speed=speed,
@@ -255,12 +282,17 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
         share=share,
     )
     if sizes:
+        if not empty.is_enough():
+            raise UserError(
+                f"{empty.count()} runs, of at most {empty.most()} lengths, are too few for the fit:"
+                f" it needs {MIN_RUNGS}, of {MIN_LENGTHS} lengths, and no run costs more than the"
+                f" shortest of dim {sizes[-1]}. Give --sizes that are further apart, or more"
+                " --lengths or --seeds"
+            )
         ladder = fill(empty)
     else:
-        tried = (
-            fill(dataclasses.replace(empty, widths=widths))
-            for widths in families(vocabulary(config))
-        )
+        every = (dataclasses.replace(empty, widths=one) for one in families(vocabulary(config)))
+        tried = (fill(one) for one in every if one.is_enough())
         ladder = next(reversed([*itertools.takewhile(is_worth, tried)]), None)
     if not ladder:
         raise UserError(
@@ -279,31 +311,28 @@ def least_steps(config: Config) -> int:
 def fill(ladder: Ladder) -> Ladder | None:
     """The ladder with lengths as long as its time allows. None if that is too little.
 
-    A grid: all sizes have the same lengths. So what size brings is seen at equal length, and what
-    length brings at equal size.
-
     Raises:
         UserError: the text is too little.
     """
     config = ladder.base
-    trunk = 5 / 4 * (ladder.lengths + 1)  # in intervals
+    trunk = 5 / 4 * max(map(ladder.longest, ladder.widths))  # in intervals
     longest = law.MAX_EPOCHS * split_tokens(config, "train") / batch_tokens(config)  # in steps
     seconds = MARGIN * 3600 * ladder.hours * ladder.share
 
     def of(interval: int) -> Ladder:
-        """With intervals of so many times 4 steps: the shortest length is 10 times as many."""
-        base = base_config(config, warmup=interval)
+        """With intervals of so many times 4 steps: the shortest length is 20 times as many."""
+        base = base_config(config, warmup=2 * interval)
         return dataclasses.replace(ladder, base=base, interval=4 * interval)
 
     most = int(longest / trunk / 4)
     least = least_steps(config)
-    if 10 * most < least:
+    if 5 * FIRST * most < least:
         raise UserError(
-            f"{law.MAX_EPOCHS} epochs of the text are {longest:,.0f} steps, too few for lengths"
-            f" from {least:,} steps on: take more text, or a smaller train.global_batch_size"
+            f"{law.MAX_EPOCHS} epochs of the text are {longest:,.0f} steps, too few for"
+            f" {ladder.most()} lengths from {least:,} steps on: take more text, or fewer --lengths"
         )
     found = bisect.bisect(range(1, most + 1), seconds, key=lambda interval: of(interval).total())
-    return of(found) if 10 * found >= least else None
+    return of(found) if 5 * FIRST * found >= least else None
 
 
 def measure(config: Config, widths: tuple[int, int], at_once: int) -> Speed:
@@ -386,7 +415,7 @@ def write_plan(ladder: Ladder) -> None:
         name: getattr(ladder, name)
         for name in ("widths", "interval", "lengths", "seeds", "at_once", "speed", "hours", "share")
     }
-    plan |= {"base": tables(ladder.base)}
+    plan |= {"version": VERSION, "base": tables(ladder.base)}
     write_atomically(ladder.out / "plan.json", (json.dumps(plan, indent=1) + "\n").encode())
 
 
@@ -400,6 +429,8 @@ def read_plan(out: Path, config: Config, options: Json) -> Ladder | None:
     if (plan := read_json(path)) is None:
         return None
     try:
+        if plan and plan.pop("version", 1) != VERSION:
+            raise UserError(f"{path}: of another version of ladder.py; choose another --out")
         base = build_config(plan.pop("base"))
         ladder = Ladder(out=out, base=base, **plan | {"speed": Speed(*plan["speed"])})
     except (KeyError, TypeError, ValueError, AttributeError):
