@@ -365,6 +365,7 @@ def test_what_a_run_does_unlike_the_rungs(config, tmp_path, monkeypatch):
     plan = planned(config, tmp_path)
     pretend(plan)
     fit, _ = ladder.fit_ladder(plan, ladder.collect(plan)[0])
+    fit = fit._replace(corpus=1e6)  # larger than these models
     steps = plan.chain(96, plan.base.train.seed)[0].steps
 
     def differences(width, **values):
@@ -378,6 +379,8 @@ def test_what_a_run_does_unlike_the_rungs(config, tmp_path, monkeypatch):
     assert differences(96, model__ffn_dim=64)[0] == "model.ffn_dim=64"
     assert differences(320)[0] == "model.n_layers=5"
     assert differences(96, train__max_steps=steps // 4)[0].startswith("tokens per parameter")
+    assert differences(32, train__max_steps=50 * steps)[-1].startswith("epochs")
+    assert differences(1024)[-1].startswith("more parameters than the text has tokens")
 
 
 # ---- real runs
