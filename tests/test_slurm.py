@@ -524,7 +524,7 @@ def test_ladder(cluster, arguments, tmp_path):
     config = load_config(command[:-1], usage="")[0]
     speed = rungs.Speed(3.0, 0.002, 5e10)
     plan = rungs.Ladder(
-        out, rungs.base_config(config, 4), [32, 64, 96], 32, 3, 1, 1, speed, 1.0, 0.25
+        out, rungs.base_config(config, 4), [32, 64, 96], 20, 3, 1, 1, speed, 1.0, 0.25
     )
     rungs.write_plan(plan)
     last = int(cluster.call(ROOT / "slurm" / "ladder.sh", *command, cwd=tmp_path))

@@ -38,12 +38,12 @@ from tools.memory import flops_per_token
 
 DECAY = 0.2  # of each length; 2405.18392 finds it as good as a cosine
 SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
-LENGTHS, FIRST = 8, 4  # of a size, at most; the shortest, in intervals (see Ladder)
+LENGTHS, FIRST = 8, 6  # of a size, at most; the shortest, in intervals (see Ladder)
 # Of the widest size, at least: fewer, and the sizes hardly differ.
 TOKENS_PER_PARAMETER = 1.25
 # Of the shortest length, and the narrowest size that is chosen. Earlier, and if it is narrower, a
 # model has not learned to use its context, and the law does not hold (docs/scaling-law.md).
-MIN_STEPS, MIN_TOKENS, NARROWEST = 1000, 3e6, 96
+MIN_STEPS, MIN_TOKENS, NARROWEST = 1000, 5e6, 96
 SPAN = 10  # parameters of the largest size over the smallest: a wide ladder predicts best
 MARGIN = 0.9  # of the ladder's share is planned: measured speeds vary
 MEASURED_STEPS = 60
@@ -77,7 +77,7 @@ class Ladder:
 
     Attributes:
         base: the configuration that all runs share.
-        interval: steps between a trunk's checkpoints. Branches leave at 4, 5, 6 … intervals, and
+        interval: steps between a trunk's checkpoints. Branches leave at 6, 7, 8 … intervals, and
             decay over the last fifth of their lengths.
         lengths: of a size, at most.
     """
@@ -320,8 +320,8 @@ def fill(ladder: Ladder) -> Ladder | None:
     seconds = MARGIN * 3600 * ladder.hours * ladder.share
 
     def of(interval: int) -> Ladder:
-        """With intervals of so many times 4 steps: the shortest length is 20 times as many."""
-        base = base_config(config, warmup=2 * interval)
+        """With intervals of so many times 4 steps; a tenth of the shortest length warms up."""
+        base = base_config(config, warmup=FIRST * interval // 2)
         return dataclasses.replace(ladder, base=base, interval=4 * interval)
 
     most = int(longest / trunk / 4)
