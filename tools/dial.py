@@ -555,8 +555,7 @@ def decide(task: Task) -> Decision:
         )
     best = best_of(fitting) if limit == "text" else steady(task, fitting)
     ideal = best_of(found)
-    epochs, left = best.tokens / task.corpus, (task.seconds - best.seconds) / 3600
-    warning = ""
+    left, warning = (task.seconds - best.seconds) / 3600, ""
     if limit == "text":
         warning = (
             f"{figure(wanted.parameters / 1e6)}M parameters and {figure(wanted.tokens / 1e6)}M"
@@ -574,20 +573,19 @@ def decide(task: Task) -> Decision:
         )
     elif task.fixed_length and left > 0.1 * task.seconds / 3600:
         limit, warning = "your values", f"{figure(left)} hours are left"
-    doubtful = [warning, *doubts(task, best)]
-    if epochs > 1.01 * law.MAX_EPOCHS:
-        doubtful.append(f"above {law.MAX_EPOCHS} epochs repeats teach little")
-    if best.parameters > task.corpus:
-        doubtful.append("a model of more parameters than the text has tokens learns it by heart")
-    warning = "; ".join(filter(None, doubtful))
-    return Decision(best, limit, warning)
+    return Decision(best, limit, "; ".join(filter(None, [warning, *doubts(task, best)])))
 
 
 def doubts(task: Task, best: Plan) -> list[str]:
-    """Why the fit may not hold for a plan."""
+    """Why a plan may end worse than the law says."""
+    found = []
+    if best.tokens > 1.01 * law.MAX_EPOCHS * task.corpus:
+        found.append(f"above {law.MAX_EPOCHS} epochs repeats teach little")
+    if best.parameters > task.corpus:
+        found.append("a model of more parameters than the text has tokens learns it by heart")
     if not task.fit:
-        return []
-    found, (low, high) = [], law.tokens_per_parameter(task.fit)
+        return found
+    low, high = law.tokens_per_parameter(task.fit)
     if not best.inside:
         found.append(
             f"{figure(best.tokens / best.parameters)} tokens per parameter, but the rungs have"
