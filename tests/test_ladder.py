@@ -70,8 +70,10 @@ def fit_of(runs: list[tuple[float, float, float]]) -> Fit:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("sizes", [EQUAL_TIME, CAPPED], ids=["equal time", "capped"])
-def test_intervals_hold_what_they_promise(sizes, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "width"), [(EQUAL_TIME, 0.05), (CAPPED, 0.1)], ids=["equal time", "capped"]
+)
+def test_intervals_hold_what_they_promise(sizes, width, monkeypatch):
     """95% of single runs; of 20 ladders, 17 or more hold theirs in all but a few of such tests."""
     monkeypatch.setattr(law, "RESAMPLES", 40)
     held, widths = 0, []
@@ -81,7 +83,7 @@ def test_intervals_hold_what_they_promise(sizes, monkeypatch):
         held += low <= loss <= high
         widths.append((high - low) / predicted)
     assert held >= 17
-    assert sum(widths) / 20 < 0.05  # and they say something
+    assert sum(widths) / 20 < width  # and they say something
 
 
 def test_the_family_is_counted_as_the_model_is():
