@@ -139,6 +139,24 @@ def test_text_limits(corpora):
     assert asked.plan.tokens == pytest.approx(10e9, rel=1e-3)
 
 
+def test_a_model_has_no_more_parameters_than_the_text_has_tokens(corpora):
+    """Also where the user says how long to train; but the user's own width stays."""
+    data = corpora(4e6)
+    for length in ("--train.epochs=4", "--train.max_steps=1000"):
+        _, decision = decided(data, "--hours=24", *H100, length)
+        assert decision.limit == "text"
+        assert decision.plan.parameters <= 4e6
+    _, wide = decided(data, "--hours=24", *H100, "--model.dim=512")
+    assert wide.plan.config.model.dim == 512
+    assert "learns it by heart" in wide.warning
+
+
+def test_a_text_too_small_for_any_run(corpora):
+    done = program("--hours=1", "--gpu=h100", "--gpus=64", f"--data={corpora(1e5)}")
+    assert "the text is too little" in done.stderr
+    assert done.returncode != 0
+
+
 def test_more_hours_never_end_worse(corpora):
     """Also where the text begins to limit: on fast GPUs, tiny models are not cheaper."""
     plans = [decided(corpora(4e6), f"--hours={h}", *H100)[1].plan for h in (0.05, 0.06, 0.2, 24)]

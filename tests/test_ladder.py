@@ -301,7 +301,7 @@ def pretend(plan: Ladder) -> None:
         directory.mkdir()
         size = law.parameters(rung.config, 600)
         tokens = rung.steps * rungs.batch_tokens(rung.config)
-        loss = TRUE.loss_on(rungs.split_tokens(plan.base, "train"), size, tokens)
+        loss = TRUE.loss_on(size, tokens, rungs.split_tokens(plan.base, "train"))
         (directory / "status.json").write_text('{"state": "finished"}')
         (directory / "metrics.jsonl").write_text(json.dumps({"step": 1, "val_loss": loss}) + "\n")
 

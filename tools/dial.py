@@ -425,7 +425,7 @@ def plan_of(task: Task, dim: int, tokens: float) -> Plan:
         fits=option.fit == FITS or (option.fit == TIGHT and "model.dim" in task.fixed),
         parameters=parameters,
         tokens=tokens,
-        loss=task.law.loss_on(task.corpus, parameters, tokens),
+        loss=task.law.loss_on(parameters, tokens, task.corpus),
         inside=not task.fit or law.is_inside(task.fit, parameters, tokens),
         times=times(task, config, option, steps),
     )

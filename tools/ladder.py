@@ -216,7 +216,7 @@ def best_run(ladder: Ladder, fit: Fit, flops: float) -> tuple[Config, int] | Non
         steps = int(min(most, math.ceil(flops / step_flops(config))))
         if steps > 10 * ladder.base.optimizer.warmup_steps and size <= corpus:
             tokens = steps * batch_tokens(config)
-            loss = fit.law.loss_on(corpus, size, tokens)
+            loss = fit.law.loss_on(size, tokens, corpus)
             found.append((not law.is_inside(fit, size, tokens), loss, config, steps))
     if not found:
         return None

@@ -51,7 +51,7 @@ class Law(NamedTuple):
         """Validation loss in nats per token, for numbers or arrays."""
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
-    def loss_on(self, corpus: float, parameters: float, tokens: float) -> float:
+    def loss_on(self, parameters: float, tokens: float, corpus: float) -> float:
         """The same on a text of `corpus` tokens, which the run may repeat."""
         return self.loss(*effective(parameters, tokens, corpus))
 
@@ -269,7 +269,7 @@ def interval(fit: Fit, parameters: float, tokens: float) -> tuple[float, float, 
     normal, tail = NormalDist(), (1 - CONFIDENCE) / 2
     noise = [math.exp(fit.noise * normal.inv_cdf((i + 0.5) / 20)) for i in range(20)]
     laws = fit.laws or [fit.law]
-    found = [law.loss_on(fit.corpus, parameters, tokens) for law in (fit.law, *laws)]
+    found = [law.loss_on(parameters, tokens, fit.corpus) for law in (fit.law, *laws)]
     losses = sorted(loss * factor for loss in found[1:] for factor in noise)
     cut = int(tail * len(losses))
     return losses[cut], found[0], losses[-1 - cut]

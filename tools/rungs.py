@@ -38,7 +38,8 @@ from tools.memory import flops_per_token
 
 DECAY = 0.2  # of each length; 2405.18392 finds it as good as a cosine
 SIZES, MIN_SIZES, MIN_LENGTHS, MIN_RUNGS = 4, 3, 3, 7
-LENGTHS, FIRST = 8, 6  # of a size, at most; the shortest, in intervals (see Ladder)
+LENGTHS = 8  # of a size, at most
+FIRST = 6  # intervals after which the shortest length leaves its trunk (see Ladder)
 # Of the widest size, at least: fewer, and the sizes hardly differ.
 TOKENS_PER_PARAMETER = 1.25
 # Of the shortest length, and the narrowest size that is chosen. Earlier, and if it is narrower, a
