@@ -721,10 +721,11 @@ def test_a_run_directory_that_turns_read_only(asynchronous, run, tmp_path):
         if subprocess.run(["mount", "--bind", out, out], capture_output=True).returncode:
             pytest.skip("mounting the directory read-only needs root")
         try:
-            subprocess.run(["mount", "-o", "remount,bind,ro", out], check=True)
+            read_only = ["mount", "-o", "remount,bind,ro", out]  # refused while a file is written
+            until(lambda: subprocess.run(read_only, capture_output=True).returncode == 0)
             assert launched.wait() == 1
         finally:
-            subprocess.run(["umount", out], check=True)
+            subprocess.run(["umount", "--lazy", out], check=True)
         message = [line for line in launched.said().splitlines() if "rocket.py: error" in line]
     assert len(message) == 1, launched.said()
     assert str(out) in message[0]
