@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -169,12 +170,13 @@ def config(dataset, tiny_tokenizer, tmp_path, monkeypatch):
     """With a dataset too small for the shortest length of a real ladder."""
     monkeypatch.setattr(rungs, "MIN_STEPS", 80)
     monkeypatch.setattr(rungs, "MIN_TOKENS", 0)
+    monkeypatch.setattr(rungs, "TOKENS_PER_PARAMETER", 0)
     values = {"optimizer__name": "muon", "data__seq_len": 64, "train__global_batch_size": 4}
     return load_config(overrides(dataset, tiny_tokenizer, tmp_path / "run", **values), usage="")[0]
 
 
 def planned(config, out: Path, hours: float = 1, at_once: int = 2) -> Ladder | None:
-    return rungs.fill(Ladder(out, config, [32, 64, 96], 0, 3, 1, at_once, SPEED, hours, 0.25))
+    return rungs.fill(Ladder(out, config, [32, 64, 96], 0, 3, 1, at_once, SPEED, hours, 0.25), 80)
 
 
 @pytest.mark.parametrize("hours", [0.5, 1, 3])
@@ -215,14 +217,21 @@ def test_sizes_that_make_too_few_runs(config, tmp_path):
         rungs.new_ladder(config, options | {"sizes": [7936, 8064, 8192], "seeds": 3}, tmp_path)
 
 
-def test_hours_that_are_too_few(config, tmp_path):
-    assert planned(config, tmp_path, hours=0.01) is None
+@pytest.mark.parametrize("sizes", [{}, {"sizes": [32, 64, 96]}], ids=["any sizes", "given sizes"])
+def test_hours_that_are_too_few(config, tmp_path, sizes):
+    """The error names hours that are enough."""
+    options = {"hours": 0.01, "flops": 1e10} | sizes
+    with pytest.raises(UserError, match=r"0\.01 × --share=0\.25 are too few for . sizes") as error:
+        rungs.new_ladder(config, options, tmp_path)
+    options["hours"] = float(re.search(r"give --hours=(\S+)", str(error.value))[1])
+    plan = rungs.new_ladder(config, options, tmp_path)
+    assert 0.8 * 3600 * options["hours"] * 0.25 < plan.total() < 3600 * options["hours"] * 0.25
 
 
 def test_a_text_that_is_too_little(config, tmp_path, monkeypatch):
     monkeypatch.setattr(rungs, "MIN_STEPS", 10_000)
-    with pytest.raises(UserError, match="take more text"):
-        planned(config, tmp_path)
+    with pytest.raises(UserError, match="needs 10,000: take more text"):
+        rungs.new_ladder(config, {"hours": 100.0, "flops": 1e10}, tmp_path)
 
 
 def test_rates_are_those_of_the_shape_of_config(config, tmp_path):

@@ -282,82 +282,100 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
         hours=options["hours"],
         share=share,
     )
-    if sizes:
-        if not empty.is_enough():
-            raise UserError(
-                f"{empty.count()} runs, of at most {empty.most()} lengths, are too few for the fit:"
-                f" it needs {MIN_RUNGS}, of {MIN_LENGTHS} lengths, and no run costs more than the"
-                f" shortest of dim {sizes[-1]}. Give --sizes that are further apart, or more"
-                " --lengths or --seeds"
-            )
-        ladder = fill(empty)
-    else:
-        every = (dataclasses.replace(empty, widths=one) for one in families(vocabulary(config)))
-        tried = (fill(one) for one in every if one.is_enough())
-        ladder = next(reversed([*itertools.takewhile(is_worth, tried)]), None)
-    if not ladder:
+
+    def possible() -> Iterator[Ladder]:
+        every = [sizes] if sizes else families(vocabulary(config))
+        return filter(Ladder.is_enough, (dataclasses.replace(empty, widths=w) for w in every))
+
+    smallest = next(possible(), None)
+    if not smallest:
         raise UserError(
-            f"--hours={empty.hours:g} × --share={share:g} are too few for"
-            f" {len(sizes or range(MIN_SIZES))} sizes of {least_steps(config):,} steps and more:"
-            " give more of either"
+            f"{empty.count()} runs, of at most {empty.most()} lengths, are too few for the fit:"
+            f" it needs {MIN_RUNGS}, of {MIN_LENGTHS} lengths, and no run costs more than the"
+            f" shortest of dim {empty.widths[-1]}. Give --sizes that are further apart, or more"
+            " --lengths or --seeds"
         )
+    ladders = (fill(one, least_steps(one, bool(sizes))) for one in possible())
+    ladder = next(reversed([*itertools.takewhile(bool, ladders)]), None)
+    if not ladder:
+        raise too_little(smallest, least_steps(smallest, bool(sizes)))
     return ladder
 
 
-def least_steps(config: Config) -> int:
-    """Steps of the shortest length, at least."""
-    return max(MIN_STEPS, math.ceil(MIN_TOKENS / batch_tokens(config)))
+def least_steps(ladder: Ladder, given: bool) -> int:
+    """Steps of the shortest length, at least; enough for the widest size, unless it is given."""
+    widest = changed_config(ladder.base, family(max(ladder.widths)))
+    enough = TOKENS_PER_PARAMETER * law.parameters(widest, vocabulary(widest))
+    tokens = max(MIN_TOKENS, 0 if given else enough)
+    return max(MIN_STEPS, math.ceil(tokens / batch_tokens(ladder.base)))
 
 
-def fill(ladder: Ladder) -> Ladder | None:
-    """The ladder with lengths as long as its time allows. None if that is too little.
-
-    Raises:
-        UserError: the text is too little.
-    """
-    config = ladder.base
-    trunk = 5 / 4 * max(map(ladder.longest, ladder.widths))  # in intervals
-    longest = law.MAX_EPOCHS * split_tokens(config, "train") / batch_tokens(config)  # in steps
+def fill(ladder: Ladder, least: int) -> Ladder | None:
+    """The ladder with lengths as long as its time and text allow. None if its shortest length would
+    have fewer steps than least."""
     seconds = MARGIN * 3600 * ladder.hours * ladder.share
+    intervals = range(1, most_interval(ladder) + 1)
+    found = bisect.bisect(intervals, seconds, key=lambda one: spaced(ladder, one).total())
+    return spaced(ladder, found) if 5 * FIRST * found >= least else None
 
-    def of(interval: int) -> Ladder:
-        """With intervals of so many times 4 steps; a tenth of the shortest length warms up."""
-        base = base_config(config, warmup=FIRST * interval // 2)
-        return dataclasses.replace(ladder, base=base, interval=4 * interval)
 
-    most = int(longest / trunk / 4)
-    least = least_steps(config)
-    if 5 * FIRST * most < least:
-        raise UserError(
-            f"{law.MAX_EPOCHS} epochs of the text are {longest:,.0f} steps, too few for"
-            f" {ladder.most()} lengths from {least:,} steps on: take more text, or fewer --lengths"
+def too_little(ladder: Ladder, least: int) -> UserError:
+    """What is too little for a shortest length of so many steps, text or time."""
+    interval, most = math.ceil(least / (5 * FIRST)), most_interval(ladder)
+    if interval > most:
+        return UserError(
+            f"in {law.MAX_EPOCHS} epochs of the text, the shortest of {ladder.most()} lengths has"
+            f" {5 * FIRST * most:,} steps; it needs {least:,}: take more text, or fewer --lengths"
         )
-    found = bisect.bisect(range(1, most + 1), seconds, key=lambda interval: of(interval).total())
-    return of(found) if 5 * FIRST * found >= least else None
+    seconds = spaced(ladder, interval).total() / MARGIN
+    return UserError(
+        f"--hours={ladder.hours:g} × --share={ladder.share:g} are too few for {len(ladder.widths)}"
+        f" sizes of {least:,} steps and more, which take {seconds / 60:,.1f} minutes: give"
+        f" --hours={math.ceil(seconds / 36 / ladder.share) / 100:g} or a larger --share"
+    )
+
+
+def most_interval(ladder: Ladder) -> int:
+    """The interval, as in spaced, with which the longest trunk takes all epochs that it may."""
+    epoch = split_tokens(ladder.base, "train") / batch_tokens(ladder.base)  # in steps
+    trunk = 5 / 4 * max(map(ladder.longest, ladder.widths))  # in intervals
+    return int(law.MAX_EPOCHS * epoch / trunk / 4)
+
+
+def spaced(ladder: Ladder, interval: int) -> Ladder:
+    """With intervals of so many times 4 steps; a tenth of the shortest length warms up."""
+    base = base_config(ladder.base, warmup=FIRST * interval // 2)
+    return dataclasses.replace(ladder, base=base, interval=4 * interval)
 
 
 def measure(config: Config, widths: tuple[int, int], at_once: int) -> Speed:
     """Trains a few steps of two sizes, as many runs at a time as the ladder will."""
     print(f"measures {MEASURED_STEPS} steps of dim {widths[0]} and {widths[1]}", flush=True)
     with TemporaryDirectory() as folder:
-        rungs = []
+        chains = []
         for index in range(2 * max(1, at_once // 2)):
-            width = widths[index % 2]
-            values = {
-                "train.max_steps": MEASURED_STEPS,
-                "train.out_dir": f"{folder}/{index}",
-                "train.eval_sequences": config.train.global_batch_size,
-                "train.log_interval": MEASURED_STEPS // 3,
-            }
-            sized = changed_config(base_config(config, 1), values | family(width))
-            rungs.append(Rung(str(index), width, MEASURED_STEPS, sized))
-        write_configs(Path(folder), [rungs])
-        started, found = time.monotonic(), []
-        for name, error in Workers(Path(folder), at_once).train([[r] for r in rungs]):
+            width, chain = widths[index % 2], []
+            # The first run fills caches, of files and kernels, that most rungs find filled.
+            lengths = {f"{index}-cold": MEASURED_STEPS // 3, str(index): MEASURED_STEPS}
+            for name, steps in lengths.items():
+                values = {
+                    "train.max_steps": steps,
+                    "train.out_dir": f"{folder}/{name}",
+                    "train.eval_sequences": config.train.global_batch_size,
+                    "train.log_interval": MEASURED_STEPS // 3,
+                }
+                sized = changed_config(base_config(config, 1), values | family(width))
+                chain.append(Rung(name, width, steps, sized))
+            chains.append(chain)
+        write_configs(Path(folder), chains)
+        ended = {}
+        for name, error in Workers(Path(folder), at_once).train(chains):
             if error:
-                width = widths[int(name) % 2]
+                width = widths[int(name.partition("-")[0]) % 2]
                 raise UserError(f"a run of dim {width} could not be measured: {error}")
-            found.append(time.monotonic() - started)
+            ended[name] = time.monotonic()
+        rungs = [rung for _, rung in chains]
+        seconds = [ended[rung.name] - ended[f"{rung.name}-cold"] for rung in rungs]
         steps = []
         for rung in rungs:
             rows = [row for row in read_rows(Path(folder) / rung.name) if "loss" in row]
@@ -366,7 +384,7 @@ def measure(config: Config, widths: tuple[int, int], at_once: int) -> Speed:
     flops = [step_flops(rung.config) for rung in rungs[:2]]
     rate = max(1.0, flops[1] - flops[0]) / max(1e-9, steps[1] - steps[0])
     fixed = max(0.0, steps[0] - flops[0] / rate)
-    start = min(found) - MEASURED_STEPS * min(steps)
+    start = min(seconds) - MEASURED_STEPS * min(steps)
     return Speed(max(1.0, start), fixed, rate)
 
 
@@ -390,16 +408,6 @@ def families(vocab_size: int) -> Iterator[list[int]]:
         near = {min(law.WIDTHS, key=lambda w: abs(w - smallest * step)) for step in steps}
         if len(near) >= MIN_SIZES:
             yield sorted(near)
-
-
-def is_worth(ladder: Ladder | None) -> bool:
-    """Whether the sizes are trained on enough tokens."""
-    if not ladder:
-        return False
-    rung = ladder.chain(max(ladder.widths), ladder.base.train.seed)[0]
-    tokens = rung.steps * batch_tokens(rung.config)
-    parameters = law.parameters(rung.config, vocabulary(rung.config))
-    return tokens >= TOKENS_PER_PARAMETER * parameters
 
 
 def write_configs(out: Path, chains: list[list[Rung]]) -> None:
@@ -476,10 +484,8 @@ class Workers:
             for rung in chain:
                 try:
                     error = f"{failed} did not finish" if failed else self.one(rung, slot)
-                except (
-                    OSError
-                ) as problem:  # a full disk; unsaid, the loop below would wait for ever
-                    error = str(problem)
+                except OSError as problem:  # a full disk
+                    error = str(problem)  # unsaid, the loop below would wait for ever
                 failed = failed or (rung.name if error and rung is chain[0] else "")
                 ended.put((rung.name, error))
             self.slots.put(slot)
