@@ -238,6 +238,15 @@ def test_rate_and_batch_of_the_recipe_itself(recipe):
     )
 
 
+@pytest.mark.parametrize("rate", [None, 1e-3, 0.0])
+def test_weights_are_forgotten_over_the_run(rate, corpora):
+    """Decay, rate and steps multiply to one, also for a rate of the user; 0.1 is the most."""
+    extra = [] if rate is None else [f"--optimizer.learning_rate={rate}"]
+    config = decided(corpora(1e12), "--hours=24", *H100, *extra)[1].plan.config
+    forgotten = config.optimizer.learning_rate * config.train.max_steps
+    assert config.optimizer.weight_decay == pytest.approx(min(1 / max(forgotten, 1), 0.1), rel=0.5)
+
+
 # Mistakes.
 
 

@@ -79,11 +79,12 @@ class Recipe(NamedTuple):
 BASE_LAYERS = 2
 RECIPES = {
     "muon": Recipe(1.3e-2, 32, 512, 256_000, 0.26, "docs/experiments.md"),
-    "adamw": Recipe(3.4e-2, 8, 512, 256_000, 0.4, "docs/experiments.md"),
+    "adamw": Recipe(3.4e-2, 8, 512, 256_000, 0.5, "docs/experiments.md"),
 }
 # The batch's exponent was measured up to so many times the recipe's batch; and how the best rate
 # falls with the steps at an equal batch (docs/experiments.md).
 BATCH_LIMIT, STEPS_EXPONENT = 4.0, -0.27
+MOST_DECAY = 0.1  # Llama 2's
 # The batch above which data parallelism brings less grows with about the root of the tokens,
 # whatever the model's size (arXiv 2410.21676, 2505.13738).
 TOKENS_EXPONENT = 0.5
@@ -259,7 +260,8 @@ def recipe_choices(task: Task, steps: int, step_tokens: int) -> Choices:
         f"{recipe.rate:g} at the base shape ({recipe.source}), batch^{recipe.batch_exponent:g}"
         f" up to {BATCH_LIMIT:g} times, steps^{STEPS_EXPONENT:g}"
     )
-    decay = "to zero: best for a known length (arXiv 2502.15938); wsd could be branched"
+    to_zero = "to zero: best for a known length (arXiv 2502.15938); wsd could be branched"
+    decay = 1 / max(steps * task.fixed.get("optimizer.learning_rate", rate), 1 / MOST_DECAY)
     warmup = min(max(1, round(WARMUP * steps)), MOST_WARMUP)
     proposed: dict[str, tuple[Any, str]] = {
         key.partition(".")[2]: (value, "")  # what the ladder says beside these
@@ -268,9 +270,12 @@ def recipe_choices(task: Task, steps: int, step_tokens: int) -> Choices:
     }
     proposed["name"] = "muon", "a lower loss than AdamW's for the same time"
     proposed["learning_rate"] = rate, swept
-    proposed["schedule"] = "linear", decay
+    proposed["schedule"] = "linear", to_zero
     proposed["warmup_steps"] = warmup, f"{WARMUP:.0%} of the steps, {MOST_WARMUP} at most"
-    proposed["weight_decay"] = 0.1, "the recipe's, and Llama 2's"
+    proposed["weight_decay"] = (
+        float(f"{decay:.1g}"),
+        f"1 / (steps × rate), {MOST_DECAY:g} at most: a run's timescale (docs/experiments.md)",
+    )
     proposed["beta2"] = (0.99, "small batches are noisy") if noisy else (0.95, "Llama 2's")
     return settled(task, "optimizer", proposed)
 
