@@ -247,6 +247,14 @@ def test_weights_are_forgotten_over_the_run(rate, corpora):
     assert config.optimizer.weight_decay == pytest.approx(min(1 / max(forgotten, 1), 0.1), rel=0.5)
 
 
+def test_a_text_that_repeats_keeps_its_decay(corpora):
+    """Less let a model learn four epochs by heart (docs/experiments.md)."""
+    config = decided(corpora(1e7), "--hours=24", *H100)[1].plan.config
+    tokens = config.train.max_steps * config.train.global_batch_size * config.data.seq_len
+    assert tokens > 3 * 1e7
+    assert config.optimizer.weight_decay == 0.1
+
+
 # Mistakes.
 
 

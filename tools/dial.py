@@ -84,7 +84,8 @@ RECIPES = {
 # The batch's exponent was measured up to so many times the recipe's batch; and how the best rate
 # falls with the steps at an equal batch (docs/experiments.md).
 BATCH_LIMIT, STEPS_EXPONENT = 4.0, -0.27
-MOST_DECAY = 0.1  # Llama 2's
+# Weight decay at most, which is Llama 2's, and the epochs above which a text that repeats needs it.
+MOST_DECAY, FRESH_EPOCHS = 0.1, 2
 # The batch above which data parallelism brings less grows with about the root of the tokens,
 # whatever the model's size (arXiv 2410.21676, 2505.13738).
 TOKENS_EXPONENT = 0.5
@@ -261,7 +262,12 @@ def recipe_choices(task: Task, steps: int, step_tokens: int) -> Choices:
         f" up to {BATCH_LIMIT:g} times, steps^{STEPS_EXPONENT:g}"
     )
     to_zero = "to zero: best for a known length (arXiv 2502.15938); wsd could be branched"
-    decay = 1 / max(steps * task.fixed.get("optimizer.learning_rate", rate), 1 / MOST_DECAY)
+    if steps * step_tokens > FRESH_EPOCHS * task.corpus:
+        decay = MOST_DECAY, "with less, a text that repeats is learned by heart"
+    else:
+        forgotten = max(steps * task.fixed.get("optimizer.learning_rate", rate), 1 / MOST_DECAY)
+        reason = f"1 / (steps × rate), {MOST_DECAY:g} at most: weights are forgotten over the run"
+        decay = float(f"{1 / forgotten:.1g}"), reason
     warmup = min(max(1, round(WARMUP * steps)), MOST_WARMUP)
     proposed: dict[str, tuple[Any, str]] = {
         key.partition(".")[2]: (value, "")  # what the ladder says beside these
@@ -272,10 +278,7 @@ def recipe_choices(task: Task, steps: int, step_tokens: int) -> Choices:
     proposed["learning_rate"] = rate, swept
     proposed["schedule"] = "linear", to_zero
     proposed["warmup_steps"] = warmup, f"{WARMUP:.0%} of the steps, {MOST_WARMUP} at most"
-    proposed["weight_decay"] = (
-        float(f"{decay:.1g}"),
-        f"1 / (steps × rate), {MOST_DECAY:g} at most: a run's timescale (docs/experiments.md)",
-    )
+    proposed["weight_decay"] = decay
     proposed["beta2"] = (0.99, "small batches are noisy") if noisy else (0.95, "Llama 2's")
     return settled(task, "optimizer", proposed)
 

@@ -259,7 +259,7 @@ def new_ladder(config: Config, options: Json, out: Path) -> Ladder:
     """Plans a ladder that takes less than its share of the hours.
 
     Raises:
-        UserError: no hours are given, or they are too few.
+        UserError: no hours are given, or they or the text are too little.
     """
     if "hours" not in options:
         raise UserError("give --hours: what this machine has for the ladder and the large run")
