@@ -176,7 +176,8 @@ def config(dataset, tiny_tokenizer, tmp_path, monkeypatch):
 
 
 def planned(config, out: Path, hours: float = 1, at_once: int = 2) -> Ladder | None:
-    return rungs.fill(Ladder(out, config, [32, 64, 96], 0, 3, 1, at_once, SPEED, hours, 0.25), 80)
+    ladder = Ladder(out, config, [32, 64, 96], 0, 3, 1, at_once, SPEED, hours, 0.25)
+    return rungs.fill(ladder, rungs.MIN_STEPS)
 
 
 @pytest.mark.parametrize("hours", [0.5, 1, 3])
@@ -226,6 +227,16 @@ def test_hours_that_are_too_few(config, tmp_path, sizes):
     options["hours"] = float(re.search(r"give --hours=(\S+)", str(error.value))[1])
     plan = rungs.new_ladder(config, options, tmp_path)
     assert 0.8 * 3600 * options["hours"] * 0.25 < plan.total() < 3600 * options["hours"] * 0.25
+
+
+def test_the_shortest_length_is_enough_for_the_widest_size(config, tmp_path, monkeypatch):
+    """Unless the user has named it."""
+    plan = planned(config, tmp_path)
+    monkeypatch.setattr(rungs, "TOKENS_PER_PARAMETER", 1.25)
+    widest = next(chain[0] for chain in plan.chains() if chain[0].width == 96)
+    tokens = rungs.least_steps(plan, given=False) * rungs.batch_tokens(config)
+    assert tokens == pytest.approx(1.25 * law.parameters(widest.config, 600), rel=0.01)
+    assert rungs.least_steps(plan, given=True) == rungs.MIN_STEPS
 
 
 def test_a_text_that_is_too_little(config, tmp_path, monkeypatch):

@@ -84,8 +84,7 @@ RECIPES = {
 # The batch's exponent was measured up to so many times the recipe's batch; and how the best rate
 # falls with the steps at an equal batch (docs/experiments.md).
 BATCH_LIMIT, STEPS_EXPONENT = 4.0, -0.27
-# Weight decay at most, which is Llama 2's, and the epochs above which a text that repeats needs it.
-MOST_DECAY, FRESH_EPOCHS = 0.1, 2
+MOST_DECAY = 0.1  # Llama 2's
 # The batch above which data parallelism brings less grows with about the root of the tokens,
 # whatever the model's size (arXiv 2410.21676, 2505.13738).
 TOKENS_EXPONENT = 0.5
@@ -262,7 +261,7 @@ def recipe_choices(task: Task, steps: int, step_tokens: int) -> Choices:
         f" up to {BATCH_LIMIT:g} times, steps^{STEPS_EXPONENT:g}"
     )
     to_zero = "to zero: best for a known length (arXiv 2502.15938); wsd could be branched"
-    if steps * step_tokens > FRESH_EPOCHS * task.corpus:
+    if steps * step_tokens > law.FRESH_EPOCHS * task.corpus:
         decay = MOST_DECAY, "with less, a text that repeats is learned by heart"
     else:
         forgotten = max(steps * task.fixed.get("optimizer.learning_rate", rate), 1 / MOST_DECAY)

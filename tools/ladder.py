@@ -346,7 +346,7 @@ def differences(fit: Fit, config: Config) -> list[str]:
         low, high = law.tokens_per_parameter(fit)
         found.append(f"tokens per parameter: {tokens / size:.3g} (rungs: {low:.3g} to {high:.3g})")
     repeated = max(rung["tokens"] for rung in fit.rungs) / fit.corpus
-    if tokens / fit.corpus > max(2, 1.1 * repeated):  # two were as good as new text
+    if tokens / fit.corpus > max(law.FRESH_EPOCHS, 1.1 * repeated):
         found.append(f"epochs: {tokens / fit.corpus:.3g} (rungs: at most {repeated:.3g})")
     if size > fit.corpus:
         found.append(f"more parameters than the text has tokens ({fit.corpus:,.0f})")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 VERSION = 3  # of the file of a fit
 CONFIDENCE = 0.95  # of intervals
 MAX_EPOCHS = 4  # up to here, repeated text is almost as good as new text (2305.16264)
+FRESH_EPOCHS = 2  # up to here, it was as good (docs/scaling-law.md)
 # Of the family of shapes: multiples of the head's width, see shape().
 WIDTHS = [*range(32, 320, 32), *range(320, 1024, 64), *range(1024, 8193, 128)]
 RESAMPLES = 100
